@@ -1,0 +1,64 @@
+//! What a provider is asked to offload: which packets, and what is done to them.
+
+use super::types::{Direction, Ifindex, MacAddr, Tuple, Zone};
+
+/// The packets of one direction of one connection, as they arrive on the port.
+///
+/// A provider must match **exactly** these and leave to the slow path whatever it cannot tell
+/// apart: fragments, packets with IPv4 options or IPv6 extension headers, TTL or hop limit 0 and 1,
+/// TCP packets with SYN, FIN or RST, packets longer than [`Forward::mtu`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowMatch {
+    /// Destination MAC address the packets carry: the port's own, where they are routed. `None`:
+    /// any (bridged).
+    pub eth_dst: Option<MacAddr>,
+    /// Addresses and ports on arrival.
+    pub tuple: Tuple,
+}
+
+/// New Ethernet addresses of a routed packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MacRewrite {
+    /// The egress netdev's.
+    pub src: MacAddr,
+    /// The next hop's.
+    pub dst: MacAddr,
+}
+
+/// Where the packets go and what they look like when they leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// The netdev to send on. It need not be a port.
+    pub egress: Ifindex,
+    /// The longest IP packet, in bytes, that may be sent on this path: the smaller of the egress
+    /// netdev's MTU and the route's.
+    pub mtu: u32,
+    /// Addresses and ports on departure: where they differ from [`FlowMatch::tuple`], that is NAT.
+    pub tuple: Tuple,
+    /// New MAC addresses, and with them one taken off the TTL or hop limit: a routed packet.
+    /// `None`: a bridged one, left as it is.
+    pub macs: Option<MacRewrite>,
+}
+
+/// One direction of one connection on one port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// The connection's zone.
+    pub zone: Zone,
+    /// Which of its directions.
+    pub direction: Direction,
+    /// The longest IP packet, in bytes, that can arrive on the port.
+    pub ingress_mtu: u32,
+    /// Which packets.
+    pub matches: FlowMatch,
+    /// What is done to them.
+    pub forward: Forward,
+}
+
+impl Flow {
+    /// True when addresses or ports change on the way.
+    #[must_use]
+    pub fn has_nat(&self) -> bool {
+        self.matches.tuple != self.forward.tuple
+    }
+}

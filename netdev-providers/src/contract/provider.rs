@@ -1,0 +1,146 @@
+//! What a backend implements. A vendor can work from this page.
+//!
+//! # Life
+//! [`ProviderClass::bind`](super::class::ProviderClass::bind) makes a provider for one netdev. From
+//! then on the engine calls [`submit`](Provider::submit), [`usage`](Provider::usage) and
+//! [`flush`](Provider::flush) until it calls [`release`](Provider::release), once, as the last
+//! call. Nothing rebinds a provider to another netdev, and no netdev has two providers.
+//!
+//! # Threads
+//! | call | thread | may block |
+//! |---|---|---|
+//! | [`can_offload`](Provider::can_offload) | any, also a packet thread, concurrently | **no**: no lock, no system call |
+//! | [`submit`](Provider::submit) | the port's queue thread, one call at a time | yes |
+//! | [`flush`](Provider::flush), [`release`](Provider::release) | the port's queue thread: never during a `submit` | yes |
+//! | [`usage`](Provider::usage) | a sweep thread, one call at a time, **concurrently** with `submit` | yes |
+//!
+//! # Promises of the engine
+//! * At most one operation on a rule is in flight: no delete of a rule whose add has not
+//!   completed, no second add of a flow that is installed or pending.
+//! * Operations of one match are submitted in the order in which they must take effect: when a
+//!   tuple is reused, the delete of the old rule comes before the add of the new one.
+//! * A cookie is never used for two rules of one port at the same time.
+//! * After [`flush`](Provider::flush) returned, no delete follows for the rules it removed.
+//!
+//! # Duties of the provider
+//! * Complete every operation exactly once ([`Operation`] sees to that), in any order, on any
+//!   thread, at once or later.
+//! * **Failure means the slow path, never a drop**: packets that no rule matches go on as if the
+//!   provider were not there. A rule is installed whole or not at all.
+//! * Take effect in submission order for operations of one match.
+//! * Touch only rules it installed itself, recognised by [`Cookie`].
+//! * Do not panic. A panic is contained: the port is marked faulty and offers stop.
+//!
+//! # Not promised
+//! * That `Established` or a delete is ever called for a rule: a flush may come first, or the
+//!   netdev may vanish.
+//! * That [`Forward::egress`](super::flow::Forward::egress) still exists when the operation is
+//!   carried out. The engine deletes rules that forward into a port that goes.
+
+use nix::errno::Errno;
+
+use super::flow::Flow;
+use super::operation::Operation;
+use super::reason::Rejection;
+use super::types::{Cookie, RuleId};
+
+/// A failure of the backend as a whole, not of one operation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what}{}{}", detail_of(.detail.as_deref()), errno_of(*.errno))]
+pub struct Fault {
+    /// What was being done, in words: `adding the clsact qdisc`.
+    pub what: String,
+    /// The kernel's error, where there was one.
+    pub errno: Option<Errno>,
+    /// The kernel's extended ACK, where there was one.
+    pub detail: Option<String>,
+}
+
+fn detail_of(detail: Option<&str>) -> String {
+    detail.map(|d| format!(": {d}")).unwrap_or_default()
+}
+
+fn errno_of(errno: Option<Errno>) -> String {
+    errno.map(|e| format!(": {} ({e:?})", e.desc())).unwrap_or_default()
+}
+
+impl Fault {
+    /// A failure with words only.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), errno: None, detail: None }
+    }
+
+    /// True when the netdev does not exist (any more).
+    #[must_use]
+    pub fn is_netdev_gone(&self) -> bool {
+        self.errno == Some(Errno::ENODEV)
+    }
+}
+
+/// Traffic that a rule has carried, since it was installed. Monotonic while the rule lives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets, in hardware and software together.
+    pub packets: u64,
+    /// Bytes, of whole frames as the backend counts them.
+    pub bytes: u64,
+}
+
+/// One rule as a usage sweep found it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleReport {
+    /// Which rule: the engine finds the slot by it.
+    pub cookie: Cookie,
+    /// The provider's name for it.
+    pub rule: RuleId,
+    /// What it carried.
+    pub counters: Counters,
+    /// Whether the NIC has it, where the backend can tell.
+    pub in_hw: Option<bool>,
+}
+
+/// An offload backend on one netdev. See the [module](self) for life, threads, promises, duties.
+pub trait Provider: Send + Sync {
+    /// Whether a flow of this shape can be offloaded at all: the address family, the protocol, NAT
+    /// or none, the MTUs. Cheap and pure; a `Permanent` refusal here keeps the flow out of the
+    /// queue. `Ok` is no promise that an add succeeds.
+    ///
+    /// # Errors
+    /// The reason, which is counted and shown.
+    fn can_offload(&self, flow: &Flow) -> Result<(), Rejection>;
+
+    /// Carries out operations. The vector is a batch: a backend that talks to a kernel or a device
+    /// should need few round trips for it. Ownership of the operations passes to the provider,
+    /// which may complete them before it returns or later.
+    ///
+    /// An **empty** batch follows on a [`usage`](Self::usage) that failed: an occasion to put in
+    /// order what was found broken.
+    fn submit(&self, batch: Vec<Operation>);
+
+    /// Reports every rule of this provider: one call of `report` per rule, in any order.
+    ///
+    /// # Errors
+    /// When the sweep could not be finished (interrupted, netdev gone). What was reported until
+    /// then is valid; rules that were not reported are merely unknown, not gone.
+    fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault>;
+
+    /// Removes every rule of this provider, in as few messages as the backend allows, and returns
+    /// how many there were. Rules that the netdev lost on its own count too. All operations given
+    /// to `submit` have completed when this is called.
+    ///
+    /// # Errors
+    /// When rules may be left. The engine calls again, or goes on to `release`.
+    fn flush(&self) -> Result<u64, Fault>;
+
+    /// The last call: removes rules that are left, and whatever `bind` made on the netdev (the
+    /// qdisc, if it was made there and nobody else uses it). That the netdev is gone is success.
+    ///
+    /// # Errors
+    /// When something of ours may be left on the netdev.
+    fn release(&self) -> Result<(), Fault>;
+
+    /// One line on what was found out about the netdev at bind, for `ctoffload port show`.
+    fn describe(&self) -> String {
+        String::new()
+    }
+}

@@ -1,0 +1,292 @@
+//! The handle of a test, and the class.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::provider::Dummy;
+use super::state::{Call, Decided, DummyRule, Pending, Port, State};
+use crate::contract::class::{BindError, ProviderClass};
+use crate::contract::provider::{Fault, Provider};
+use crate::contract::reason::Rejection;
+use crate::contract::types::{Cookie, Ifindex, Instance, Netdev};
+
+/// The class, and the handle that a test drives it by: clones share everything.
+#[derive(Clone)]
+pub struct DummyClass {
+    name: &'static str,
+    state: Arc<Mutex<State>>,
+}
+
+impl Default for DummyClass {
+    fn default() -> Self {
+        Self::new("dummy")
+    }
+}
+
+impl DummyClass {
+    /// A class of this name, which accepts every netdev and every flow, completes at once, and has
+    /// room for any number of rules.
+    #[must_use]
+    pub fn new(name: &'static str) -> Self {
+        Self { name, state: Arc::default() }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    // --- How it behaves ---------------------------------------------------------------------------
+
+    /// From now on each port holds that many rules at most; further adds get
+    /// [`Reason::TableFull`](crate::Reason::TableFull).
+    pub fn set_capacity(&self, rules: usize) {
+        self.state().capacity = rules;
+    }
+
+    /// Operations submitted from now on complete that long after, by the clock of the test
+    /// ([`advance`](Self::advance)), or when they are released. `None`: at once, in `submit`.
+    /// [`Duration::MAX`]: only when they are released.
+    pub fn set_latency(&self, latency: Option<Duration>) {
+        self.state().latency = latency;
+    }
+
+    /// What adds report of the hardware from now on; `Some(true)` at the beginning.
+    pub fn set_in_hw(&self, in_hw: Option<bool>) {
+        self.state().in_hw = in_hw;
+    }
+
+    /// The next `n` operations that complete fail like this, and have no effect.
+    pub fn fail_next(&self, n: u64, why: impl Into<Rejection>) {
+        let why = why.into();
+        self.state().failures.extend((0..n).map(|_| (0, why.clone())));
+    }
+
+    /// Once: after `skip` further completions, the next one fails like this. Failures that were
+    /// asked for earlier come first.
+    pub fn fail_after(&self, skip: u64, why: impl Into<Rejection>) {
+        self.state().failures.push_back((skip, why.into()));
+    }
+
+    /// Once: after `skip` further calls of this kind, the next one panics.
+    pub fn panic_after(&self, call: Call, skip: u64) {
+        self.state().panics.push((call, skip));
+    }
+
+    /// `can_offload` refuses every flow like this; `None`: none.
+    pub fn refuse_shapes(&self, why: Option<Rejection>) {
+        self.state().shape_refusal = why;
+    }
+
+    /// Bind declines this netdev (`None`: every netdev) with these words from now on.
+    pub fn decline(&self, ifindex: Option<Ifindex>, why: impl Into<String>) {
+        self.state().decline.insert(ifindex, why.into());
+    }
+
+    /// Bind accepts again whatever [`decline`](Self::decline) was told of.
+    pub fn accept(&self) {
+        self.state().decline.clear();
+    }
+
+    /// Bind fails like this from now on; `None`: no more.
+    pub fn fail_bind(&self, fault: Option<Fault>) {
+        self.state().bind_fault = fault;
+    }
+
+    /// `init` fails like this from now on; `None`: no more.
+    pub fn fail_init(&self, fault: Option<Fault>) {
+        self.state().init_fault = fault;
+    }
+
+    /// `flush` fails like this from now on, and removes nothing; `None`: no more.
+    pub fn fail_flush(&self, fault: Option<Fault>) {
+        self.state().flush_fault = fault;
+    }
+
+    /// `usage` fails like this from now on, after it has reported half of the rules; `None`: no more.
+    pub fn fail_usage(&self, fault: Option<Fault>) {
+        self.state().usage_fault = fault;
+    }
+
+    /// The netdev vanishes: its rules are gone, adds get
+    /// [`Reason::NetdevGone`](crate::Reason::NetdevGone), deletes succeed.
+    pub fn unplug(&self, ifindex: Ifindex) {
+        if let Some(port) = self.state().ports.get_mut(&ifindex) {
+            port.unplugged = true;
+            port.clear();
+        }
+    }
+
+    // --- What happens -----------------------------------------------------------------------------
+
+    /// The clock of the test.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.state().now
+    }
+
+    /// Moves the clock; what is due completes, in the order of submission. Returns how many.
+    pub fn advance(&self, by: Duration) -> usize {
+        let decided = {
+            let mut state = self.state();
+            state.now = state.now.saturating_add(by);
+            state.decide_due()
+        };
+        complete(decided)
+    }
+
+    /// Completes everything that is pending, in the order of submission. Returns how many.
+    pub fn release_pending(&self) -> usize {
+        let decided = {
+            let mut state = self.state();
+            let waiting = std::mem::take(&mut state.waiting);
+            waiting.into_iter().map(|w| state.decide(w)).collect()
+        };
+        complete(decided)
+    }
+
+    /// Completes the operation at this place of [`pending`](Self::pending), before those that were
+    /// submitted earlier. `false` when there is none.
+    pub fn release_nth(&self, n: usize) -> bool {
+        let decided = {
+            let mut state = self.state();
+            let Some(w) = state.waiting.remove(n) else { return false };
+            state.decide(w)
+        };
+        complete(vec![decided]) == 1
+    }
+
+    /// Drops the operation at this place of [`pending`](Self::pending) without a result, as a
+    /// faulty provider would: its ticket reports a
+    /// [`ProviderFault`](crate::Reason::ProviderFault). `false` when there is none.
+    pub fn lose_nth(&self, n: usize) -> bool {
+        let lost = self.state().lose(n);
+        lost.is_some()
+    }
+
+    /// The rule of this cookie has carried so much more. `false` when there is none.
+    pub fn carry(&self, ifindex: Ifindex, cookie: Cookie, packets: u64, bytes: u64) -> bool {
+        let mut state = self.state();
+        let rule = state.ports.get_mut(&ifindex).and_then(|p| p.by_cookie(cookie));
+        if let Some(r) = rule {
+            r.counters.packets += packets;
+            r.counters.bytes += bytes;
+            return true;
+        }
+        false
+    }
+
+    /// Somebody else removes the rule of this cookie. `false` when there is none.
+    pub fn steal(&self, ifindex: Ifindex, cookie: Cookie) -> bool {
+        let mut state = self.state();
+        let Some(port) = state.ports.get_mut(&ifindex) else { return false };
+        let Some(rule) = port.by_cookie(cookie).map(|r| r.rule) else { return false };
+        port.remove(rule)
+    }
+
+    // --- What is there ----------------------------------------------------------------------------
+
+    /// The rules installed on a netdev, in the order in which they were.
+    #[must_use]
+    pub fn rules(&self, ifindex: Ifindex) -> Vec<DummyRule> {
+        self.state().ports.get(&ifindex).map_or_else(Vec::new, |p| p.rules().cloned().collect())
+    }
+
+    /// The operations that have not completed, of all netdevs, in the order of submission.
+    #[must_use]
+    pub fn pending(&self) -> Vec<Pending> {
+        self.state().waiting.iter().map(|w| w.pending.clone()).collect()
+    }
+
+    /// The netdevs that are bound.
+    #[must_use]
+    pub fn ports(&self) -> Vec<Ifindex> {
+        self.state().ports.keys().copied().collect()
+    }
+
+    /// How many operations have been submitted, on all netdevs together.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        self.state().requests
+    }
+
+    /// True between `init` and `deinit`.
+    #[must_use]
+    pub fn is_initialised(&self) -> bool {
+        self.state().initialised
+    }
+
+    /// Promises of the contract that the caller has broken, in words: two operations on one rule at
+    /// a time, calls after `release`, a netdev bound twice, a cookie used twice, ...
+    #[must_use]
+    pub fn violations(&self) -> Vec<String> {
+        self.state().violations.clone()
+    }
+}
+
+pub(super) fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    // Panics on demand are raised outside the lock; should another occur, tests want to look on.
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(super) fn complete(decided: Vec<Decided>) -> usize {
+    let n = decided.len();
+    for (ticket, outcome) in decided {
+        ticket.complete(outcome);
+    }
+    n
+}
+
+impl fmt::Debug for DummyClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DummyClass").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl ProviderClass for DummyClass {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn init(&self) -> Result<(), Fault> {
+        let mut state = self.state();
+        if let Some(fault) = &state.init_fault {
+            return Err(fault.clone());
+        }
+        if state.initialised {
+            state.violation("init twice".into());
+        }
+        state.initialised = true;
+        Ok(())
+    }
+
+    fn deinit(&self) {
+        let mut state = self.state();
+        if !state.ports.is_empty() {
+            state.violation("deinit while a port is bound".into());
+        }
+        if !std::mem::take(&mut state.initialised) {
+            state.violation("deinit without init".into());
+        }
+    }
+
+    fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        let mut state = self.state();
+        let why =
+            state.decline.get(&Some(netdev.ifindex)).or_else(|| state.decline.get(&None)).cloned();
+        if let Some(why) = why {
+            return Err(BindError::Declined(why));
+        }
+        if let Some(fault) = &state.bind_fault {
+            return Err(fault.clone().into());
+        }
+        if !state.initialised {
+            state.violation(format!("bind of {netdev} before init"));
+        }
+        let port = Port::new(netdev.generation, instance);
+        if state.ports.insert(netdev.ifindex, port).is_some() {
+            state.violation(format!("{netdev} was bound already"));
+        }
+        Ok(Arc::new(Dummy::new(self.clone(), netdev.ifindex, netdev.generation)))
+    }
+}

@@ -1,0 +1,33 @@
+//! The offload-provider contract of ctoffload, and the backends that implement it.
+//!
+//! A **provider class** ([`ProviderClass`]) is a kind of backend, registered with an engine by
+//! name. When a netdev is added to the engine as a port, the classes are asked in order of priority
+//! whether they can serve *that* netdev; the first that accepts makes a **provider**
+//! ([`Provider`]), which lives exactly as long as the port. The engine then hands the provider
+//! [`Operation`]s: add this flow, delete that rule.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`contract`] | the traits and values of the contract: start at [`contract::provider`] |
+//! | [`tc_flower`] | rules of the Linux TC flower classifier, in software or in NIC hardware |
+//! | [`dummy`] | in memory, with capacity, latency and failures on demand |
+//! | [`netlink`] | what the kernel backends share: messages, requests, batches, extended ACKs |
+//!
+//! This crate knows nothing of the engine: a vendor can implement a provider against it alone.
+
+pub mod contract;
+pub mod dummy;
+pub mod netlink;
+pub mod tc_flower;
+
+pub use contract::{
+    class::{BindError, ProviderClass},
+    flow::{Flow, FlowMatch, Forward, MacRewrite},
+    operation::{Done, Operation, Outcome, Request, Ticket},
+    provider::{Counters, Fault, Provider, RuleReport},
+    reason::{Permanence, Reason, Rejection},
+    types::{
+        Cookie, Direction, Epoch, Generation, HwFlags, Ifindex, Instance, L4Proto, MacAddr, Netdev,
+        RuleId, Tuple, Zone,
+    },
+};

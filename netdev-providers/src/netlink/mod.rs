@@ -1,0 +1,14 @@
+//! What the kernel backends share: bytes of messages ([`wire`]), a blocking socket that checks the
+//! sender, the sequence and every error ([`socket`]), and errors that keep the kernel's words
+//! ([`error`]).
+//!
+//! Messages that are sent by the thousand are encoded here, in place; everything that is read or
+//! written seldom goes through `netlink-packet-route` (in the engine's crate).
+
+pub mod error;
+pub mod socket;
+pub mod wire;
+
+pub use error::NetlinkError;
+pub use socket::{Ack, Family, Socket};
+pub use wire::{Attr, AttrIter, Message, MessageIter, Nested};

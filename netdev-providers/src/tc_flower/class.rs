@@ -1,0 +1,139 @@
+//! The provider class: options, what it needs of the machine, and [`bind`](ProviderClass::bind).
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tracing::{debug, info};
+
+use super::bpf::NatPrograms;
+use super::hook::Hook;
+use super::prios::Prios;
+use super::probe;
+use super::provider::{Plan, TcFlower};
+use crate::contract::class::{BindError, ProviderClass};
+use crate::contract::provider::{Fault, Provider};
+use crate::contract::types::{Ifindex, Instance, Netdev};
+use crate::netlink::error::NetlinkError;
+
+/// Options of the class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcFlowerConfig {
+    /// The first of six consecutive prios that rules stand at; should somebody else's filters be at
+    /// one of them, the next six are tried, and so on. The default, 0xc100, is behind all that the
+    /// kernel gives to filters without a prio.
+    pub prio_base: u16,
+    /// How many messages go to the kernel in one system call.
+    pub batch: usize,
+    /// Whether actions count per processor: several processors that forward one flow at a time
+    /// do not contend then, but a rule costs some 50 bytes per action and processor more, and
+    /// longer to add.
+    pub percpu_stats: bool,
+}
+
+impl Default for TcFlowerConfig {
+    fn default() -> Self {
+        Self { prio_base: 0xc100, batch: 64, percpu_stats: true }
+    }
+}
+
+/// The class `tc-flower`: rules of the flower classifier on a netdev's ingress. See the
+/// [module](super).
+#[derive(Debug, Default)]
+pub struct TcFlowerClass {
+    config: TcFlowerConfig,
+    /// Loaded at the first bind that succeeds in it.
+    nat: Mutex<Option<Arc<NatPrograms>>>,
+}
+
+impl TcFlowerClass {
+    /// A class with these options.
+    #[must_use]
+    pub fn new(config: TcFlowerConfig) -> Self {
+        Self { config, nat: Mutex::default() }
+    }
+
+    fn nat_programs(&self) -> Result<Arc<NatPrograms>, String> {
+        let mut loaded = self.nat.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*loaded {
+            Some(programs) => Ok(Arc::clone(programs)),
+            None => {
+                let programs = NatPrograms::load().map(Arc::new).map_err(|e| {
+                    format!("the bpf system call does not load the NAT programs: {e}")
+                })?;
+                *loaded = Some(Arc::clone(&programs));
+                Ok(programs)
+            }
+        }
+    }
+}
+
+impl ProviderClass for TcFlowerClass {
+    fn name(&self) -> &'static str {
+        "tc-flower"
+    }
+
+    fn init(&self) -> Result<(), Fault> {
+        if Prios::new(self.config.prio_base).is_none() {
+            return Err(Fault::new(format!(
+                "prio_base {}: six prios from 1 to 65535 are needed",
+                self.config.prio_base
+            )));
+        }
+        if !(1..=256).contains(&self.config.batch) {
+            return Err(Fault::new(format!("batch {}: 1 to 256", self.config.batch)));
+        }
+        Ok(())
+    }
+
+    fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        let open = || {
+            Hook::open(netdev.ifindex)
+                .map_err(|e| BindError::Failed(e.into_fault("opening a netlink socket")))
+        };
+        let mut hook = open()?;
+        let reader = open()?;
+        let found = probe::bind(
+            &mut hook,
+            &probe::Wanted {
+                instance,
+                hw_flags: netdev.hw_flags,
+                prio_base: self.config.prio_base,
+                percpu_stats: self.config.percpu_stats,
+                nat: self.nat_programs(),
+            },
+        )
+        .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
+        let plan = Plan { instance, found, batch: self.config.batch };
+        let provider = TcFlower::new(plan, hook, reader);
+        info!(%netdev, "tc-flower bound: {}", provider.describe());
+        Ok(Arc::new(provider))
+    }
+
+    fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
+        let clear = || {
+            let mut hook = Hook::open(ifindex)?;
+            if hook.qdisc()?.is_none() {
+                return Ok(0);
+            }
+            let cleared = probe::clear_leftovers(&mut hook)?;
+            if cleared.made_qdisc {
+                hook.delete_unused_clsact()?;
+            }
+            Ok(cleared.removed)
+        };
+        clear().map_err(|e: NetlinkError| e.into_fault("removing what a dead engine left"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_cannot_work_are_refused_at_registration() {
+        assert!(TcFlowerClass::default().init().is_ok());
+        let with = |config| TcFlowerClass::new(config).init();
+        assert!(with(TcFlowerConfig { prio_base: 0, ..Default::default() }).is_err());
+        assert!(with(TcFlowerConfig { prio_base: 0xfffe, ..Default::default() }).is_err());
+        assert!(with(TcFlowerConfig { batch: 0, ..Default::default() }).is_err());
+    }
+}

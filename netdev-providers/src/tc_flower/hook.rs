@@ -1,0 +1,272 @@
+//! The ingress hook of one netdev: its link, its qdisc, its filters, one request at a time.
+
+use nix::errno::Errno;
+
+use super::parse::Filter;
+use super::rule::{self, Place};
+use super::uapi::*;
+use crate::contract::types::Ifindex;
+use crate::netlink::error::{KernelError, NetlinkError};
+use crate::netlink::socket::{ACK, CREATE, EXCL, Family as Netlink, REQUEST, Socket};
+use crate::netlink::wire::Message;
+
+/// A qdisc that has an ingress hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Qdisc {
+    /// `clsact` or `ingress`.
+    pub(super) kind: String,
+    /// The shared block that its ingress filters are in, if they are in one.
+    pub(super) shared_block: Option<u32>,
+}
+
+/// A socket and a buffer for requests about one netdev.
+#[derive(Debug)]
+pub(super) struct Hook {
+    pub(super) socket: Socket,
+    pub(super) buf: Vec<u8>,
+    pub(super) ifindex: Ifindex,
+}
+
+/// `NLM_F_ECHO`.
+const ECHO: u16 = 8;
+
+impl Hook {
+    pub(super) fn open(ifindex: Ifindex) -> Result<Self, NetlinkError> {
+        Ok(Self { socket: Socket::open(Netlink::Route)?, buf: Vec::new(), ifindex })
+    }
+
+    /// Sends the one message that `write` appends, which asks for an acknowledgement.
+    pub(super) fn request(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>, u32, Ifindex),
+    ) -> Result<(), NetlinkError> {
+        self.ask(write, |_| ())
+    }
+
+    fn ask(
+        &mut self,
+        write: impl FnOnce(&mut Vec<u8>, u32, Ifindex),
+        each: impl FnMut(crate::netlink::wire::Received<'_>),
+    ) -> Result<(), NetlinkError> {
+        let seq = self.socket.next_seq();
+        self.buf.clear();
+        write(&mut self.buf, seq, self.ifindex);
+        self.socket.request(&self.buf, seq, each)
+    }
+
+    /// The netdev's hardware type (`ARPHRD_*`).
+    ///
+    /// # Errors
+    /// ENODEV when there is no such netdev.
+    pub(super) fn hardware_type(&mut self) -> Result<u16, NetlinkError> {
+        let mut found = None;
+        self.ask(
+            |buf, seq, ifindex| {
+                let mut m = Message::new(buf, RTM_GETLINK, REQUEST | ACK, seq);
+                let mut ifinfomsg = [0; 16];
+                ifinfomsg[4..8].copy_from_slice(&ifindex.get().to_ne_bytes());
+                m.raw(&ifinfomsg);
+                m.finish();
+            },
+            |m| {
+                if let (RTM_NEWLINK, Some(b)) = (m.ty, m.fixed::<16>()) {
+                    found = Some(u16::from_ne_bytes([b[2], b[3]]));
+                }
+            },
+        )?;
+        found.ok_or(NetlinkError::Malformed("no link in the answer"))
+    }
+
+    /// True when the kernel says that the netdev does not exist.
+    pub(super) fn is_gone(&mut self) -> bool {
+        matches!(self.hardware_type(), Err(e) if e.errno() == Some(Errno::ENODEV))
+    }
+
+    /// Makes a clsact qdisc. `false`: there is one with an ingress hook already.
+    pub(super) fn add_clsact(&mut self) -> Result<bool, NetlinkError> {
+        let made = self.request(|buf, seq, ifindex| {
+            qdisc_message(buf, RTM_NEWQDISC, REQUEST | ACK | CREATE | EXCL, seq, ifindex);
+        });
+        match made {
+            Ok(()) => Ok(true),
+            Err(e) if e.errno() == Some(Errno::EEXIST) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub(super) fn delete_clsact(&mut self) -> Result<(), NetlinkError> {
+        self.request(|buf, seq, ifindex| {
+            qdisc_message(buf, RTM_DELQDISC, REQUEST | ACK, seq, ifindex);
+        })
+    }
+
+    /// Removes the clsact qdisc, unless it is not there or somebody has filters at it.
+    pub(super) fn delete_unused_clsact(&mut self) -> Result<(), NetlinkError> {
+        if !matches!(self.qdisc()?, Some(q) if q.kind == "clsact" && q.shared_block.is_none()) {
+            return Ok(());
+        }
+        let mut filters = 0;
+        for parent in [PARENT_INGRESS, PARENT_EGRESS] {
+            self.filters(parent, |_| filters += 1)?;
+        }
+        if filters == 0 { self.delete_clsact() } else { Ok(()) }
+    }
+
+    /// The qdisc with the ingress hook, if there is one.
+    pub(super) fn qdisc(&mut self) -> Result<Option<Qdisc>, NetlinkError> {
+        let mut found = None;
+        let asked = self.ask(
+            |buf, seq, ifindex| {
+                // The kernel notifies instead of answering (`qdisc_notify`): without the echo, only
+                // those who listen to the group get to see it.
+                let mut m = Message::new(buf, RTM_GETQDISC, REQUEST | ACK | ECHO, seq);
+                let tcmsg = TcMsg {
+                    ifindex: ifindex.get(),
+                    handle: INGRESS_QDISC_HANDLE,
+                    parent: 0,
+                    prio: 0,
+                    ethertype: 0,
+                };
+                m.raw(&tcmsg.to_bytes());
+                m.finish();
+            },
+            |m| {
+                let attrs = m.attrs(TcMsg::LEN);
+                if let (RTM_NEWQDISC, Some(kind)) = (m.ty, attrs.find_type(TCA_KIND)) {
+                    found = Some(Qdisc {
+                        kind: kind.str().unwrap_or("").to_owned(),
+                        shared_block: attrs
+                            .find_type(TCA_INGRESS_BLOCK)
+                            .and_then(|a| a.u32())
+                            .filter(|&b| b != 0),
+                    });
+                }
+            },
+        );
+        match asked {
+            Ok(()) => Ok(found),
+            Err(e) if e.errno() == Some(Errno::ENOENT) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Hands every filter at this parent to `each`.
+    pub(super) fn filters(
+        &mut self,
+        parent: u32,
+        each: impl FnMut(Filter<'_>),
+    ) -> Result<(), NetlinkError> {
+        self.dump(each, |buf, seq, ifindex| rule::dump_all(buf, seq, ifindex, parent))
+    }
+
+    /// Hands every filter of a prio to `each`, in full (u32 knows no terse dump).
+    pub(super) fn filters_at(
+        &mut self,
+        prio: Prio,
+        family: Family,
+        each: impl FnMut(Filter<'_>),
+    ) -> Result<(), NetlinkError> {
+        self.dump(each, |buf, seq, ifindex| {
+            rule::dump(buf, seq, Place { ifindex, prio, family }, false);
+        })
+    }
+
+    /// Hands every filter of a prio to `each`, as a terse dump has it.
+    pub(super) fn filters_terse(
+        &mut self,
+        prio: Prio,
+        family: Family,
+        each: impl FnMut(Filter<'_>),
+    ) -> Result<(), NetlinkError> {
+        self.dump(each, |buf, seq, ifindex| {
+            rule::dump(buf, seq, Place { ifindex, prio, family }, true);
+        })
+    }
+
+    fn dump(
+        &mut self,
+        mut each: impl FnMut(Filter<'_>),
+        write: impl FnOnce(&mut Vec<u8>, u32, Ifindex),
+    ) -> Result<(), NetlinkError> {
+        let seq = self.socket.next_seq();
+        self.buf.clear();
+        write(&mut self.buf, seq, self.ifindex);
+        self.socket.dump(&self.buf, seq, |m| {
+            if let Some(filter) = Filter::of(&m) {
+                each(filter);
+            }
+        })
+    }
+
+    /// One rule, by its handle: what `read` makes of it, or `None` when there is no such rule.
+    pub(super) fn filter<R>(
+        &mut self,
+        prio: Prio,
+        family: Family,
+        handle: Handle,
+        mut read: impl FnMut(Filter<'_>) -> R,
+    ) -> Result<Option<R>, NetlinkError> {
+        let mut found = None;
+        let asked = self.ask(
+            |buf, seq, ifindex| rule::get(buf, seq, Place { ifindex, prio, family }, handle),
+            |m| found = Filter::of(&m).map(&mut read),
+        );
+        match asked {
+            Ok(()) => Ok(found),
+            Err(NetlinkError::Kernel(e)) if means_no_such_rule(&e) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Deletes every rule of a prio. That there is none is success.
+    pub(super) fn delete_all(&mut self, prio: Prio, family: Family) -> Result<(), NetlinkError> {
+        let deleted = self.request(|buf, seq, ifindex| {
+            rule::delete_all(buf, seq, Place { ifindex, prio, family });
+        });
+        self.forgive_absence(deleted)
+    }
+
+    /// Deletes one rule. That there is none is success.
+    pub(super) fn delete(
+        &mut self,
+        prio: Prio,
+        family: Family,
+        handle: Handle,
+    ) -> Result<(), NetlinkError> {
+        let deleted = self.request(|buf, seq, ifindex| {
+            rule::delete(buf, seq, Place { ifindex, prio, family }, handle);
+            rule::ask_for_ack(buf, 0);
+        });
+        self.forgive_absence(deleted)
+    }
+
+    fn forgive_absence(&mut self, deleted: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+        match deleted {
+            Err(NetlinkError::Kernel(e)) if means_no_such_rule(&e) => Ok(()),
+            // What a request about a filter gets when the qdisc is not there (`__tcf_qdisc_find`).
+            Err(NetlinkError::Kernel(e)) if e.errno == Errno::EINVAL => {
+                if matches!(self.qdisc(), Ok(None)) { Ok(()) } else { Err(e.into()) }
+            }
+            other => other,
+        }
+    }
+}
+
+/// ENOENT: no such rule or prio; ENODEV: no such netdev.
+pub(super) fn means_no_such_rule(e: &KernelError) -> bool {
+    matches!(e.errno, Errno::ENOENT | Errno::ENODEV)
+}
+
+fn qdisc_message(buf: &mut Vec<u8>, ty: u16, flags: u16, seq: u32, ifindex: Ifindex) {
+    let mut m = Message::new(buf, ty, flags, seq);
+    let tcmsg = TcMsg {
+        ifindex: ifindex.get(),
+        handle: INGRESS_QDISC_HANDLE,
+        parent: TC_H_CLSACT,
+        prio: 0,
+        ethertype: 0,
+    };
+    m.raw(&tcmsg.to_bytes());
+    m.attr(TCA_KIND, b"clsact\0");
+    m.finish();
+}

@@ -1,0 +1,57 @@
+//! Rules of the Linux TC flower classifier on a netdev's ingress: in NIC hardware where the NIC takes
+//! them, in the kernel's software classifier where it does not.
+//!
+//! ```text
+//! clsact of the port, ingress, chain 0
+//!   other people's filters                        (lower prios: asked first)
+//!   prio base+0 ip, +1 ipv6   flower, skip_sw     TTL 0 and 1: pass       (hardware ports)
+//!   prio base+2 ip, +3 ipv6   u32, skip_hw        TTL, options, ...: pass (software ports)
+//!   prio base+4 ip, +5 ipv6   flower              one rule per flow
+//! ```
+//! A flow's rule matches the exact tuple, unfragmented, and of TCP only segments without SYN, FIN and
+//! RST; it rewrites MAC addresses, addresses and ports, takes one off the TTL and redirects to the
+//! egress netdev. Everything else goes up the stack as if there were no rules.
+//!
+//! # What to know before relying on it
+//! * **Length.** Flower has no key for it: flows whose path has a smaller MTU than the port are
+//!   refused ([`Reason::MtuMismatch`](crate::Reason::MtuMismatch)).
+//! * **Options and extension headers** are told apart by the u32 guards, in software only. What a NIC
+//!   does with them is its own affair: see `guard.rs`.
+//! * **TTL.** A port is used for hardware only if the NIC takes the guard for TTL 0 and 1.
+//! * **NAT.** A rule is either for hardware (`skip_sw`, the NIC computes checksums) or for software
+//!   (`skip_hw`, two BPF programs keep them right: see `bpf.rs`); on a port with hardware the former
+//!   is tried first. Without act_bpf and bpf() there is none in software
+//!   ([`Reason::NatChecksum`](crate::Reason::NatChecksum)).
+//! * **The last data of a TCP connection** often stands in a segment with FIN and goes the slow way:
+//!   conntrack must let it pass (TCP liberal), although it has not seen what came before.
+//! * **The IPv4 header checksum** is computed anew when the TTL is decremented, so a header that
+//!   arrives with a wrong one leaves with a right one; the slow path would drop it. Likewise a TCP
+//!   header that is cut short, or says a length below 20, is forwarded: flower sees no flags in it.
+//! * **A device below a `redirect`** that is down drops: whoever adds rules must delete them when the
+//!   egress netdev goes down.
+//! * Packets with `CHECKSUM_COMPLETE` over IPv6 leave with the sum of the old hop limit, as with any
+//!   `pedit` of it: a virtual receiver computes it again (and the kernel may log "hw csum failure").
+//!
+//! # How the code is cut
+//! `uapi` numbers of the kernel headers, `prios` where rules stand, `encode` match keys, `actions`,
+//! `bpf` the checksum programs, `guard`, `rule` whole messages, `parse` dumps, `hook` requests on one
+//! netdev, `probe` what bind does, `handles`, `provider`, `class`.
+
+mod actions;
+mod bpf;
+mod class;
+mod encode;
+mod guard;
+mod handles;
+mod hook;
+mod parse;
+mod prios;
+mod probe;
+mod provider;
+mod rule;
+mod uapi;
+
+pub use class::{TcFlowerClass, TcFlowerConfig};
+
+#[cfg(test)]
+mod tests;

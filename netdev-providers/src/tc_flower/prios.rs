@@ -1,0 +1,94 @@
+//! The block of prios that a port's rules stand at.
+//!
+//! # Why 0xc100 and up
+//! A filter added without a prio gets the one below the lowest of those from 0x8000 on, or 0xC000
+//! when there is none (`tcf_auto_prio`, called with what follows 0x8000 in the chain). So filters
+//! that other people add without a prio come **before** ours, whether ours are there already or
+//! not, and filters with a small prio of their own as well: ours only take what others let pass.
+
+use super::uapi::{Family, Prio};
+
+/// The lowest prio of the block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Prios(u16);
+
+/// What a prio of the block is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// flower, `skip_sw`: TTL and hop limit.
+    HardwareGuards = 0,
+    /// u32, `skip_hw`.
+    SoftwareGuards = 2,
+    /// flower: the flows.
+    Flows = 4,
+}
+
+impl Use {
+    const ALL: [Self; 3] = [Self::HardwareGuards, Self::SoftwareGuards, Self::Flows];
+}
+
+impl Prios {
+    /// How many prios a block has; blocks that are tried one after the other are that far apart.
+    pub(super) const COUNT: u16 = 6;
+
+    /// `None` when the block does not fit, or begins at 0, which means "choose one".
+    pub(super) fn new(base: u16) -> Option<Self> {
+        base.checked_add(Self::COUNT - 1)?;
+        (base != 0).then_some(Self(base))
+    }
+
+    /// The block behind this one.
+    pub(super) fn next(self) -> Option<Self> {
+        Self::new(self.0.checked_add(Self::COUNT)?)
+    }
+
+    /// One of its prios.
+    pub(super) const fn of(self, what: Use, family: Family) -> Prio {
+        Prio(self.0 + what as u16 + family as u16)
+    }
+
+    /// All of them, in order.
+    pub(super) fn all(self) -> impl Iterator<Item = (Use, Family, Prio)> {
+        Use::ALL
+            .into_iter()
+            .flat_map(|u| Family::BOTH.map(|f| (u, f)))
+            .map(move |(u, f)| (u, f, self.of(u, f)))
+    }
+
+    pub(super) fn contains(self, prio: u16) -> bool {
+        (self.0..=self.0 + (Self::COUNT - 1)).contains(&prio)
+    }
+
+    /// The family whose flows are at this prio.
+    pub(super) fn flows_at(self, prio: Prio) -> Option<Family> {
+        Family::BOTH.into_iter().find(|&f| self.of(Use::Flows, f) == prio)
+    }
+}
+
+impl std::fmt::Display for Prios {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.0, self.0 + (Self::COUNT - 1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_has_six_prios_in_a_row() {
+        let p = Prios::new(0xc100).unwrap();
+        let all: Vec<u16> = p.all().map(|(_, _, p)| p.0).collect();
+        assert_eq!(all, (0xc100..0xc106).collect::<Vec<_>>());
+        assert!(p.contains(0xc105) && !p.contains(0xc106) && !p.contains(0xc0ff));
+        assert_eq!(p.flows_at(Prio(0xc105)), Some(Family::Ipv6));
+        assert_eq!(p.flows_at(Prio(0xc103)), None);
+    }
+
+    #[test]
+    fn a_block_that_does_not_fit_is_refused() {
+        assert_eq!(Prios::new(0), None);
+        assert_eq!(Prios::new(0xfffb), None);
+        assert_eq!(Prios::new(0xfffa).unwrap().next(), None);
+    }
+}

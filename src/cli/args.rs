@@ -1,0 +1,218 @@
+//! The command line, as typed.
+
+use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+const AFTER: &str = "\
+Objects and verbs may be abbreviated while they are unambiguous; an object alone shows itself:
+    ctoffload port
+
+A TUPLE is `PROTO SRC:SPORT DST:DPORT`, as one word or as several:
+    tcp 10.0.0.1:1234 10.9.0.2:80
+    'udp [2001:db8::1]:5000 > [2001:db8::2]:53'
+    tcp,10.0.0.1:1234,10.9.0.2:80
+
+Exit codes:
+    0  done
+    1  failed for another reason
+    2  usage: the command line, or a value in it
+    3  the daemon is not running in this network namespace
+    4  no permission
+    5  not found: no such port, connection or netdev
+    6  conflict: the netdev is a port already
+    7  not supported by this daemon, kernel or netdev
+
+The daemon is looked for in the present network namespace; for another one:
+    ip netns exec NAME ctoffload …";
+
+/// Show and change what ctoffloadd offloads, per netdev.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ctoffload",
+    version,
+    after_help = AFTER,
+    infer_subcommands = true,
+    disable_help_subcommand = true,
+    max_term_width = 100
+)]
+pub(super) struct Args {
+    /// JSON: the same facts as the text, under stable names.
+    #[arg(short, long, global = true)]
+    pub(super) json: bool,
+    /// With -j: indented.
+    #[arg(short, long, global = true, requires = "json")]
+    pub(super) pretty: bool,
+    /// More detail: counters, rules, cookies.
+    #[arg(short, long, global = true)]
+    pub(super) stats: bool,
+    /// The user the daemon runs as; answers of anybody else are not believed.
+    #[arg(long, global = true, value_name = "UID", default_value_t = 0)]
+    pub(super) daemon_uid: u32,
+    /// The netlink port id of the daemon.
+    #[arg(long, global = true, value_name = "ID", hide = true)]
+    pub(super) port_id: Option<u32>,
+    #[command(subcommand)]
+    pub(super) object: Object,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Object {
+    /// Ports: netdevs that are attached to the engine.
+    #[command(infer_subcommands = true)]
+    Port {
+        #[command(subcommand)]
+        verb: Option<PortVerb>,
+    },
+    /// Connections, and where they are offloaded.
+    #[command(infer_subcommands = true, visible_alias = "connection")]
+    Conn {
+        #[command(subcommand)]
+        verb: Option<ConnVerb>,
+    },
+    /// Provider classes: kinds of offload backends.
+    #[command(infer_subcommands = true)]
+    Provider {
+        #[command(subcommand)]
+        verb: Option<ProviderVerb>,
+    },
+    /// Counters of the whole engine.
+    Stats,
+    /// Remove rules. Connections live on in software, and are offloaded again when they are seen.
+    #[command(
+        after_help = "Examples:\n    ctoffload flush --port eth0\n    ctoffload flush --port eth0 --zone 7\n    ctoffload flush tcp 10.0.0.1:1234 10.9.0.2:80\n    ctoffload flush --all",
+        group = ArgGroup::new("what").required(true).multiple(true).args(["all", "port", "zone", "tuple"])
+    )]
+    Flush {
+        /// Everything.
+        #[arg(long, conflicts_with_all = ["port", "zone", "tuple"])]
+        all: bool,
+        /// Of one port.
+        #[arg(long, value_name = "NAME", value_parser = netdev_name)]
+        port: Option<String>,
+        /// Of one conntrack zone.
+        #[arg(long)]
+        zone: Option<u16>,
+        /// Of one connection: its original or its reply tuple.
+        tuple: Vec<String>,
+    },
+    /// Tell why a connection is offloaded, or is not, on each port and in each direction.
+    ///
+    /// Ends with exit code 5 when the engine does not know the connection.
+    #[command(
+        after_help = "Examples:\n    ctoffload explain tcp 10.0.0.1:1234 10.9.0.2:80\n    ctoffload explain 'udp [2001:db8::1]:5000 > [2001:db8::2]:53' --zone 7"
+    )]
+    Explain {
+        /// Its original or its reply tuple.
+        #[arg(required = true)]
+        tuple: Vec<String>,
+        /// Its conntrack zone.
+        #[arg(long, default_value_t = 0)]
+        zone: u16,
+    },
+    /// Print what happens, as it happens, one event a line. Needs CAP_NET_ADMIN.
+    Monitor,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PortVerb {
+    /// All ports as a table, or one in full.
+    #[command(visible_aliases = ["list", "ls"])]
+    Show {
+        #[arg(value_parser = netdev_name)]
+        name: Option<String>,
+    },
+    /// Make a netdev a port: bind it to the first provider that accepts it.
+    #[command(
+        after_help = "Examples:\n    ctoffload port add eth0\n    ctoffload port add eth0 --provider tc-flower --offload skip-sw"
+    )]
+    Add(PortAdd),
+    /// Detach a netdev. Its rules are removed; its connections live on in software.
+    #[command(visible_alias = "delete")]
+    Del {
+        #[arg(value_parser = netdev_name)]
+        name: String,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct PortAdd {
+    /// The netdev.
+    #[arg(value_parser = netdev_name)]
+    pub(super) name: String,
+    /// A provider class to ask; may be repeated, asked in this order. Without it: as configured.
+    #[arg(long = "provider", value_name = "CLASS")]
+    pub(super) providers: Vec<String>,
+    /// Where rules may live. Without it: as configured.
+    #[arg(long, value_name = "WHERE")]
+    pub(super) offload: Option<Offload>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Offload {
+    /// In hardware where the NIC takes the rule, and in software.
+    Both,
+    /// In hardware only.
+    #[value(alias = "skip_sw")]
+    SkipSw,
+    /// In software only.
+    #[value(alias = "skip_hw")]
+    SkipHw,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConnVerb {
+    /// Connections and their slots: one line for each port and direction that has seen them.
+    #[command(
+        visible_aliases = ["list", "ls"],
+        after_help = "Examples:\n    ctoffload conn show --port eth0\n    ctoffload -s conn show tcp 10.0.0.1:1234 10.9.0.2:80"
+    )]
+    Show {
+        /// Those seen on one port.
+        #[arg(long, value_name = "NAME", value_parser = netdev_name)]
+        port: Option<String>,
+        /// Those of one conntrack zone.
+        #[arg(long)]
+        zone: Option<u16>,
+        /// One connection: its original or its reply tuple.
+        tuple: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ProviderVerb {
+    /// In the order in which they are asked.
+    #[command(visible_aliases = ["list", "ls"])]
+    Show,
+}
+
+/// As the kernel's `dev_valid_name`.
+fn netdev_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.len() > 15 {
+        return Err("a netdev's name has 1 to 15 bytes".into());
+    }
+    if text == "."
+        || text == ".."
+        || text.contains(|c: char| c == '/' || c == ':' || c.is_whitespace())
+    {
+        return Err("no netdev can have this name".into());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn names_that_the_kernel_refuses_are_refused() {
+        for bad in ["", ".", "..", "a/b", "a b", "a:b", "sixteen-bytes-xx"] {
+            assert!(netdev_name(bad).is_err(), "{bad}");
+        }
+        assert!(netdev_name("fifteen-bytes-x").is_ok());
+    }
+}

@@ -1,0 +1,168 @@
+//! What is to be done: the command line, validated. Nothing looks at raw flags after this.
+
+use std::fmt;
+
+use clap::CommandFactory;
+use clap::error::ErrorKind;
+use netdev_providers::{HwFlags, Tuple, Zone};
+
+use super::args::{Args, ConnVerb, Object, Offload, PortVerb, ProviderVerb};
+use crate::control::Target;
+use crate::control::info::{ConnFilter, FlushRequest, PortAddRequest, PortDelRequest};
+
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) target: Target,
+    pub(super) output: Output,
+    pub(super) action: Action,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Output {
+    pub(super) json: bool,
+    pub(super) pretty: bool,
+    pub(super) detail: bool,
+}
+
+#[derive(Debug, PartialEq)]
+pub(super) enum Action {
+    PortShow(Option<String>),
+    PortAdd(PortAddRequest),
+    PortDel(PortDelRequest),
+    ConnShow(ConnFilter),
+    ProviderShow,
+    Stats,
+    Flush(FlushRequest),
+    Explain(Tuple, Zone),
+    Monitor,
+}
+
+/// As it stands in front of an error.
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PortShow(None) => f.write_str("port show"),
+            Self::PortShow(Some(name)) => write!(f, "port show {name}"),
+            Self::PortAdd(r) => write!(f, "port add {}", r.name),
+            Self::PortDel(r) => write!(f, "port del {}", r.name),
+            Self::ConnShow(_) => f.write_str("conn show"),
+            Self::ProviderShow => f.write_str("provider show"),
+            Self::Stats => f.write_str("stats"),
+            Self::Flush(_) => f.write_str("flush"),
+            Self::Explain(tuple, _) => write!(f, "explain {tuple}"),
+            Self::Monitor => f.write_str("monitor"),
+        }
+    }
+}
+
+fn tuple(words: &[String]) -> Result<Option<Tuple>, clap::Error> {
+    if words.is_empty() {
+        return Ok(None);
+    }
+    words
+        .join(" ")
+        .parse()
+        .map(Some)
+        .map_err(|e| Args::command().error(ErrorKind::ValueValidation, e))
+}
+
+impl TryFrom<Args> for Plan {
+    type Error = clap::Error;
+
+    fn try_from(args: Args) -> Result<Self, clap::Error> {
+        let mut target = Target { daemon_uid: args.daemon_uid, ..Target::default() };
+        if let Some(port_id) = args.port_id {
+            target.port_id = port_id;
+        }
+        let action = match args.object {
+            Object::Port { verb: None } => Action::PortShow(None),
+            Object::Port { verb: Some(PortVerb::Show { name }) } => Action::PortShow(name),
+            Object::Port { verb: Some(PortVerb::Add(add)) } => Action::PortAdd(PortAddRequest {
+                name: add.name,
+                providers: add.providers,
+                offload: add.offload.map(|o| {
+                    match o {
+                        Offload::Both => HwFlags::Both,
+                        Offload::SkipSw => HwFlags::SkipSw,
+                        Offload::SkipHw => HwFlags::SkipHw,
+                    }
+                    .to_string()
+                }),
+            }),
+            Object::Port { verb: Some(PortVerb::Del { name }) } => {
+                Action::PortDel(PortDelRequest { name })
+            }
+            Object::Conn { verb: None } => Action::ConnShow(ConnFilter::default()),
+            Object::Conn { verb: Some(ConnVerb::Show { port, zone, tuple: words }) } => {
+                Action::ConnShow(ConnFilter { port, zone, tuple: tuple(&words)? })
+            }
+            Object::Provider { verb: None | Some(ProviderVerb::Show) } => Action::ProviderShow,
+            Object::Stats => Action::Stats,
+            Object::Flush { all, port, zone, tuple: words } => {
+                Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
+            }
+            Object::Explain { tuple: words, zone } => match tuple(&words)? {
+                Some(tuple) => Action::Explain(tuple, Zone(zone)),
+                None => {
+                    return Err(Args::command().error(ErrorKind::MissingRequiredArgument, "TUPLE"));
+                }
+            },
+            Object::Monitor => Action::Monitor,
+        };
+        let output = Output { json: args.json, pretty: args.pretty, detail: args.stats };
+        Ok(Self { target, output, action })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn plan(line: &str) -> Result<Action, clap::Error> {
+        Args::try_parse_from(line.split(' ')).and_then(Plan::try_from).map(|p| p.action)
+    }
+
+    #[test]
+    fn a_tuple_may_be_several_words_or_one() {
+        let want = Action::Explain("tcp 10.0.0.1:1 > 10.0.0.2:2".parse().unwrap(), Zone(0));
+        for line in [
+            "ctoffload explain tcp 10.0.0.1:1 10.0.0.2:2",
+            "ctoffload explain tcp 10.0.0.1:1 > 10.0.0.2:2",
+            "ctoffload exp tcp,10.0.0.1:1,10.0.0.2:2",
+        ] {
+            assert_eq!(plan(line).unwrap(), want, "{line}");
+        }
+        assert_eq!(
+            plan("ctoffload explain tcp 10.0.0.1:1").unwrap_err().kind(),
+            ErrorKind::ValueValidation
+        );
+    }
+
+    #[test]
+    fn objects_and_verbs_may_be_abbreviated() {
+        assert_eq!(plan("ctoffload po").unwrap(), Action::PortShow(None));
+        assert_eq!(plan("ctoffload port s eth0").unwrap(), Action::PortShow(Some("eth0".into())));
+        assert_eq!(plan("ctoffload c s").unwrap(), Action::ConnShow(ConnFilter::default()));
+        assert!(plan("ctoffload p").is_err(), "port or provider");
+    }
+
+    #[test]
+    fn a_flush_says_what() {
+        assert!(plan("ctoffload flush").is_err());
+        assert!(plan("ctoffload flush --all --port eth0").is_err());
+        let both =
+            FlushRequest { port: Some("eth0".into()), zone: Some(7), ..FlushRequest::default() };
+        assert_eq!(plan("ctoffload flush --port eth0 --zone 7").unwrap(), Action::Flush(both));
+    }
+
+    #[test]
+    fn offload_is_spelled_both_ways() {
+        for line in
+            ["ctoffload port add e --offload skip-sw", "ctoffload port add e --offload skip_sw"]
+        {
+            let Action::PortAdd(add) = plan(line).unwrap() else { panic!("{line}") };
+            assert_eq!(add.offload.as_deref(), Some("skip_sw"));
+        }
+    }
+}

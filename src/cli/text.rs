@@ -1,0 +1,364 @@
+//! What people read. Everything in `-j` is here too, with `-s` at the latest.
+
+use std::fmt::Write as _;
+
+use crate::control::info::{
+    ConnInfo, Event, Flushed, PortInfo, ProviderInfo, ReasonCount, SlotInfo, Stats,
+};
+
+/// Where the text of a column goes.
+#[derive(Clone, Copy)]
+enum Align {
+    Left,
+    Right,
+}
+
+/// Appends rows with their columns under each other, two blanks apart, none at line ends.
+fn table(out: &mut String, indent: &str, align: &[Align], rows: &[Vec<String>]) {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width: Vec<usize> = (0..columns)
+        .map(|c| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or(0))
+        .collect();
+    for row in rows {
+        let mut line = String::from(indent);
+        for (c, cell) in row.iter().enumerate() {
+            // A column that is empty in every row takes no room.
+            if width[c] == 0 {
+                continue;
+            }
+            let pad = " ".repeat(width[c] - cell.chars().count());
+            match align.get(c) {
+                Some(Align::Right) => line.extend([pad.as_str(), cell, "  "]),
+                _ => line.extend([cell, pad.as_str(), "  "]),
+            }
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).to_vec()
+}
+
+/// `1234 ms` as people say it.
+pub(super) fn duration(ms: u64) -> String {
+    let s = ms / 1000;
+    match ms {
+        0..1000 => format!("{ms}ms"),
+        1000..60_000 => format!("{s}.{}s", ms % 1000 / 100),
+        60_000..3_600_000 => format!("{}m{:02}s", s / 60, s % 60),
+        3_600_000..86_400_000 => format!("{}h{:02}m", s / 3600, s / 60 % 60),
+        _ => format!("{}d{:02}h", s / 86_400, s / 3600 % 24),
+    }
+}
+
+/// Decimal units, one digit after the point.
+pub(super) fn bytes(n: u64) -> String {
+    let mut unit = 1u64;
+    let mut name = "B";
+    for next in ["kB", "MB", "GB", "TB", "PB"] {
+        if n / unit < 1000 {
+            break;
+        }
+        unit *= 1000;
+        name = next;
+    }
+    if unit == 1 {
+        format!("{n} B")
+    } else {
+        format!("{}.{} {name}", n / unit, n % unit * 10 / unit)
+    }
+}
+
+pub(super) fn count(n: u64, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
+}
+
+fn reasons(all: &[ReasonCount]) -> String {
+    all.iter().map(|r| format!("{} {}", r.reason, r.count)).collect::<Vec<_>>().join(", ")
+}
+
+pub(super) fn ports(out: &mut String, ports: &[PortInfo], detail: bool) {
+    if detail {
+        ports.iter().for_each(|p| port(out, p));
+        return;
+    }
+    let mut rows = vec![row([
+        "PORT",
+        "IFINDEX",
+        "STATE",
+        "PROVIDER",
+        "OFFLOAD",
+        "INSTALLED",
+        "IN-HW",
+        "PENDING",
+        "REJECTED",
+    ])];
+    rows.extend(ports.iter().map(|p| {
+        vec![
+            p.name.clone(),
+            p.ifindex.to_string(),
+            p.state.clone(),
+            p.provider.clone().unwrap_or_else(|| "-".into()),
+            p.offload.clone(),
+            p.installed.to_string(),
+            p.in_hw.to_string(),
+            p.pending.to_string(),
+            p.rejected.to_string(),
+        ]
+    }));
+    use Align::{Left, Right};
+    table(out, "", &[Left, Right, Left, Left, Left, Right, Right, Right, Right], &rows);
+    // What is wrong does not wait for somebody to ask for detail.
+    for p in ports {
+        if let Some(fault) = &p.fault {
+            let _ = writeln!(out, "{}: faulty: {fault}", p.name);
+        }
+        if p.provider.is_none() {
+            for r in &p.refusals {
+                let _ = writeln!(out, "{}: {} declined: {}", p.name, r.class, r.why);
+            }
+        }
+    }
+}
+
+fn port(out: &mut String, p: &PortInfo) {
+    let _ = write!(out, "{}: {}", p.name, p.state);
+    if let Some(provider) = &p.provider {
+        let _ = write!(out, ", provider {provider}");
+    }
+    let _ = writeln!(
+        out,
+        ", offload {}, ifindex {}, generation {}",
+        p.offload, p.ifindex, p.generation
+    );
+    let mut line = |name: &str, text: &str| {
+        if !text.is_empty() {
+            let _ = writeln!(out, "    {name:<11} {text}");
+        }
+    };
+    line("about", &p.about);
+    line("fault", p.fault.as_deref().unwrap_or(""));
+    for r in &p.refusals {
+        line("declined", &format!("{}: {}", r.class, r.why));
+    }
+    line(
+        "slots",
+        &format!(
+            "{} installed ({} in hardware), {} pending, {} rejected",
+            p.installed, p.in_hw, p.pending, p.rejected
+        ),
+    );
+    line(
+        "so far",
+        &format!(
+            "{}, {}, {}",
+            count(p.sights, "sight", "sights"),
+            count(p.adds, "rule added", "rules added"),
+            count(p.deletes, "deleted", "deleted")
+        ),
+    );
+    line(
+        "forwarded",
+        &format!(
+            "{}, {} ({} bytes)",
+            count(p.packets, "packet", "packets"),
+            bytes(p.bytes),
+            p.bytes
+        ),
+    );
+    line("rejections", &reasons(&p.reasons));
+}
+
+pub(super) fn port_added(out: &mut String, p: &PortInfo) {
+    match &p.provider {
+        Some(provider) => {
+            let _ = writeln!(out, "{} is a port, bound to {provider}", p.name);
+            if !p.about.is_empty() {
+                let _ = writeln!(out, "    {}", p.about);
+            }
+        }
+        None => {
+            let _ = writeln!(out, "{} is a port, but no provider took it", p.name);
+        }
+    }
+    for r in &p.refusals {
+        let _ = writeln!(out, "    {} declined: {}", r.class, r.why);
+    }
+}
+
+pub(super) fn conns(out: &mut String, conns: &[ConnInfo], detail: bool) {
+    for c in conns {
+        let _ = write!(out, "{}", c.original);
+        if c.reply != c.original.inverted() {
+            let _ = write!(out, "  nat, reply {}", c.reply);
+        }
+        if c.zone != 0 || detail {
+            let _ = write!(out, "  zone {}", c.zone);
+        }
+        let _ = write!(out, "  age {}", duration(c.age_ms));
+        match c.idle_ms {
+            Some(idle) => {
+                let _ = write!(out, "  idle {}", duration(idle));
+            }
+            None => out.push_str("  never used"),
+        }
+        if detail {
+            let _ = write!(out, "  epoch {}", c.epoch);
+            if let Some(id) = c.ct_id {
+                let _ = write!(out, "  ct-id {id}");
+            }
+        }
+        out.push('\n');
+        let rows: Vec<_> = c.slots.iter().map(|s| slot(s, detail)).collect();
+        table(out, "    ", &[], &rows);
+    }
+}
+
+fn slot(s: &SlotInfo, detail: bool) -> Vec<String> {
+    let mut rest = Vec::new();
+    if let Some(reason) = &s.reason {
+        rest.push(match &s.detail {
+            Some(detail) => format!("{reason}: {detail}"),
+            None => reason.clone(),
+        });
+    } else if let Some(detail) = &s.detail {
+        rest.push(detail.clone());
+    }
+    if let Some(retry) = s.retry_in_ms {
+        rest.push(format!("retry in {}", duration(retry)));
+    }
+    if s.packets > 0 || s.state == "installed" {
+        rest.push(format!("{} {}", count(s.packets, "packet", "packets"), bytes(s.bytes)));
+    }
+    if let Some(idle) = s.idle_ms {
+        rest.push(format!("idle {}", duration(idle)));
+    }
+    if detail {
+        rest.push(format!("ifindex {} generation {}", s.ifindex, s.generation));
+        if let Some(index) = s.egress_ifindex {
+            rest.push(format!("egress-ifindex {index}"));
+        }
+        if s.packets > 0 {
+            rest.push(format!("{} bytes", s.bytes));
+        }
+        if let Some(rule) = &s.rule {
+            rest.push(format!("rule {rule}"));
+        }
+        if let Some(cookie) = &s.cookie {
+            rest.push(format!("cookie {cookie}"));
+        }
+    }
+    let egress = match (&s.egress, &s.dst_mac) {
+        (Some(egress), Some(mac)) => format!("-> {egress} {mac}"),
+        (Some(egress), None) => format!("-> {egress}"),
+        _ => String::new(),
+    };
+    let hw = match s.in_hw {
+        Some(true) => "hardware",
+        Some(false) => "software",
+        None => "",
+    };
+    let nat = if s.nat { "nat" } else { "" };
+    vec![
+        s.port.clone(),
+        s.direction.to_string(),
+        s.state.clone(),
+        egress,
+        nat.to_owned(),
+        hw.to_owned(),
+        rest.join(", "),
+    ]
+}
+
+pub(super) fn providers(out: &mut String, providers: &[ProviderInfo]) {
+    let mut rows = vec![row(["PROVIDER", "PRIORITY", "PORTS", "NOTE"])];
+    rows.extend(providers.iter().map(|p| {
+        vec![p.class.clone(), p.priority.to_string(), p.ports.to_string(), p.note.clone()]
+    }));
+    use Align::{Left, Right};
+    table(out, "", &[Left, Right, Right, Left], &rows);
+}
+
+pub(super) fn stats(out: &mut String, s: &Stats) {
+    let full = if s.ledger_size > 0 && s.ledger_elements >= s.ledger_size {
+        " FULL: new connections go unseen"
+    } else {
+        ""
+    };
+    let rows = [
+        ("uptime", duration(s.uptime_ms)),
+        ("instance", format!("{:08x}", s.instance)),
+        ("connections", s.connections.to_string()),
+        (
+            "slots",
+            format!(
+                "{} installed, {} pending, {} rejected",
+                s.slots_installed, s.slots_pending, s.slots_rejected
+            ),
+        ),
+        ("sights", format!("{}, {} lost", s.sights, s.sights_lost)),
+        ("ledger", format!("{} of {}{full}", s.ledger_elements, s.ledger_size)),
+        (
+            "conntrack",
+            format!("{}, {} lost", count(s.conntrack_events, "event", "events"), s.conntrack_lost),
+        ),
+        ("sweeps", format!("{}, the last took {}", s.sweeps, duration(s.last_sweep_ms))),
+        ("rules", format!("{} added, {} deleted, {} rejected", s.adds, s.deletes, s.add_failures)),
+        ("rejections", reasons(&s.reasons)),
+    ];
+    let rows: Vec<_> = rows
+        .into_iter()
+        .filter(|(_, v)| !v.is_empty())
+        .map(|(k, v)| vec![k.to_owned(), v])
+        .collect();
+    table(out, "", &[], &rows);
+}
+
+pub(super) fn flushed(out: &mut String, f: &Flushed) {
+    let _ = writeln!(out, "{} removed", count(f.count, "rule", "rules"));
+    let rows: Vec<_> = f.ports.iter().map(|p| vec![p.port.clone(), p.count.to_string()]).collect();
+    table(out, "    ", &[Align::Left, Align::Right], &rows);
+}
+
+pub(super) fn event(out: &mut String, e: &Event) {
+    let mut words = vec![e.kind.name().to_owned()];
+    words.extend(e.port.clone());
+    words.extend(e.ifindex.map(|i| format!("ifindex {i}")));
+    words.extend(e.provider.clone());
+    words.extend(e.direction.map(|d| d.to_string()));
+    words.extend(e.tuple.map(|t| t.to_string()));
+    words.extend(e.zone.filter(|z| *z != 0).map(|z| format!("zone {z}")));
+    words.extend(e.reason.clone());
+    words.extend(e.detail.as_ref().map(|d| format!("({d})")));
+    words.extend(e.count.map(|n| count(n, "event", "events")));
+    out.push_str(&words.join(" "));
+    out.push('\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_units() {
+        assert_eq!(duration(7), "7ms");
+        assert_eq!(duration(1_299), "1.2s");
+        assert_eq!(duration(61_000), "1m01s");
+        assert_eq!(duration(3_660_000), "1h01m");
+        assert_eq!(duration(90_000_000), "1d01h");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1_250), "1.2 kB");
+        assert_eq!(bytes(u64::MAX), "18446.7 PB");
+        assert_eq!(count(1, "rule", "rules"), "1 rule");
+    }
+
+    #[test]
+    fn columns_stand_under_each_other() {
+        let mut out = String::new();
+        let rows = [row(["a", "", "long", "1"]), row(["bbb", "", "x", "22"])];
+        table(&mut out, " ", &[Align::Left, Align::Left, Align::Left, Align::Right], &rows);
+        assert_eq!(out, " a    long   1\n bbb  x     22\n");
+    }
+}

@@ -1,0 +1,274 @@
+//! Objects to and from netlink attributes.
+//!
+//! An object is a plain struct; [`attributes!`] gives each field its attribute number, once.
+//! Numbers are never reused for something else. Decoding ignores numbers it does not know (a newer
+//! daemon may say more) and refuses an object that lacks a field that is not optional.
+
+use std::io::Cursor;
+use std::net::IpAddr;
+
+use neli::consts::genl::NlAttrType;
+use neli::genl::{AttrTypeBuilder, Nlattr, NlattrBuilder};
+use neli::types::{Buffer, GenlBuffer};
+use neli::{FromBytes, FromBytesWithInput, ToBytes};
+use netdev_providers::{Direction, L4Proto, Tuple};
+
+use super::wire::WireError;
+
+/// The attributes of a message or of a nested object.
+pub(super) type Attrs = GenlBuffer<u16, Buffer>;
+
+/// `nla_len` is 16 bits wide and counts its own header of four bytes.
+const MAX_PAYLOAD: usize = u16::MAX as usize - 4;
+
+/// Longer texts are cut: none of ours is, but the kernel's and a provider's words are not ours.
+const MAX_TEXT: usize = 1024;
+
+/// One attribute. Shared with the error messages, whose numbers are an enum of neli's.
+pub(super) fn attribute<T: NlAttrType>(
+    number: T,
+    nested: bool,
+    payload: Vec<u8>,
+) -> Result<Nlattr<T, Buffer>, WireError> {
+    if payload.len() > MAX_PAYLOAD {
+        return Err(WireError::TooLarge(payload.len()));
+    }
+    let kind = AttrTypeBuilder::default()
+        .nla_type(number)
+        .nla_nested(nested)
+        .build()
+        .map_err(|e| WireError::Encode(e.to_string()))?;
+    NlattrBuilder::default()
+        .nla_type(kind)
+        .nla_payload(Buffer::from(payload))
+        .build()
+        .map_err(|e| WireError::Encode(e.to_string()))
+}
+
+/// The longest beginning of `text` that fits an attribute.
+pub(super) fn cut(text: &str) -> &str {
+    let mut end = text.len().min(MAX_TEXT);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+pub(super) fn text_payload(text: &str) -> Result<Vec<u8>, WireError> {
+    encoded(&cut(text))
+}
+
+pub(super) fn parse_text(bytes: &[u8]) -> Result<String, WireError> {
+    let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);
+    std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| WireError::Value("a text"))
+}
+
+fn encoded<T: ToBytes>(value: &T) -> Result<Vec<u8>, WireError> {
+    let mut out = Cursor::new(Vec::new());
+    value.to_bytes(&mut out).map_err(|e| WireError::Encode(e.to_string()))?;
+    Ok(out.into_inner())
+}
+
+/// A value that is the payload of one attribute.
+pub(super) trait Element: Sized {
+    /// Whether the payload is attributes again (`NLA_F_NESTED`).
+    const NESTED: bool = false;
+    fn to_payload(&self) -> Result<Vec<u8>, WireError>;
+    fn from_payload(bytes: &[u8]) -> Result<Self, WireError>;
+}
+
+/// A field of an object: an element, an `Option` of one, or a `Vec` of them (the attribute
+/// repeats).
+pub(super) trait Field: Sized {
+    fn put(&self, number: u16, out: &mut Attrs) -> Result<(), WireError>;
+    fn take(attrs: &Attrs, number: u16) -> Result<Self, WireError>;
+}
+
+/// A struct with numbered fields.
+pub(super) trait Object: Sized {
+    fn encode(&self) -> Result<Attrs, WireError>;
+    fn decode(attrs: &Attrs) -> Result<Self, WireError>;
+}
+
+fn payloads(attrs: &Attrs, number: u16) -> impl Iterator<Item = &[u8]> {
+    attrs
+        .iter()
+        .filter(move |a| *a.nla_type().nla_type() == number)
+        .map(|a| a.nla_payload().as_ref())
+}
+
+impl<T: Element> Field for T {
+    fn put(&self, number: u16, out: &mut Attrs) -> Result<(), WireError> {
+        out.push(attribute(number, T::NESTED, self.to_payload()?)?);
+        Ok(())
+    }
+
+    fn take(attrs: &Attrs, number: u16) -> Result<Self, WireError> {
+        T::from_payload(payloads(attrs, number).next().ok_or(WireError::Missing)?)
+    }
+}
+
+impl<T: Element> Field for Option<T> {
+    fn put(&self, number: u16, out: &mut Attrs) -> Result<(), WireError> {
+        self.as_ref().map_or(Ok(()), |v| v.put(number, out))
+    }
+
+    fn take(attrs: &Attrs, number: u16) -> Result<Self, WireError> {
+        payloads(attrs, number).next().map(T::from_payload).transpose()
+    }
+}
+
+impl<T: Element> Field for Vec<T> {
+    fn put(&self, number: u16, out: &mut Attrs) -> Result<(), WireError> {
+        self.iter().try_for_each(|v| v.put(number, out))
+    }
+
+    fn take(attrs: &Attrs, number: u16) -> Result<Self, WireError> {
+        payloads(attrs, number).map(T::from_payload).collect()
+    }
+}
+
+macro_rules! integers {
+    ($($int:ty),+) => {$(
+        impl Element for $int {
+            fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+                encoded(self)
+            }
+
+            fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+                if bytes.len() != size_of::<Self>() {
+                    return Err(WireError::Value(concat!("a ", stringify!($int))));
+                }
+                <$int>::from_bytes(&mut Cursor::new(bytes))
+                    .map_err(|e| WireError::Decode(e.to_string()))
+            }
+        }
+    )+};
+}
+integers!(u8, u16, u32, u64);
+
+impl Element for bool {
+    fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+        u8::from(*self).to_payload()
+    }
+
+    fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+        Ok(u8::from_payload(bytes)? != 0)
+    }
+}
+
+impl Element for String {
+    fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+        text_payload(self)
+    }
+
+    fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+        parse_text(bytes)
+    }
+}
+
+impl Element for Direction {
+    fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+        (*self as u8).to_payload()
+    }
+
+    fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+        match u8::from_payload(bytes)? {
+            0 => Ok(Self::Original),
+            1 => Ok(Self::Reply),
+            _ => Err(WireError::Value("a direction")),
+        }
+    }
+}
+
+impl Element for IpAddr {
+    /// Four or sixteen bytes, in network order.
+    fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+        Ok(match self {
+            Self::V4(a) => a.octets().to_vec(),
+            Self::V6(a) => a.octets().to_vec(),
+        })
+    }
+
+    fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+        if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+            return Ok(v4.into());
+        }
+        <[u8; 16]>::try_from(bytes).map(Into::into).map_err(|_| WireError::Value("an address"))
+    }
+}
+
+/// 1 protocol number, 2 source, 3 source port, 4 destination, 5 destination port.
+impl Element for Tuple {
+    const NESTED: bool = true;
+
+    fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+        let mut out = Attrs::new();
+        self.proto().number().put(1, &mut out)?;
+        self.src().put(2, &mut out)?;
+        self.sport().put(3, &mut out)?;
+        self.dst().put(4, &mut out)?;
+        self.dport().put(5, &mut out)?;
+        to_bytes(&out)
+    }
+
+    fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+        let attrs = from_bytes(bytes)?;
+        let proto =
+            L4Proto::from_number(u8::take(&attrs, 1)?).ok_or(WireError::Value("a protocol"))?;
+        Self::new(
+            proto,
+            IpAddr::take(&attrs, 2)?,
+            u16::take(&attrs, 3)?,
+            IpAddr::take(&attrs, 4)?,
+            u16::take(&attrs, 5)?,
+        )
+        .ok_or(WireError::Value("a tuple of one address family"))
+    }
+}
+
+pub(super) fn to_bytes(attrs: &Attrs) -> Result<Vec<u8>, WireError> {
+    encoded(attrs)
+}
+
+pub(super) fn from_bytes(bytes: &[u8]) -> Result<Attrs, WireError> {
+    Attrs::from_bytes_with_input(&mut Cursor::new(bytes), bytes.len())
+        .map_err(|e| WireError::Decode(e.to_string()))
+}
+
+/// Numbers the fields of structs: `attributes! { Name { field = 1, other = 2 } … }`. A field that is
+/// left out does not compile.
+macro_rules! attributes {
+    ($($name:ident { $($field:ident = $number:literal),* $(,)? })+) => {$(
+        impl $crate::control::attrs::Object for $name {
+            fn encode(&self) -> Result<$crate::control::attrs::Attrs, $crate::control::wire::WireError> {
+                #[allow(unused_mut)]
+                let mut out = $crate::control::attrs::Attrs::new();
+                $($crate::control::attrs::Field::put(&self.$field, $number, &mut out)
+                    .map_err(|e| e.inside(stringify!($name), stringify!($field)))?;)*
+                Ok(out)
+            }
+
+            #[allow(unused_variables)]
+            fn decode(attrs: &$crate::control::attrs::Attrs) -> Result<Self, $crate::control::wire::WireError> {
+                Ok(Self {
+                    $($field: $crate::control::attrs::Field::take(attrs, $number)
+                        .map_err(|e| e.inside(stringify!($name), stringify!($field)))?,)*
+                })
+            }
+        }
+
+        impl $crate::control::attrs::Element for $name {
+            const NESTED: bool = true;
+
+            fn to_payload(&self) -> Result<Vec<u8>, $crate::control::wire::WireError> {
+                $crate::control::attrs::to_bytes(&$crate::control::attrs::Object::encode(self)?)
+            }
+
+            fn from_payload(bytes: &[u8]) -> Result<Self, $crate::control::wire::WireError> {
+                $crate::control::attrs::Object::decode(&$crate::control::attrs::from_bytes(bytes)?)
+            }
+        }
+    )+};
+}
+pub(super) use attributes;

@@ -1,0 +1,328 @@
+//! The CLI's end.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use netdev_providers::{Tuple, Zone};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::UnixCredentials;
+
+use super::attrs::{Attrs, Object};
+use super::error::{ClientError, ErrorKind};
+use super::info::{
+    ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
+    PortDelRequest, PortFlushed, PortInfo, ProviderInfo, Stats,
+};
+use super::socket::{self, Socket};
+use super::wire::{self, Command, Envelope, Message, PORT_ID, VERSION, WireError};
+
+/// Which daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Its port id.
+    pub port_id: u32,
+    /// The user it runs as: whoever else answers is not believed.
+    pub daemon_uid: u32,
+    /// How long it may be silent.
+    pub patience: Duration,
+}
+
+impl Default for Target {
+    /// The daemon of this network namespace, run by root.
+    fn default() -> Self {
+        Self { port_id: PORT_ID, daemon_uid: 0, patience: Duration::from_secs(5) }
+    }
+}
+
+/// What came in.
+pub(super) enum Incoming {
+    /// A datagram of the daemon.
+    Messages(Vec<Envelope>),
+    /// A datagram of somebody else, unread.
+    Stranger(UnixCredentials),
+    /// The kernel says that multicasts were lost.
+    Overrun,
+    /// Nothing, in the time given.
+    Nothing,
+}
+
+/// A connection to the daemon.
+pub struct Client {
+    socket: Socket,
+    target: Target,
+    seq: u32,
+    buf: Vec<u8>,
+}
+
+fn io(call: &'static str) -> impl Fn(Errno) -> ClientError {
+    move |source| ClientError::Io { call, source }
+}
+
+impl Client {
+    /// To the daemon of the network namespace that the calling thread is in. Whether there is one
+    /// shows with the first request.
+    ///
+    /// # Errors
+    /// When the kernel gives no socket.
+    pub fn connect() -> Result<Self, ClientError> {
+        Self::connect_to(Target::default())
+    }
+
+    /// To a certain daemon.
+    ///
+    /// # Errors
+    /// When the kernel gives no socket.
+    pub fn connect_to(target: Target) -> Result<Self, ClientError> {
+        Self::open(target, None)
+    }
+
+    pub(super) fn open(target: Target, group: Option<u32>) -> Result<Self, ClientError> {
+        let socket = Socket::open().map_err(|(call, source)| ClientError::Io { call, source })?;
+        match group {
+            None => socket.bind(0).map_err(io("bind"))?,
+            Some(group) => socket.bind_to_group(group).map_err(|e| match e {
+                Errno::EPERM => ClientError::EventsDenied,
+                e => io("bind")(e),
+            })?,
+        }
+        // So that nobody but the holder of that port id can answer; who that is remains to be seen.
+        socket.connect(target.port_id).map_err(io("connect"))?;
+        Ok(Self { socket, target, seq: 0, buf: socket::buffer() })
+    }
+
+    /// All ports.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn ports(&mut self) -> Result<Vec<PortInfo>, ClientError> {
+        self.list(Command::GetPorts, Attrs::new(), Command::Port)
+    }
+
+    /// Connections.
+    ///
+    /// All of them are read before this returns: a reader that stops in the middle (`| head`)
+    /// would leave the rest to whoever takes its port id next.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn conns(&mut self, filter: &ConnFilter) -> Result<Vec<ConnInfo>, ClientError> {
+        self.list(Command::GetConns, filter.encode()?, Command::Conn)
+    }
+
+    /// Provider classes, in the order in which they are asked.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn providers(&mut self) -> Result<Vec<ProviderInfo>, ClientError> {
+        self.list(Command::GetProviders, Attrs::new(), Command::Provider)
+    }
+
+    /// The engine's counters.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn stats(&mut self) -> Result<Stats, ClientError> {
+        self.one(Command::GetStats, Attrs::new(), Command::Stats)
+    }
+
+    /// Why a connection is offloaded or not.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn explain(&mut self, tuple: &Tuple, zone: Zone) -> Result<Explain, ClientError> {
+        let request = ExplainRequest { tuple: *tuple, zone: zone.0 };
+        let mut out = Explain::default();
+        self.call(Command::Explain, request.encode()?, &mut |command, attrs| {
+            match command {
+                Command::Conn => out.conn = Some(ConnInfo::decode(attrs)?),
+                Command::Verdict => out.verdicts.push(Object::decode(attrs)?),
+                _ => return Err(WireError::Unexpected),
+            }
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    /// Removes rules.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn flush(&mut self, request: &FlushRequest) -> Result<Flushed, ClientError> {
+        let mut out = Flushed::default();
+        self.call(Command::Flush, request.encode()?, &mut |command, attrs| {
+            match command {
+                Command::Flushed => out.count = PortFlushed::decode(attrs)?.count,
+                Command::PortFlushed => out.ports.push(PortFlushed::decode(attrs)?),
+                _ => return Err(WireError::Unexpected),
+            }
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    /// Makes a netdev a port.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn port_add(&mut self, request: &PortAddRequest) -> Result<PortInfo, ClientError> {
+        self.one(Command::PortAdd, request.encode()?, Command::Port)
+    }
+
+    /// Detaches a port.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn port_del(&mut self, request: &PortDelRequest) -> Result<(), ClientError> {
+        self.simple(Command::PortDel, request.encode()?)
+    }
+
+    fn list<T: Object>(
+        &mut self,
+        command: Command,
+        attrs: Attrs,
+        kind: Command,
+    ) -> Result<Vec<T>, ClientError> {
+        let mut out = Vec::new();
+        self.call(command, attrs, &mut |command, attrs| {
+            if command != kind {
+                return Err(WireError::Unexpected);
+            }
+            out.push(T::decode(attrs)?);
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    fn one<T: Object>(
+        &mut self,
+        command: Command,
+        attrs: Attrs,
+        kind: Command,
+    ) -> Result<T, ClientError> {
+        let mut all = self.list(command, attrs, kind)?;
+        match (all.pop(), all.is_empty()) {
+            (Some(only), true) => Ok(only),
+            _ => Err(WireError::Unexpected.into()),
+        }
+    }
+
+    /// A request whose answer holds no objects.
+    pub(super) fn simple(&mut self, command: Command, attrs: Attrs) -> Result<(), ClientError> {
+        self.call(command, attrs, &mut |_, _| Err(WireError::Unexpected))
+    }
+
+    /// Sends a request and hands each object of the answer to `each`.
+    fn call(
+        &mut self,
+        command: Command,
+        attrs: Attrs,
+        each: &mut dyn FnMut(Command, &Attrs) -> Result<(), WireError>,
+    ) -> Result<(), ClientError> {
+        self.seq = self.seq.wrapping_add(1);
+        self.send(command, attrs)?;
+        let mut deadline = Instant::now() + self.target.patience;
+        loop {
+            let wait = deadline.saturating_duration_since(Instant::now());
+            let messages = match self.receive(wait)? {
+                Incoming::Messages(messages) => messages,
+                Incoming::Stranger(who) => {
+                    return Err(ClientError::Impostor {
+                        pid: who.pid(),
+                        uid: who.uid(),
+                        expected: self.target.daemon_uid,
+                    });
+                }
+                Incoming::Overrun => continue,
+                Incoming::Nothing => return Err(ClientError::NoAnswer(self.target.patience)),
+            };
+            let mut more = false;
+            for Envelope { seq, message } in messages {
+                // An answer to a request that was given up, or an event.
+                if seq != self.seq
+                    || matches!(message, Message::Object { command: Command::Event, .. })
+                {
+                    continue;
+                }
+                deadline = Instant::now() + self.target.patience;
+                match message {
+                    Message::Done | Message::Ack => return Ok(()),
+                    Message::Refused(e) => return Err(e.into()),
+                    Message::Object { version, .. } if version != VERSION => {
+                        return Err(ClientError::Version { daemon: version, ours: VERSION });
+                    }
+                    Message::Object { command: Command::Working, .. } => {}
+                    Message::Object { command, attrs, .. } => {
+                        each(command, &attrs)?;
+                        more = true;
+                    }
+                }
+            }
+            if more {
+                self.send(Command::Next, Attrs::new())?;
+            }
+        }
+    }
+
+    /// Sends a request with the present sequence number.
+    pub(super) fn send(&mut self, command: Command, attrs: Attrs) -> Result<(), ClientError> {
+        let datagram = wire::request(command, self.seq, attrs)?;
+        let deadline = Instant::now() + self.target.patience;
+        loop {
+            match self.socket.send_connected(&datagram) {
+                Ok(()) => return Ok(()),
+                Err(Errno::ECONNREFUSED) => return Err(ClientError::NotRunning),
+                // Its buffer is full: netlink has no way to wait for room without blocking.
+                Err(Errno::EAGAIN) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(Errno::EAGAIN) => return Err(ClientError::NoAnswer(self.target.patience)),
+                Err(e) => return Err(io("sendmsg")(e)),
+            }
+        }
+    }
+
+    /// The next datagram, and whether it is the daemon's.
+    pub(super) fn receive(&mut self, at_most: Duration) -> Result<Incoming, ClientError> {
+        let deadline = Instant::now() + at_most;
+        loop {
+            let got = match self.socket.receive(&mut self.buf) {
+                Ok(got) => got,
+                Err(Errno::ENOBUFS) => return Ok(Incoming::Overrun),
+                Err(Errno::EAGAIN) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(Incoming::Nothing);
+                    }
+                    // Rounded up, so that the last millisecond is not spun away.
+                    let left = left + Duration::from_millis(1);
+                    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+                    let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+                    match poll(&mut fds, timeout) {
+                        Ok(_) | Err(Errno::EINTR) => continue,
+                        Err(e) => return Err(io("poll")(e)),
+                    }
+                }
+                Err(e) => return Err(io("recvmsg")(e)),
+            };
+            if got.sender.uid() != self.target.daemon_uid {
+                return Ok(Incoming::Stranger(got.sender));
+            }
+            if got.truncated {
+                return Err(WireError::Truncated.into());
+            }
+            return Ok(Incoming::Messages(wire::parse(&self.buf[..got.len])?));
+        }
+    }
+}
+
+impl ClientError {
+    /// The class of the daemon's refusal, if it was one.
+    #[must_use]
+    pub fn kind(&self) -> Option<ErrorKind> {
+        match self {
+            Self::Refused(e) => Some(e.kind),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! What can go wrong, on either side.
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::wire::WireError;
+
+/// The class of a refusal. Travels as an errno; the CLI makes its exit code of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// No such port, connection or netdev (`ENOENT`).
+    NotFound,
+    /// The netdev is a port already (`EEXIST`).
+    AlreadyBound,
+    /// A value of the request makes no sense (`EINVAL`).
+    InvalidArgument,
+    /// This daemon, kernel or netdev cannot do that (`EOPNOTSUPP`).
+    Unsupported,
+    /// The caller may not do that (`EPERM`).
+    Permission,
+    /// Too much is asked at once, or a dump was given up because nobody read it (`EBUSY`).
+    Busy,
+    /// The two programs speak different versions of the protocol (`EPROTONOSUPPORT`).
+    Version,
+    /// Anything else (`EIO`).
+    Internal,
+}
+
+impl ErrorKind {
+    /// The errno that stands for it on the wire.
+    #[must_use]
+    pub const fn errno(self) -> Errno {
+        match self {
+            Self::NotFound => Errno::ENOENT,
+            Self::AlreadyBound => Errno::EEXIST,
+            Self::InvalidArgument => Errno::EINVAL,
+            Self::Unsupported => Errno::EOPNOTSUPP,
+            Self::Permission => Errno::EPERM,
+            Self::Busy => Errno::EBUSY,
+            Self::Version => Errno::EPROTONOSUPPORT,
+            Self::Internal => Errno::EIO,
+        }
+    }
+
+    /// What an errno of the wire stands for; one that is not ours is [`Self::Internal`].
+    #[must_use]
+    pub const fn from_errno(errno: Errno) -> Self {
+        match errno {
+            Errno::ENOENT => Self::NotFound,
+            Errno::EEXIST => Self::AlreadyBound,
+            Errno::EINVAL => Self::InvalidArgument,
+            Errno::EOPNOTSUPP => Self::Unsupported,
+            Errno::EPERM => Self::Permission,
+            Errno::EBUSY => Self::Busy,
+            Errno::EPROTONOSUPPORT => Self::Version,
+            _ => Self::Internal,
+        }
+    }
+}
+
+/// A refusal by the daemon: its class, and one line for people.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ControlError {
+    /// The class.
+    pub kind: ErrorKind,
+    /// What exactly, without the class's name and without a final dot.
+    pub message: String,
+}
+
+impl ControlError {
+    /// A refusal of this class.
+    #[must_use]
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+
+    /// [`ErrorKind::NotFound`].
+    #[must_use]
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::NotFound, message)
+    }
+
+    /// [`ErrorKind::InvalidArgument`].
+    #[must_use]
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::InvalidArgument, message)
+    }
+
+    /// [`ErrorKind::Internal`].
+    #[must_use]
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Internal, message)
+    }
+}
+
+/// Why there is no control server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The port id is taken.
+    #[error(
+        "another process holds the control port id {port_id} in this network namespace: a second daemon?"
+    )]
+    AlreadyRunning {
+        /// Which port id.
+        port_id: u32,
+    },
+    /// A system call failed.
+    #[error("control socket: {call}")]
+    Io {
+        /// Which.
+        call: &'static str,
+        /// How.
+        #[source]
+        source: Errno,
+    },
+}
+
+/// Why the daemon's answer is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody has the daemon's port id in this network namespace.
+    #[error("the daemon is not running in this network namespace")]
+    NotRunning,
+    /// Nothing came in time.
+    #[error("the daemon does not answer (waited {0:?})")]
+    NoAnswer(Duration),
+    /// The port id is held by somebody who is not the daemon.
+    #[error(
+        "process {pid} of uid {uid} answers in the daemon's place: expected uid {expected} (a daemon that runs as another user needs --daemon-uid)"
+    )]
+    Impostor {
+        /// The answering process.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+        /// The user it should have been.
+        expected: u32,
+    },
+    /// The daemon is of another release.
+    #[error(
+        "the daemon speaks version {daemon} of the control protocol, this program version {ours}: use programs of one release"
+    )]
+    Version {
+        /// The daemon's version.
+        daemon: u8,
+        /// Ours.
+        ours: u8,
+    },
+    /// The kernel gives multicast messages of this family to `CAP_NET_ADMIN` only.
+    #[error("events go to processes with CAP_NET_ADMIN only")]
+    EventsDenied,
+    /// The daemon refused.
+    #[error(transparent)]
+    Refused(#[from] ControlError),
+    /// The daemon's bytes make no sense.
+    #[error("the daemon's answer")]
+    Protocol(#[from] WireError),
+    /// A system call failed.
+    #[error("control socket: {call}")]
+    Io {
+        /// Which.
+        call: &'static str,
+        /// How.
+        #[source]
+        source: Errno,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_survives_the_wire() {
+        for kind in [
+            ErrorKind::NotFound,
+            ErrorKind::AlreadyBound,
+            ErrorKind::InvalidArgument,
+            ErrorKind::Unsupported,
+            ErrorKind::Permission,
+            ErrorKind::Busy,
+            ErrorKind::Version,
+            ErrorKind::Internal,
+        ] {
+            assert_eq!(ErrorKind::from_errno(kind.errno()), kind);
+        }
+        assert_eq!(ErrorKind::from_errno(Errno::ENOMEM), ErrorKind::Internal);
+    }
+}

@@ -1,0 +1,558 @@
+//! What the daemon tells and is asked, as plain structs.
+//!
+//! Field names are the names in the CLI's `-j` output: stable. Attribute numbers (at the end of the
+//! file) are stable too.
+
+use netdev_providers::{Direction, Tuple};
+use serde::{Serialize, Serializer};
+
+use super::attrs::attributes;
+
+/// A port and what it has done so far.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct PortInfo {
+    /// The netdev's index.
+    pub ifindex: u32,
+    /// Its name, at present.
+    pub name: String,
+    /// Which life of the port this is.
+    pub generation: u32,
+    /// The class of the provider it is bound to.
+    pub provider: Option<String>,
+    /// What the provider found out about the netdev, in one line.
+    pub about: String,
+    /// Where rules may live: `both`, `skip_sw`, `skip_hw`.
+    pub offload: String,
+    /// `bound`, `unbound`, `draining`, `faulty`.
+    pub state: String,
+    /// What made it faulty.
+    pub fault: Option<String>,
+    /// Why classes that were asked earlier did not bind it.
+    pub refusals: Vec<Refusal>,
+    /// Slots with an operation in flight or queued.
+    pub pending: u64,
+    /// Slots with a rule.
+    pub installed: u64,
+    /// Slots that were rejected.
+    pub rejected: u64,
+    /// Rules that the NIC has taken.
+    pub in_hw: u64,
+    /// First packets of a direction of a connection seen here.
+    pub sights: u64,
+    /// Rules installed so far.
+    pub adds: u64,
+    /// Rules removed so far.
+    pub deletes: u64,
+    /// Packets that rules have forwarded.
+    pub packets: u64,
+    /// Bytes that rules have forwarded.
+    pub bytes: u64,
+    /// Rejections so far, by reason.
+    pub reasons: Vec<ReasonCount>,
+}
+
+/// Why a provider class did not bind a netdev.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct Refusal {
+    /// The class.
+    pub class: String,
+    /// Its words.
+    pub why: String,
+}
+
+/// How often something was rejected for a reason.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct ReasonCount {
+    /// The stable name of the reason.
+    pub reason: String,
+    /// How often.
+    pub count: u64,
+}
+
+/// A connection and where it is offloaded.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct ConnInfo {
+    /// Which incarnation of the tuple.
+    pub epoch: u64,
+    /// The conntrack zone.
+    pub zone: u16,
+    /// conntrack's own id.
+    pub ct_id: Option<u32>,
+    /// Packets of the originator, as they arrive.
+    #[serde(serialize_with = "tuple_json")]
+    pub original: Tuple,
+    /// Packets of the responder, as they arrive.
+    #[serde(serialize_with = "tuple_json")]
+    pub reply: Tuple,
+    /// How long the engine has known it.
+    pub age_ms: u64,
+    /// How long ago a packet was last seen, in any direction on any port; `None`: never since it
+    /// was offloaded.
+    pub idle_ms: Option<u64>,
+    /// One for each port and direction that has seen it.
+    pub slots: Vec<SlotInfo>,
+}
+
+/// The offload state of one direction of a connection on one port.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct SlotInfo {
+    /// The port's name.
+    pub port: String,
+    /// Its netdev's index.
+    pub ifindex: u32,
+    /// Which life of it.
+    pub generation: u32,
+    /// Which packets.
+    #[serde(serialize_with = "display_json")]
+    pub direction: Direction,
+    /// `pending`, `installed`, `deleting`, `rejected`, `empty`.
+    pub state: String,
+    /// Why it was rejected: the stable name.
+    pub reason: Option<String>,
+    /// The kernel's or the provider's words about that.
+    pub detail: Option<String>,
+    /// When it will be tried again; `None`: not by itself.
+    pub retry_in_ms: Option<u64>,
+    /// The netdev the packets leave by.
+    pub egress: Option<String>,
+    /// Its index.
+    pub egress_ifindex: Option<u32>,
+    /// The next hop's MAC address.
+    pub dst_mac: Option<String>,
+    /// Whether addresses or ports change on the way.
+    pub nat: bool,
+    /// Whether the NIC has taken the rule, where that is known.
+    pub in_hw: Option<bool>,
+    /// Packets that the rule has forwarded.
+    pub packets: u64,
+    /// Bytes that the rule has forwarded.
+    pub bytes: u64,
+    /// How long ago the rule last forwarded one.
+    pub idle_ms: Option<u64>,
+    /// The cookie in the rule, as hexadecimal digits.
+    pub cookie: Option<String>,
+    /// The provider's name for the rule.
+    pub rule: Option<String>,
+}
+
+/// A provider class.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct ProviderInfo {
+    /// Its name.
+    pub class: String,
+    /// Its place in the order in which classes are asked: the smallest first.
+    pub priority: u32,
+    /// Ports bound to it.
+    pub ports: u64,
+    /// What there is to say of it, in one line.
+    pub note: String,
+}
+
+/// The engine's counters.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct Stats {
+    /// The number in the cookies of this daemon's rules.
+    pub instance: u32,
+    /// How long it has run.
+    pub uptime_ms: u64,
+    /// Connections it knows.
+    pub connections: u64,
+    /// Slots with a rule.
+    pub slots_installed: u64,
+    /// Slots with an operation in flight or queued.
+    pub slots_pending: u64,
+    /// Slots that were rejected.
+    pub slots_rejected: u64,
+    /// Sights received.
+    pub sights: u64,
+    /// Sights that were lost on the way (and found again through the ledger).
+    pub sights_lost: u64,
+    /// Elements of the kernel's ledger of sights.
+    pub ledger_elements: u64,
+    /// How many it can hold: a full ledger is blind.
+    pub ledger_size: u64,
+    /// conntrack events received.
+    pub conntrack_events: u64,
+    /// conntrack events lost.
+    pub conntrack_lost: u64,
+    /// Usage sweeps done.
+    pub sweeps: u64,
+    /// How long the last one took.
+    pub last_sweep_ms: u64,
+    /// Rules installed so far.
+    pub adds: u64,
+    /// Rules removed so far.
+    pub deletes: u64,
+    /// Adds that were rejected so far.
+    pub add_failures: u64,
+    /// The same, by reason.
+    pub reasons: Vec<ReasonCount>,
+}
+
+/// Why a connection is offloaded or not.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct Explain {
+    /// The connection, where the engine knows it.
+    pub conn: Option<ConnInfo>,
+    /// What each port does with it.
+    pub verdicts: Vec<PortVerdict>,
+}
+
+/// What one port does with one direction of a connection.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct PortVerdict {
+    /// The port's name.
+    pub port: String,
+    /// Its netdev's index.
+    pub ifindex: u32,
+    /// Which packets.
+    #[serde(serialize_with = "display_json")]
+    pub direction: Direction,
+    /// One sentence, without a final dot.
+    pub verdict: String,
+    /// What can be done about it: one sentence, without a final dot.
+    pub help: Option<String>,
+}
+
+/// Which connections are asked for; what is `None` does not matter.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ConnFilter {
+    /// Those with a slot on this port.
+    pub port: Option<String>,
+    /// Those of this zone.
+    pub zone: Option<u16>,
+    /// Those with this tuple, as original or as reply.
+    pub tuple: Option<Tuple>,
+}
+
+/// Which connection is to be explained.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExplainRequest {
+    /// Its original or its reply tuple.
+    pub tuple: Tuple,
+    /// Its zone.
+    pub zone: u16,
+}
+
+/// What is to be flushed. Connections live on in software.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FlushRequest {
+    /// Slots of this port.
+    pub port: Option<String>,
+    /// Connections of this zone.
+    pub zone: Option<u16>,
+    /// The connection with this tuple, as original or as reply.
+    pub tuple: Option<Tuple>,
+    /// Everything. The daemon refuses a request with neither this nor a filter.
+    pub all: bool,
+}
+
+/// What a flush removed.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct Flushed {
+    /// How many rules, on all ports together.
+    pub count: u64,
+    /// How many on each port that had some.
+    pub ports: Vec<PortFlushed>,
+}
+
+/// What a flush removed on one port.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct PortFlushed {
+    /// The port's name.
+    pub port: String,
+    /// How many rules.
+    pub count: u64,
+}
+
+/// Which netdev is to become a port.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PortAddRequest {
+    /// Its name.
+    pub name: String,
+    /// The classes to ask, in this order; empty: as configured.
+    pub providers: Vec<String>,
+    /// Where rules may live (`both`, `skip_sw`, `skip_hw`); `None`: as configured.
+    pub offload: Option<String>,
+}
+
+/// Which port is to go.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PortDelRequest {
+    /// Its netdev's name.
+    pub name: String,
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, Default, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// A netdev became a port.
+    #[default]
+    PortAdded,
+    /// A port went.
+    PortDeleted,
+    /// A rule was installed.
+    Installed,
+    /// An offer was rejected.
+    Rejected,
+    /// A rule was removed.
+    Deleted,
+    /// Events were lost here. Made by the receiver, never sent.
+    Lost,
+}
+
+impl EventKind {
+    /// The name in output.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PortAdded => "port-added",
+            Self::PortDeleted => "port-deleted",
+            Self::Installed => "installed",
+            Self::Rejected => "rejected",
+            Self::Deleted => "deleted",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+/// Something that happened in the engine.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct Event {
+    /// What.
+    pub kind: EventKind,
+    /// On which port.
+    pub port: Option<String>,
+    /// Its netdev's index.
+    pub ifindex: Option<u32>,
+    /// Its provider.
+    pub provider: Option<String>,
+    /// The connection's zone.
+    pub zone: Option<u16>,
+    /// The original tuple of the connection.
+    #[serde(serialize_with = "optional_tuple_json")]
+    pub tuple: Option<Tuple>,
+    /// Which of its directions.
+    #[serde(serialize_with = "optional_display_json")]
+    pub direction: Option<Direction>,
+    /// The stable name of the reason of a rejection.
+    pub reason: Option<String>,
+    /// The kernel's or the provider's words.
+    pub detail: Option<String>,
+    /// How many events were lost, where that is known.
+    pub count: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct TupleJson {
+    proto: String,
+    src: String,
+    sport: u16,
+    dst: String,
+    dport: u16,
+}
+
+impl From<&Tuple> for TupleJson {
+    fn from(t: &Tuple) -> Self {
+        Self {
+            proto: t.proto().to_string(),
+            src: t.src().to_string(),
+            sport: t.sport(),
+            dst: t.dst().to_string(),
+            dport: t.dport(),
+        }
+    }
+}
+
+fn tuple_json<S: Serializer>(tuple: &Tuple, to: S) -> Result<S::Ok, S::Error> {
+    TupleJson::from(tuple).serialize(to)
+}
+
+fn optional_tuple_json<S: Serializer>(tuple: &Option<Tuple>, to: S) -> Result<S::Ok, S::Error> {
+    tuple.as_ref().map(TupleJson::from).serialize(to)
+}
+
+fn display_json<S: Serializer>(value: &impl ToString, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&value.to_string())
+}
+
+fn optional_display_json<S: Serializer>(
+    value: &Option<impl ToString>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    value.as_ref().map(ToString::to_string).serialize(to)
+}
+
+mod codec {
+    use super::EventKind;
+    use crate::control::attrs::Element;
+    use crate::control::wire::WireError;
+
+    impl Element for EventKind {
+        fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+            (*self as u8).to_payload()
+        }
+
+        fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+            Ok(match u8::from_payload(bytes)? {
+                0 => Self::PortAdded,
+                1 => Self::PortDeleted,
+                2 => Self::Installed,
+                3 => Self::Rejected,
+                4 => Self::Deleted,
+                _ => return Err(WireError::Value("a known kind of event")),
+            })
+        }
+    }
+}
+
+attributes! {
+    PortInfo {
+        ifindex = 1, name = 2, generation = 3, provider = 4, about = 5, offload = 6, state = 7,
+        fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
+        sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
+    }
+    Refusal { class = 1, why = 2 }
+    ReasonCount { reason = 1, count = 2 }
+    ConnInfo {
+        epoch = 1, zone = 2, ct_id = 3, original = 4, reply = 5, age_ms = 6, idle_ms = 7, slots = 8,
+    }
+    SlotInfo {
+        port = 1, ifindex = 2, generation = 3, direction = 4, state = 5, reason = 6, detail = 7,
+        retry_in_ms = 8, egress = 9, egress_ifindex = 10, dst_mac = 11, nat = 12, in_hw = 13,
+        packets = 14, bytes = 15, idle_ms = 16, cookie = 17, rule = 18,
+    }
+    ProviderInfo { class = 1, priority = 2, ports = 3, note = 4 }
+    Stats {
+        instance = 1, uptime_ms = 2, connections = 3, slots_installed = 4, slots_pending = 5,
+        slots_rejected = 6, sights = 7, sights_lost = 8, ledger_elements = 9, ledger_size = 10,
+        conntrack_events = 11, conntrack_lost = 12, sweeps = 13, last_sweep_ms = 14, adds = 15,
+        deletes = 16, add_failures = 17, reasons = 18,
+    }
+    PortVerdict { port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5 }
+    ConnFilter { port = 1, zone = 2, tuple = 3 }
+    ExplainRequest { tuple = 1, zone = 2 }
+    FlushRequest { port = 1, zone = 2, tuple = 3, all = 4 }
+    PortFlushed { port = 1, count = 2 }
+    PortAddRequest { name = 1, providers = 2, offload = 3 }
+    PortDelRequest { name = 1 }
+    Event {
+        kind = 1, port = 2, ifindex = 3, provider = 4, zone = 5, tuple = 6, direction = 7,
+        reason = 8, detail = 9, count = 10,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::attrs::{Attrs, Element, Field, Object, from_bytes};
+    use crate::control::wire::WireError;
+    use proptest::prelude::*;
+
+    prop_compose! {
+        fn tuples()(udp: bool, v6: bool, a: [u8; 16], b: [u8; 16], sport: u16, dport: u16) -> Tuple {
+            let ip = |x: [u8; 16]| if v6 { std::net::IpAddr::from(x) } else { [x[0], x[1], x[2], x[3]].into() };
+            let proto = if udp { netdev_providers::L4Proto::Udp } else { netdev_providers::L4Proto::Tcp };
+            Tuple::new(proto, ip(a), sport, ip(b), dport).unwrap()
+        }
+    }
+
+    prop_compose! {
+        fn slots()(
+            port in "[a-z0-9é]{0,15}", ifindex: u32, reply: bool, state in "[a-z]{1,9}",
+            reason in proptest::option::of("[a-z-]{0,20}"), retry_in_ms: Option<u64>, nat: bool,
+            in_hw: Option<bool>, packets: u64, egress_ifindex: Option<u32>,
+        ) -> SlotInfo {
+            SlotInfo {
+                port, ifindex, generation: 9,
+                direction: if reply { Direction::Reply } else { Direction::Original },
+                state, detail: reason.clone(), reason, retry_in_ms, egress: None, egress_ifindex,
+                dst_mac: None, nat, in_hw, packets, bytes: 1, idle_ms: None, cookie: None, rule: None,
+            }
+        }
+    }
+
+    prop_compose! {
+        fn conns()(
+            epoch: u64, zone: u16, ct_id: Option<u32>, original in tuples(), reply in tuples(),
+            age_ms: u64, idle_ms: Option<u64>, slots in proptest::collection::vec(slots(), 0..5),
+        ) -> ConnInfo {
+            ConnInfo { epoch, zone, ct_id, original, reply, age_ms, idle_ms, slots }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_object_reads_back_what_it_writes(conn in conns()) {
+            let payload = conn.to_payload().unwrap();
+            prop_assert_eq!(ConnInfo::from_payload(&payload).unwrap(), conn);
+        }
+
+        #[test]
+        fn a_damaged_object_is_an_error_or_another_object(conn in conns(), at: prop::sample::Index, to: u8) {
+            let mut payload = conn.to_payload().unwrap();
+            let at = at.index(payload.len());
+            payload[at] = to;
+            let _ = ConnInfo::from_payload(&payload);
+            payload.truncate(at);
+            let _ = ConnInfo::from_payload(&payload);
+        }
+
+        #[test]
+        fn no_bytes_make_an_object_panic(b in proptest::collection::vec(any::<u8>(), 0..120)) {
+            let _ = ConnInfo::from_payload(&b);
+            let _ = PortInfo::from_payload(&b);
+            let _ = Event::from_payload(&b);
+            let _ = FlushRequest::from_payload(&b);
+            let _ = Tuple::from_payload(&b);
+        }
+    }
+
+    #[test]
+    fn an_unknown_attribute_is_ignored() {
+        let mut attrs = ReasonCount { reason: "busy".into(), count: 3 }.encode().unwrap();
+        "from a newer daemon".to_owned().put(999, &mut attrs).unwrap();
+        assert_eq!(ReasonCount::decode(&attrs).unwrap().count, 3);
+    }
+
+    #[test]
+    fn a_missing_attribute_is_named() {
+        let mut attrs = Attrs::new();
+        "busy".to_owned().put(1, &mut attrs).unwrap();
+        let e = ReasonCount::decode(&attrs).unwrap_err();
+        assert_eq!(e.to_string(), "ReasonCount.count: an attribute is missing");
+        let mut attrs = Attrs::new();
+        1u32.put(1, &mut attrs).unwrap();
+        assert!(matches!(ReasonCount::decode(&attrs), Err(WireError::Field { .. })));
+    }
+
+    #[test]
+    fn a_tuple_of_two_families_on_the_wire_is_refused() {
+        let t: Tuple = "tcp 192.0.2.1:1 > 192.0.2.2:2".parse().unwrap();
+        let mut attrs = from_bytes(&t.to_payload().unwrap()).unwrap();
+        let mut other = Attrs::new();
+        for a in attrs.iter_mut() {
+            if *a.nla_type().nla_type() == 4 {
+                std::net::IpAddr::from([0u8; 16]).put(4, &mut other).unwrap();
+            } else {
+                other.push(a.clone());
+            }
+        }
+        assert!(Tuple::from_payload(&crate::control::attrs::to_bytes(&other).unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_tuple_is_structured_in_json() {
+        let e = Event {
+            tuple: "udp [2001:db8::1]:53 > [2001:db8::2]:5353".parse().ok(),
+            ..Event::default()
+        };
+        let json = serde_json::to_value(&e).unwrap();
+        assert_eq!(
+            json["tuple"],
+            serde_json::json!({"proto": "udp", "src": "2001:db8::1", "sport": 53, "dst": "2001:db8::2", "dport": 5353})
+        );
+        assert_eq!(json["kind"], EventKind::PortAdded.name());
+    }
+}

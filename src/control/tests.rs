@@ -1,0 +1,298 @@
+//! The server over real sockets, asked by clients that do not behave.
+//!
+//! As root each test has a network namespace of its own; otherwise a port id of its own.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use neli::consts::nl::NlmF;
+use netdev_providers::{Tuple, Zone};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::geteuid;
+
+use super::attrs::{Attrs, Object};
+use super::client::Incoming;
+use super::info::*;
+use super::socket::{Socket, buffer};
+use super::wire::{self, Command, Message};
+use super::*;
+
+struct Fake;
+
+fn tuple() -> Tuple {
+    "tcp 10.0.0.1:1 > 10.0.0.2:2".parse().unwrap()
+}
+
+impl ControlHandler for Fake {
+    fn ports(&self) -> Result<Vec<PortInfo>, ControlError> {
+        Ok(vec![PortInfo { name: "eth0".into(), ..PortInfo::default() }])
+    }
+    fn conns(&self, filter: &ConnFilter) -> Result<ConnDump, ControlError> {
+        let n = u64::from(filter.zone.unwrap_or(3));
+        Ok(Box::new((0..n).map(|epoch| ConnInfo {
+            epoch,
+            zone: 0,
+            ct_id: None,
+            original: tuple(),
+            reply: tuple().inverted(),
+            age_ms: 0,
+            idle_ms: None,
+            slots: vec![],
+        })))
+    }
+    fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError> {
+        panic!("on purpose");
+    }
+    fn stats(&self) -> Result<Stats, ControlError> {
+        Ok(Stats::default())
+    }
+    fn explain(&self, _: &Tuple, zone: Zone) -> Result<Explain, ControlError> {
+        let conns = self.conns(&ConnFilter::default())?;
+        let verdicts = (0..zone.0)
+            .map(|n| PortVerdict {
+                port: format!("port{n}"),
+                ifindex: n.into(),
+                direction: netdev_providers::Direction::Reply,
+                verdict: "v".repeat(200),
+                help: None,
+            })
+            .collect();
+        Ok(Explain { conn: conns.last(), verdicts })
+    }
+    fn flush(&self, _: &FlushRequest) -> Result<Flushed, ControlError> {
+        Ok(Flushed { count: 3, ports: vec![PortFlushed { port: "eth0".into(), count: 3 }] })
+    }
+    fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {
+        std::thread::sleep(Duration::from_millis(2500));
+        Ok(PortInfo { name: request.name.clone(), ..PortInfo::default() })
+    }
+    fn port_del(&self, _: &PortDelRequest) -> Result<(), ControlError> {
+        Err(ControlError::internal("x".repeat(100_000)))
+    }
+}
+
+/// A server while `test` runs.
+fn serve(test: impl FnOnce(Target, &Publisher)) {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let mut port_id = PORT_ID;
+    if geteuid().is_root() {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    } else {
+        port_id = 0x1000_0000 + std::process::id() * 64 + NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    let server = Server::bind_to(port_id, Access::default()).unwrap();
+    let stop = AtomicBool::new(false);
+    let (publisher, waker) = (server.publisher(), server.waker());
+    /// Also when the test panics.
+    struct Stop<'a>(&'a AtomicBool, Waker);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+            self.1.wake();
+        }
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| server.run(&Fake, || stop.load(Ordering::Relaxed)).unwrap());
+        let _stop = Stop(&stop, waker);
+        let target = Target { port_id, daemon_uid: geteuid().as_raw(), ..Target::default() };
+        test(target, &publisher);
+    });
+}
+
+/// What comes back for a datagram of any kind.
+fn ask(target: Target, datagram: &[u8]) -> Vec<Message> {
+    let socket = Socket::open().unwrap();
+    socket.bind(0).unwrap();
+    socket.send_to(target.port_id, datagram).unwrap();
+    let mut buf = buffer();
+    for _ in 0..400 {
+        if let Ok(got) = socket.receive(&mut buf) {
+            let all = wire::parse(&buf[..got.len]).unwrap();
+            return all.into_iter().map(|e| e.message).collect();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("no answer")
+}
+
+fn refused(messages: &[Message]) -> &ControlError {
+    match messages {
+        [Message::Refused(e)] => e,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn a_second_daemon_is_told_so() {
+    serve(|target, _| {
+        let second = Server::bind_to(target.port_id, Access::default());
+        assert!(matches!(second, Err(ServerError::AlreadyRunning { .. })));
+    });
+}
+
+#[test]
+fn no_daemon_is_not_running() {
+    serve(|target, _| {
+        let mut client =
+            Client::connect_to(Target { port_id: target.port_id + 1_000_000, ..target }).unwrap();
+        assert!(matches!(client.stats(), Err(ClientError::NotRunning)));
+    });
+}
+
+#[test]
+fn an_answer_of_another_user_is_not_believed() {
+    serve(|target, _| {
+        let uid = target.daemon_uid;
+        let mut client = Client::connect_to(Target { daemon_uid: uid + 1, ..target }).unwrap();
+        let e = client.stats().unwrap_err();
+        assert!(matches!(e, ClientError::Impostor { uid: u, .. } if u == uid), "{e}");
+    });
+}
+
+#[test]
+fn long_answers_come_in_many_datagrams() {
+    serve(|target, _| {
+        let mut client = Client::connect_to(target).unwrap();
+        let all =
+            client.conns(&ConnFilter { zone: Some(20_000), ..ConnFilter::default() }).unwrap();
+        assert!(all.iter().map(|c| c.epoch).eq(0..20_000));
+        for n in 0..300 {
+            // Every length around the size of a datagram, also where only the end does not fit.
+            let some =
+                client.conns(&ConnFilter { zone: Some(n), ..ConnFilter::default() }).unwrap();
+            assert_eq!(some.len(), usize::from(n));
+        }
+        let e = client.explain(&tuple(), Zone(1000)).unwrap();
+        assert_eq!(e.verdicts.len(), 1000);
+        assert!(e.conn.is_some());
+    });
+}
+
+#[test]
+fn an_unread_answer_holds_up_nobody_and_is_nobody_elses() {
+    serve(|target, _| {
+        let filter = ConnFilter { zone: Some(20_000), ..ConnFilter::default() }.encode().unwrap();
+        let begin = wire::request(Command::GetConns, 1, filter).unwrap();
+        let messages = ask(target, &begin);
+        assert!(!messages.contains(&Message::Done), "there is more");
+        assert_eq!(Client::connect_to(target).unwrap().ports().unwrap().len(), 1);
+        // `ask` has closed its socket; another one asks for the rest.
+        let next = wire::request(Command::Next, 2, Attrs::new()).unwrap();
+        assert_eq!(refused(&ask(target, &next)).kind, ErrorKind::Busy);
+    });
+}
+
+#[test]
+fn a_request_of_another_version_is_told_so() {
+    serve(|target, _| {
+        let b = wire::versioned(NlmF::REQUEST, Command::GetStats, 9, 1, Attrs::new()).unwrap();
+        let messages = ask(target, &b);
+        let e = refused(&messages);
+        assert_eq!(e.kind, ErrorKind::Version);
+        assert!(e.message.contains("speaks version 1") && e.message.contains("version 9"), "{e}");
+    });
+}
+
+#[test]
+fn nonsense_is_refused_and_does_no_harm() {
+    serve(|target, _| {
+        let empty = |command| wire::request(command, 1, Attrs::new()).unwrap();
+        for (bytes, kind) in [
+            (vec![0; 3], ErrorKind::InvalidArgument),
+            (vec![0xff; 4000], ErrorKind::InvalidArgument),
+            (vec![0; wire::MAX_DATAGRAM + 1], ErrorKind::InvalidArgument),
+            (wire::done(1).unwrap(), ErrorKind::InvalidArgument),
+            (
+                [empty(Command::GetPorts), empty(Command::GetPorts)].concat(),
+                ErrorKind::InvalidArgument,
+            ),
+            (empty(Command::Explain), ErrorKind::InvalidArgument),
+            (empty(Command::Port), ErrorKind::Unsupported),
+            (
+                wire::request(Command::Flush, 1, FlushRequest::default().encode().unwrap())
+                    .unwrap(),
+                ErrorKind::InvalidArgument,
+            ),
+        ] {
+            assert_eq!(refused(&ask(target, &bytes)).kind, kind, "{:?}", &bytes[..3]);
+        }
+        let mut client = Client::connect_to(target).unwrap();
+        let e = client.providers().unwrap_err();
+        assert_eq!(e.to_string(), "the daemon panicked: on purpose");
+        let e = client.port_del(&PortDelRequest::default()).unwrap_err();
+        assert!(e.to_string().starts_with("xxx"));
+        assert_eq!(client.ports().unwrap()[0].name, "eth0");
+    });
+}
+
+#[test]
+fn a_long_change_is_waited_for_while_others_are_served() {
+    serve(|target, _| {
+        let patience = Duration::from_millis(1600);
+        std::thread::scope(|scope| {
+            let change = scope.spawn(move || {
+                let mut client = Client::connect_to(Target { patience, ..target }).unwrap();
+                client.port_add(&PortAddRequest { name: "slow".into(), ..Default::default() })
+            });
+            let mut other = Client::connect_to(target).unwrap();
+            while !change.is_finished() {
+                let before = std::time::Instant::now();
+                other.stats().unwrap();
+                assert!(before.elapsed() < Duration::from_secs(1));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            assert_eq!(change.join().unwrap().unwrap().name, "slow");
+        });
+        let mut client = Client::connect_to(target).unwrap();
+        let request = FlushRequest { all: true, ..FlushRequest::default() };
+        assert_eq!(client.flush(&request).unwrap().ports[0].count, 3);
+    });
+}
+
+/// Multicasts need `CAP_NET_ADMIN`: without it, that is what is said.
+#[test]
+fn events_are_counted_where_they_are_lost() {
+    serve(|target, publisher| {
+        assert!(!publisher.is_watched());
+        let mut events = match Subscription::open(target) {
+            Ok(events) => events,
+            Err(ClientError::EventsDenied) if !geteuid().is_root() => return,
+            Err(e) => panic!("{e}"),
+        };
+        assert!(publisher.is_watched());
+        const SENT: u64 = 30_000;
+        for n in 0..SENT {
+            let count = Some(n);
+            publisher.publish(Event { count, ..Event::default() });
+        }
+        let (mut seen, mut lost, mut unknown) = (0, 0, 0);
+        while seen + lost < SENT {
+            match events.next(Duration::from_secs(3)).unwrap() {
+                Some(Notice::Event(_)) => seen += 1,
+                Some(Notice::Lost(Some(n))) => lost += n,
+                Some(Notice::Lost(None)) => unknown += 1,
+                // Its own buffer was full to the end: the next event tells how many.
+                None => publisher.publish(Event { count: Some(SENT), ..Event::default() }),
+            }
+            assert!(unknown < 20, "seen {seen}, lost {lost}");
+        }
+        assert!(seen > 0 && lost > 0, "seen {seen}, lost {lost}");
+    });
+}
+
+#[test]
+fn events_of_strangers_are_not_believed() {
+    serve(|target, publisher| {
+        let stranger = Target { daemon_uid: target.daemon_uid + 1, ..target };
+        let open = Client::open(stranger, Some(wire::EVENT_GROUP));
+        let mut client = match open {
+            Ok(client) => client,
+            Err(ClientError::EventsDenied) if !geteuid().is_root() => return,
+            Err(e) => panic!("{e}"),
+        };
+        let _watch = Subscription::open(target).unwrap();
+        publisher.publish(Event::default());
+        let got = client.receive(Duration::from_secs(2)).unwrap();
+        assert!(matches!(got, Incoming::Stranger(_)));
+    });
+}

@@ -1,0 +1,364 @@
+//! The configuration file (TOML). What is wrong in it is named with its line; nothing is started
+//! then.
+//!
+//! ```toml
+//! [sight]
+//! nflog-group = 4919         # 1..=65535: NFLOG group that sights come through
+//! ledger-size = 262144       # elements: (netdev, connection, direction)
+//! one-way-udp = false        # offload UDP that nobody has answered
+//! on-ruleset-change = "flush" # or "keep": offloaded connections when nf_tables rules change
+//!
+//! [limits]
+//! connections = 1048576
+//! queue = 65536              # offers waiting per port
+//!
+//! [usage]
+//! sweep-seconds = 5          # 1..=3600
+//!
+//! [control]
+//! group = "adm"              # members may read; changes are root's
+//!
+//! [tc-flower]
+//! prio-base = 49408          # 1..=65000: the first of our prios
+//!
+//! [[port]]                   # the first that matches a netdev's name counts
+//! match = "eth*"             # *, ?, [abc]
+//! providers = ["tc-flower"]  # in order; ["none"]: attach without offload; default: all
+//! offload = "both"           # or "skip-sw" (hardware only), "skip-hw" (software only)
+//! ```
+
+use std::num::{NonZeroU16, NonZeroU32};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use netdev_providers::HwFlags;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::datapath::{OnRulesetChange, PortSpec};
+
+/// Why a configuration was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{path}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The text is not TOML, or has a key or type that is not known.
+    #[error("{path}, line {line}: {message}")]
+    Line {
+        /// Which file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong there.
+        message: String,
+    },
+}
+
+/// A configuration whose every value has been checked.
+#[derive(Debug)]
+pub struct Config {
+    /// NFLOG group.
+    pub nflog_group: NonZeroU16,
+    /// Elements of the ledger.
+    pub ledger_size: NonZeroU32,
+    /// Offload unanswered UDP.
+    pub one_way_udp: bool,
+    /// What happens to offloaded connections when nf_tables rules change.
+    pub on_ruleset_change: OnRulesetChange,
+    /// Connections kept.
+    pub connections: usize,
+    /// Offers waiting per port.
+    pub queue: usize,
+    /// Seconds between sweeps.
+    pub sweep_seconds: u16,
+    /// Who may read besides root.
+    pub control_group: Option<String>,
+    /// The first of tc-flower's prios.
+    pub tc_prio_base: Option<NonZeroU16>,
+    ports: Vec<(glob::Pattern, PortSpec)>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct Raw {
+    sight: RawSight,
+    limits: RawLimits,
+    usage: RawUsage,
+    control: RawControl,
+    tc_flower: RawTcFlower,
+    port: Vec<RawPort>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawSight {
+    nflog_group: Option<NonZeroU16>,
+    ledger_size: Option<Spanned<u32>>,
+    one_way_udp: bool,
+    on_ruleset_change: RawOnRulesetChange,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawLimits {
+    connections: Option<Spanned<u32>>,
+    queue: Option<Spanned<u32>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawUsage {
+    sweep_seconds: Option<Spanned<u16>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawControl {
+    group: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawTcFlower {
+    prio_base: Option<Spanned<u16>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RawPort {
+    #[serde(rename = "match")]
+    pattern: Spanned<String>,
+    providers: Option<Spanned<Vec<String>>>,
+    offload: Option<RawOffload>,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawOnRulesetChange {
+    #[default]
+    Flush,
+    Keep,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawOffload {
+    Both,
+    SkipSw,
+    SkipHw,
+}
+
+/// Reads `both`, `skip-sw`, `skip-hw` (or with `_`), as the CLI passes them on.
+#[must_use]
+pub fn parse_offload(s: &str) -> Option<HwFlags> {
+    match s.replace('_', "-").as_str() {
+        "both" => Some(HwFlags::Both),
+        "skip-sw" => Some(HwFlags::SkipSw),
+        "skip-hw" => Some(HwFlags::SkipHw),
+        _ => None,
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let raw = Raw::default();
+        // The defaults are within every range.
+        #[expect(clippy::expect_used, reason = "no input is involved")]
+        Self::check(raw, &[]).expect("the defaults are valid")
+    }
+}
+
+impl Config {
+    /// Reads a file. `classes` are the provider classes that there are.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with the line.
+    pub fn read(path: &Path, classes: &[&str]) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text, classes).map_err(|(line, message)| ConfigError::Line {
+            path: path.to_owned(),
+            line,
+            message,
+        })
+    }
+
+    /// Reads a text; an error has its line, counted from 1.
+    ///
+    /// # Errors
+    /// What is wrong, and where.
+    pub fn parse(text: &str, classes: &[&str]) -> Result<Self, (usize, String)> {
+        let line = |span: Range<usize>| {
+            text.as_bytes().iter().take(span.start).filter(|b| **b == b'\n').count() + 1
+        };
+        let raw: Raw = toml::from_str(text)
+            .map_err(|e| (line(e.span().unwrap_or(0..0)), e.message().replace('\n', " ")))?;
+        Self::check(raw, classes).map_err(|(span, message)| (line(span), message))
+    }
+
+    /// Adds patterns whose netdevs are attached with all defaults.
+    ///
+    /// # Errors
+    /// The pattern that is none.
+    pub fn with_patterns(
+        mut self,
+        patterns: &[String],
+    ) -> Result<Self, (String, glob::PatternError)> {
+        for pattern in patterns {
+            let glob = glob::Pattern::new(pattern).map_err(|e| (pattern.clone(), e))?;
+            self.ports.push((glob, PortSpec { providers: None, hw_flags: HwFlags::Both }));
+        }
+        Ok(self)
+    }
+
+    /// How a netdev of this name is to be attached, if at all.
+    #[must_use]
+    pub fn port(&self, name: &str) -> Option<PortSpec> {
+        self.ports.iter().find(|(pattern, _)| pattern.matches(name)).map(|(_, spec)| spec.clone())
+    }
+
+    fn check(raw: Raw, classes: &[&str]) -> Result<Self, (Range<usize>, String)> {
+        fn ranged<T: Copy + PartialOrd + std::fmt::Display>(
+            value: Option<Spanned<T>>,
+            default: T,
+            range: std::ops::RangeInclusive<T>,
+            name: &str,
+        ) -> Result<T, (Range<usize>, String)> {
+            let Some(value) = value else { return Ok(default) };
+            if range.contains(value.get_ref()) {
+                return Ok(*value.get_ref());
+            }
+            let message = format!("{name} must be from {} to {}", range.start(), range.end());
+            Err((value.span(), message))
+        }
+        let mut ports = Vec::with_capacity(raw.port.len());
+        for port in raw.port {
+            let pattern = glob::Pattern::new(port.pattern.get_ref()).map_err(|e| {
+                (port.pattern.span(), format!("'{}': {}", port.pattern.get_ref(), e.msg))
+            })?;
+            if let Some(names) = &port.providers {
+                check_providers(names, classes)?;
+            }
+            let hw_flags = match port.offload {
+                None | Some(RawOffload::Both) => HwFlags::Both,
+                Some(RawOffload::SkipSw) => HwFlags::SkipSw,
+                Some(RawOffload::SkipHw) => HwFlags::SkipHw,
+            };
+            let providers = port.providers.map(Spanned::into_inner);
+            ports.push((pattern, PortSpec { providers, hw_flags }));
+        }
+        let ledger_size = ranged(raw.sight.ledger_size, 262_144, 16..=16_777_216, "ledger-size")?;
+        let prio_base =
+            raw.tc_flower.prio_base.map(|p| ranged(Some(p), 1, 1..=65_000, "prio-base"));
+        Ok(Self {
+            nflog_group: raw.sight.nflog_group.unwrap_or(DEFAULT_GROUP),
+            ledger_size: NonZeroU32::new(ledger_size).unwrap_or(NonZeroU32::MIN),
+            one_way_udp: raw.sight.one_way_udp,
+            on_ruleset_change: match raw.sight.on_ruleset_change {
+                RawOnRulesetChange::Flush => OnRulesetChange::Flush,
+                RawOnRulesetChange::Keep => OnRulesetChange::Keep,
+            },
+            connections: ranged(raw.limits.connections, 1 << 20, 1..=100_000_000, "connections")?
+                as usize,
+            queue: ranged(raw.limits.queue, 1 << 16, 1..=10_000_000, "queue")? as usize,
+            sweep_seconds: ranged(raw.usage.sweep_seconds, 5, 1..=3600, "sweep-seconds")?,
+            control_group: raw.control.group,
+            tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
+            ports,
+        })
+    }
+}
+
+/// 0x1337 is nobody's default; ulogd and friends use small numbers.
+const DEFAULT_GROUP: NonZeroU16 = NonZeroU16::new(4919).unwrap();
+
+fn check_providers(
+    names: &Spanned<Vec<String>>,
+    classes: &[&str],
+) -> Result<(), (Range<usize>, String)> {
+    let list = names.get_ref();
+    if list.is_empty() {
+        return Err((names.span(), "providers is empty: say [\"none\"] for no offload".to_owned()));
+    }
+    if list.iter().any(|n| n == "none") && list.len() > 1 {
+        return Err((names.span(), "\"none\" stands alone".to_owned()));
+    }
+    match list.iter().find(|n| *n != "none" && !classes.contains(&n.as_str())) {
+        Some(unknown) => {
+            let message = format!(
+                "there is no provider class '{unknown}' (there are: {}, none)",
+                classes.join(", ")
+            );
+            Err((names.span(), message))
+        }
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLASSES: &[&str] = &["tc-flower"];
+
+    fn error(text: &str) -> (usize, String) {
+        Config::parse(text, CLASSES).unwrap_err()
+    }
+
+    #[test]
+    fn an_empty_file_is_the_defaults_and_attaches_nothing() {
+        let c = Config::parse("", CLASSES).unwrap();
+        assert_eq!(c.sweep_seconds, 5);
+        assert_eq!(c.on_ruleset_change, OnRulesetChange::Flush);
+        assert_eq!(c.port("eth0"), None);
+    }
+
+    #[test]
+    fn the_first_pattern_that_matches_counts() {
+        let c = Config::parse(
+            "[[port]]\nmatch = \"wan2\"\nproviders = [\"none\"]\n[[port]]\nmatch = \"wan*\"\noffload = \"skip-hw\"\n",
+            CLASSES,
+        )
+        .unwrap();
+        assert_eq!(c.port("wan2").unwrap().providers, Some(vec!["none".to_owned()]));
+        assert_eq!(c.port("wan").unwrap().hw_flags, HwFlags::SkipHw);
+        assert_eq!(c.port("lan"), None);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_line() {
+        let (line, message) = error("[sight]\n\nledger-size = 3\n");
+        assert_eq!(line, 3);
+        assert!(message.contains("16777216"), "{message}");
+        let (line, message) = error("[usage]\nsweep-second = 3\n");
+        assert_eq!(line, 2);
+        assert!(message.contains("sweep-second"), "{message}");
+        let (line, message) = error("[[port]]\nmatch = \"a*\"\nproviders = [\"tc-flour\"]\n");
+        assert_eq!(line, 3);
+        assert!(message.contains("tc-flour") && message.contains("tc-flower"), "{message}");
+        assert_eq!(error("[[port]]\nmatch = \"a[\"\n").0, 2);
+        assert_eq!(error("[[port]]\nmatch = \"a\"\noffload = \"hw\"\n").0, 3);
+        assert_eq!(error("\n\n= 3\n").0, 3);
+        assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);
+    }
+
+    #[test]
+    fn the_example_in_the_docs_is_valid() {
+        let text: String = include_str!("config.rs")
+            .lines()
+            .skip_while(|l| *l != "//! ```toml")
+            .skip(1)
+            .take_while(|l| *l != "//! ```")
+            .map(|l| format!("{}\n", l.trim_start_matches("//!")))
+            .collect();
+        let c = Config::parse(&text, CLASSES).unwrap();
+        assert!(c.port("eth7").is_some());
+    }
+}

@@ -1,0 +1,446 @@
+//! Answers the CLI from the engine's views.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use netdev_providers::{Direction, HwFlags, L4Proto, Netdev, Reason, Tuple, Zone};
+
+use super::config::{Config, parse_offload};
+use crate::control::error::{ControlError, ErrorKind};
+use crate::control::events::Publisher;
+use crate::control::info::{
+    ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed, PortAddRequest,
+    PortDelRequest, PortFlushed, PortInfo, PortVerdict, ProviderInfo, ReasonCount, Refusal,
+    SlotInfo, Stats,
+};
+use crate::control::server::{ConnDump, ControlHandler};
+use crate::datapath::routing::links::Links;
+use crate::datapath::{Backend, KernelDatapath, Observer, PortSpec};
+use crate::engine::conn::ConnHandle;
+use crate::engine::datapath::SlotChange;
+use crate::engine::slot::SlotState;
+use crate::engine::usage::Usage;
+use crate::engine::view::{PortView, SlotView};
+use crate::engine::{Engine, FlushFilter, NO_PROVIDER, PortAddError, PortDeleted};
+
+/// The daemon, as the control server sees it.
+pub(super) struct Handler {
+    engine: Engine,
+    backend: Arc<Backend>,
+    datapath: Mutex<KernelDatapath>,
+    config: Arc<Config>,
+}
+
+/// Publishes what happens, when somebody watches.
+pub(super) struct Events(pub(super) Publisher);
+
+impl Observer for Events {
+    fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {
+        if !self.0.is_watched() {
+            return;
+        }
+        let (kind, rejection) = match change {
+            SlotChange::Installed => (EventKind::Installed, None),
+            SlotChange::Deleted => (EventKind::Deleted, None),
+            SlotChange::Rejected(r) => (EventKind::Rejected, Some(r)),
+        };
+        self.0.publish(Event {
+            kind,
+            port: Some(port.name.clone()),
+            ifindex: Some(port.ifindex.get()),
+            zone: Some(conn.key().zone.0),
+            tuple: Some(conn.key().original),
+            direction: Some(d),
+            reason: rejection.map(|r| r.reason.name().to_owned()),
+            detail: rejection.and_then(|r| r.detail.as_deref().map(str::to_owned)),
+            ..Event::default()
+        });
+    }
+
+    fn port_added(&self, port: &Netdev, class: Option<&str>) {
+        self.0.publish(Event {
+            kind: EventKind::PortAdded,
+            port: Some(port.name.clone()),
+            ifindex: Some(port.ifindex.get()),
+            provider: class.map(str::to_owned),
+            ..Event::default()
+        });
+    }
+
+    fn port_deleted(&self, port: &Netdev, _: &PortDeleted) {
+        self.0.publish(Event {
+            kind: EventKind::PortDeleted,
+            port: Some(port.name.clone()),
+            ifindex: Some(port.ifindex.get()),
+            ..Event::default()
+        });
+    }
+}
+
+impl Handler {
+    pub(super) fn new(
+        engine: Engine,
+        backend: Arc<Backend>,
+        datapath: KernelDatapath,
+        config: Arc<Config>,
+    ) -> Self {
+        Self { engine, backend, datapath: Mutex::new(datapath), config }
+    }
+
+    /// Ends the datapath: nothing of ours is left in the kernel.
+    pub(super) fn stop(&self) {
+        self.datapath.lock().unwrap_or_else(PoisonError::into_inner).stop();
+    }
+
+    fn links(&self) -> &Links {
+        self.backend.links()
+    }
+
+    fn port_view(&self, name: &str) -> Result<PortView, ControlError> {
+        self.engine
+            .ports()
+            .into_iter()
+            .find(|p| self.links().name(p.netdev.ifindex) == name || p.netdev.name == name)
+            .ok_or_else(|| ControlError::not_found(format!("there is no port '{name}'")))
+    }
+
+    fn find_conn(&self, tuple: &Tuple, zone: Option<Zone>) -> Option<ConnHandle> {
+        self.engine.conns().into_iter().find(|c| {
+            zone.is_none_or(|z| z == c.key().zone)
+                && (c.key().original == *tuple || c.reply() == tuple)
+        })
+    }
+}
+
+fn port_info(links: &Links, v: PortView) -> PortInfo {
+    let state = match (&v.fault, v.draining, v.provider) {
+        (_, true, _) => "draining",
+        (Some(_), ..) => "faulty",
+        (None, false, Some(_)) => "bound",
+        (None, false, None) => "unbound",
+    };
+    PortInfo {
+        ifindex: v.netdev.ifindex.get(),
+        name: links.name(v.netdev.ifindex),
+        generation: v.netdev.generation.get(),
+        provider: v.provider.map(str::to_owned),
+        about: v.about,
+        offload: v.netdev.hw_flags.to_string(),
+        state: state.to_owned(),
+        fault: v.fault,
+        refusals: v
+            .refusals
+            .into_iter()
+            .map(|r| Refusal { class: r.class.to_owned(), why: r.why })
+            .collect(),
+        pending: v.slots.pending,
+        installed: v.slots.installed,
+        rejected: v.slots.rejected,
+        in_hw: v.in_hw,
+        sights: v.sights,
+        adds: v.adds,
+        deletes: v.deletes,
+        packets: v.packets,
+        bytes: v.bytes,
+        reasons: reason_counts(v.reasons),
+    }
+}
+
+fn reason_counts(reasons: Vec<(Reason, u64)>) -> Vec<ReasonCount> {
+    reasons
+        .into_iter()
+        .map(|(r, count)| ReasonCount { reason: r.name().to_owned(), count })
+        .collect()
+}
+
+fn slot_info(links: &Links, v: &SlotView) -> SlotInfo {
+    SlotInfo {
+        port: links.name(v.netdev.ifindex),
+        ifindex: v.netdev.ifindex.get(),
+        generation: v.netdev.generation.get(),
+        direction: v.direction,
+        state: v.state.name().to_owned(),
+        reason: v.rejection.as_ref().map(|r| r.reason.name().to_owned()),
+        detail: v.rejection.as_ref().and_then(|r| {
+            let errno = r.errno.map(|e| format!("{e:?}"));
+            match (r.detail.as_deref(), errno) {
+                (Some(d), Some(e)) => Some(format!("{d} ({e})")),
+                (Some(d), None) => Some(d.to_owned()),
+                (None, e) => e,
+            }
+        }),
+        retry_in_ms: v.retry_in_ms,
+        egress: v.path.map(|p| links.name(p.egress)),
+        egress_ifindex: v.path.map(|p| p.egress.get()),
+        dst_mac: v.path.and_then(|p| p.dst_mac).map(|m| m.to_string()),
+        nat: v.path.is_some_and(|p| p.nat),
+        in_hw: v.in_hw,
+        packets: v.packets,
+        bytes: v.bytes,
+        idle_ms: v.idle_ms,
+        cookie: Some(v.cookie.to_string()),
+        // tc-flower: prio and handle, as `tc filter show` has them.
+        rule: v.rule.map(|r| format!("pref {} handle {:#x}", r.0 >> 32, r.0 & 0xffff_ffff)),
+    }
+}
+
+fn conn_info(engine: &Engine, links: &Links, conn: &ConnHandle) -> ConnInfo {
+    let now = engine.now_ms();
+    let slots = engine.slots(conn);
+    ConnInfo {
+        epoch: conn.epoch().0,
+        zone: conn.key().zone.0,
+        ct_id: u32::try_from(conn.tag()).ok(),
+        original: conn.key().original,
+        reply: *conn.reply(),
+        age_ms: now.saturating_sub(conn.created_ms()),
+        idle_ms: match engine.conn_update(conn) {
+            Usage::LastUsed { at_ms, .. } => Some(now.saturating_sub(at_ms)),
+            Usage::NotOffloaded | Usage::Unknown => None,
+        },
+        slots: slots.iter().map(|s| slot_info(links, s)).collect(),
+    }
+}
+
+/// What can be done about a rejection, where there is something.
+fn help_for(reason: Reason) -> Option<&'static str> {
+    Some(match reason {
+        Reason::TableFull => {
+            "it is tried again when the pause is over; raise the NIC's flow table limit, or offload fewer connections"
+        }
+        Reason::QueueFull => {
+            "connections arrive faster than rules can be written; raise limits.queue"
+        }
+        Reason::NeighbourUnresolved => "check that the next hop answers ARP or neighbour discovery",
+        Reason::MtuMismatch => {
+            "give both netdevs the same MTU, or the egress netdev the larger one"
+        }
+        Reason::NotInHardware => "set offload = \"both\" for this port to offload in software too",
+        Reason::NatChecksum => "load act_bpf (CONFIG_NET_ACT_BPF), with CONFIG_BPF_SYSCALL",
+        Reason::EgressUnsupported | Reason::IngressUnsupported => {
+            "attach the underlying physical netdevs where that is possible"
+        }
+        Reason::ProviderFault => "delete the port and add it again; see the daemon's log",
+        Reason::ConnTableFull => "raise limits.connections",
+        _ => return None,
+    })
+}
+
+fn verdict(slot: &SlotView, links: &Links) -> (String, Option<String>) {
+    let egress = slot.path.map(|p| links.name(p.egress));
+    match slot.state {
+        SlotState::Installed => {
+            let place = match slot.in_hw {
+                Some(true) => "in hardware",
+                Some(false) => "in software (the NIC did not take the rule)",
+                None => "installed; where is known after the next sweep",
+            };
+            (
+                format!(
+                    "offloaded to {}, {place}: {} packets, {} bytes",
+                    egress.unwrap_or_default(),
+                    slot.packets,
+                    slot.bytes
+                ),
+                None,
+            )
+        }
+        SlotState::Pending => ("an add is queued or in flight".to_owned(), None),
+        SlotState::Deleting => ("the rule is being deleted".to_owned(), None),
+        SlotState::Empty => ("not offloaded".to_owned(), None),
+        SlotState::Rejected => {
+            let Some(r) = &slot.rejection else { return ("rejected".to_owned(), None) };
+            let mut text = format!("rejected, {}: {}", r, r.reason.help().trim_end_matches('.'));
+            if let Some(ms) = slot.retry_in_ms {
+                text.push_str(&format!("; offered again in {:.1} s", ms as f64 / 1000.0));
+            }
+            (text, help_for(r.reason).map(str::to_owned))
+        }
+    }
+}
+
+impl ControlHandler for Handler {
+    fn ports(&self) -> Result<Vec<PortInfo>, ControlError> {
+        Ok(self.engine.ports().into_iter().map(|p| port_info(self.links(), p)).collect())
+    }
+
+    fn conns(&self, filter: &ConnFilter) -> Result<ConnDump, ControlError> {
+        let port = match &filter.port {
+            Some(name) => Some(self.port_view(name)?.netdev.generation),
+            None => None,
+        };
+        let (engine, links) = (self.engine.clone(), self.links().clone());
+        let filter = filter.clone();
+        let mut conns = self.engine.conns();
+        conns.sort_by_key(|c| c.epoch());
+        Ok(Box::new(conns.into_iter().filter_map(move |conn| {
+            let wanted = filter.zone.is_none_or(|z| z == conn.key().zone.0)
+                && filter.tuple.is_none_or(|t| t == conn.key().original || t == *conn.reply())
+                && port
+                    .is_none_or(|g| engine.slots(&conn).iter().any(|s| s.netdev.generation == g));
+            wanted.then(|| conn_info(&engine, &links, &conn))
+        })))
+    }
+
+    fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError> {
+        let classes = self.engine.classes();
+        Ok((0..)
+            .zip(classes)
+            .map(|(priority, (class, ports))| ProviderInfo {
+                class: class.to_owned(),
+                priority,
+                ports: ports as u64,
+                note: match class {
+                    "tc-flower" => "Linux TC flower rules, in NIC hardware where it takes them",
+                    _ => "",
+                }
+                .to_owned(),
+            })
+            .collect())
+    }
+
+    fn stats(&self) -> Result<Stats, ControlError> {
+        let ports = self.engine.ports();
+        let counts = self.backend.counts();
+        let mut reasons = std::collections::BTreeMap::new();
+        for (r, n) in ports.iter().flat_map(|p| &p.reasons) {
+            *reasons.entry(*r).or_insert(0) += n;
+        }
+        let get = |c: &std::sync::atomic::AtomicU64| c.load(Ordering::Relaxed);
+        Ok(Stats {
+            instance: self.engine.instance().0.get(),
+            uptime_ms: self.engine.now_ms(),
+            connections: self.engine.conn_count() as u64,
+            slots_installed: ports.iter().map(|p| p.slots.installed).sum(),
+            slots_pending: ports.iter().map(|p| p.slots.pending).sum(),
+            slots_rejected: ports.iter().map(|p| p.slots.rejected).sum(),
+            sights: get(&counts.sights),
+            sights_lost: get(&counts.sights_lost),
+            ledger_elements: self.backend.ledger_elements(),
+            ledger_size: self.backend.config().ledger_size.into(),
+            conntrack_events: get(&counts.conntrack_events),
+            conntrack_lost: get(&counts.conntrack_lost),
+            sweeps: get(&counts.sweeps),
+            last_sweep_ms: get(&counts.last_sweep_ms),
+            adds: ports.iter().map(|p| p.adds).sum(),
+            deletes: ports.iter().map(|p| p.deletes).sum(),
+            add_failures: reasons.values().sum(),
+            reasons: reason_counts(reasons.into_iter().collect()),
+        })
+    }
+
+    fn explain(&self, tuple: &Tuple, zone: Zone) -> Result<Explain, ControlError> {
+        let ports = self.engine.ports();
+        let Some(conn) = self.find_conn(tuple, Some(zone)) else {
+            let eligible = match tuple.proto() {
+                L4Proto::Tcp => "a TCP connection is sighted once conntrack calls it assured",
+                L4Proto::Udp => "a UDP connection is sighted once it was answered",
+            };
+            return Err(ControlError::not_found(format!(
+                "{tuple} (zone {zone}) has not been sighted on any of {} ports: {eligible}, by the next packet that the router forwards in software",
+                ports.len()
+            )));
+        };
+        let slots = self.engine.slots(&conn);
+        let mut verdicts = Vec::new();
+        for port in &ports {
+            for direction in Direction::BOTH {
+                let slot = slots.iter().find(|s| {
+                    s.netdev.generation == port.netdev.generation && s.direction == direction
+                });
+                let (text, help) = match (slot, port.provider) {
+                    (Some(slot), _) => verdict(slot, self.links()),
+                    (None, None) => ("the port has no provider".to_owned(), None),
+                    (None, Some(_)) => (
+                        "no packet of this direction has been seen in software here".to_owned(),
+                        None,
+                    ),
+                };
+                verdicts.push(PortVerdict {
+                    port: self.links().name(port.netdev.ifindex),
+                    ifindex: port.netdev.ifindex.get(),
+                    direction,
+                    verdict: text,
+                    help,
+                });
+            }
+        }
+        Ok(Explain { conn: Some(conn_info(&self.engine, self.links(), &conn)), verdicts })
+    }
+
+    fn flush(&self, request: &FlushRequest) -> Result<Flushed, ControlError> {
+        let zone = request.zone.map(Zone);
+        if let Some(tuple) = &request.tuple
+            && self.find_conn(tuple, zone).is_none()
+        {
+            return Err(ControlError::not_found(format!("there is no connection {tuple}")));
+        }
+        let port = match &request.port {
+            Some(name) => Some(self.port_view(name)?.netdev.ifindex),
+            None => None,
+        };
+        let filter = FlushFilter { port, zone, tuple: request.tuple };
+        let flushed =
+            self.engine.flush(&filter).map_err(|e| ControlError::not_found(e.to_string()))?;
+        Ok(Flushed {
+            count: flushed.iter().map(|(_, n)| n).sum(),
+            ports: flushed
+                .into_iter()
+                .map(|(netdev, count)| PortFlushed {
+                    port: self.links().name(netdev.ifindex),
+                    count,
+                })
+                .collect(),
+        })
+    }
+
+    fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {
+        let link = self.links().by_name(&request.name).ok_or_else(|| {
+            ControlError::not_found(format!("there is no netdev '{}'", request.name))
+        })?;
+        let configured = self.config.port(&request.name);
+        let hw_flags = match &request.offload {
+            Some(text) => parse_offload(text).ok_or_else(|| {
+                ControlError::invalid(format!("'{text}' is not both, skip_sw or skip_hw"))
+            })?,
+            None => configured.as_ref().map_or(HwFlags::Both, |c| c.hw_flags),
+        };
+        let providers = if request.providers.is_empty() {
+            configured.and_then(|c| c.providers)
+        } else {
+            Some(request.providers.clone())
+        };
+        let wants_none = providers.as_ref().is_some_and(|p| p.iter().any(|n| n == NO_PROVIDER));
+        let datapath = self.datapath.lock().unwrap_or_else(PoisonError::into_inner);
+        datapath.attach(&link, PortSpec { providers, hw_flags }).map_err(|e| {
+            let kind = match e {
+                PortAddError::AlreadyBound { .. } => ErrorKind::AlreadyBound,
+                PortAddError::Registry(_) => ErrorKind::InvalidArgument,
+                PortAddError::Thread(_) => ErrorKind::Internal,
+            };
+            ControlError::new(kind, e.to_string())
+        })?;
+        let info = port_info(self.links(), self.port_view(&request.name)?);
+        if info.provider.is_some() || wants_none {
+            return Ok(info);
+        }
+        // Asked for by hand, and nothing took it: as if it had not been asked for.
+        let _ = datapath.detach(link.ifindex);
+        let why: Vec<_> =
+            info.refusals.iter().map(|r| format!("{} declined: {}", r.class, r.why)).collect();
+        Err(ControlError::new(ErrorKind::Unsupported, why.join("; ")))
+    }
+
+    fn port_del(&self, request: &PortDelRequest) -> Result<(), ControlError> {
+        let netdev = self.port_view(&request.name)?.netdev;
+        let datapath = self.datapath.lock().unwrap_or_else(PoisonError::into_inner);
+        let deleted =
+            datapath.detach(netdev.ifindex).map_err(|e| ControlError::not_found(e.to_string()))?;
+        match deleted.faults.first() {
+            None => Ok(()),
+            Some(fault) => Err(ControlError::internal(format!(
+                "the port is deleted, but something may be left on the netdev: {fault}"
+            ))),
+        }
+    }
+}

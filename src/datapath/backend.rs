@@ -1,0 +1,336 @@
+//! What the engine asks of the kernel datapath, and what its threads share.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use netdev_providers::{Direction, Ifindex, L4Proto, MacAddr, Netdev, Reason, Rejection};
+use nix::errno::Errno;
+
+use super::DatapathError;
+use super::netfilter::conntrack::{Conntrack, CtId, CtUpdate};
+use super::netfilter::ledger::{Ledger, LedgerConfig, LedgerKey};
+use super::routing::links::Links;
+use super::routing::path::PathResolver;
+use crate::engine::PortDeleted;
+use crate::engine::conn::ConnHandle;
+use crate::engine::datapath::{Datapath, Path, PathHint, Sight, SlotChange};
+
+/// Settings of the kernel datapath.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The NFLOG group that sights come through.
+    pub nflog_group: u16,
+    /// Elements of the ledger: (netdev, connection, direction).
+    pub ledger_size: u32,
+    /// Offload UDP that nobody has answered.
+    pub one_way_udp: bool,
+    /// What happens to offloaded connections when the firewall's rules change.
+    pub on_ruleset_change: OnRulesetChange,
+}
+
+/// What happens to offloaded connections when the rules of nf_tables change: their packets no
+/// longer pass them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnRulesetChange {
+    /// They go back to the slow path, and are offloaded again if the new rules let them pass.
+    #[default]
+    Flush,
+    /// They stay offloaded.
+    Keep,
+}
+
+/// Counts for `ctoffload stats`.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Sights read.
+    pub sights: AtomicU64,
+    /// Times that sights were lost on the way from the kernel.
+    pub sights_lost: AtomicU64,
+    /// conntrack events read.
+    pub conntrack_events: AtomicU64,
+    /// Times that conntrack events were lost.
+    pub conntrack_lost: AtomicU64,
+    /// Sweeps made.
+    pub sweeps: AtomicU64,
+    /// How long the last one took.
+    pub last_sweep_ms: AtomicU64,
+}
+
+/// A connection as the kernel knows it, from its first sight to its end in conntrack.
+#[derive(Debug)]
+pub(super) struct Known {
+    /// `None`: sighted, but not to be offloaded (closing).
+    pub conn: Option<ConnHandle>,
+    /// The mark its packets had: it can select a route.
+    pub mark: u32,
+    /// The timeout of its state: what conntrack had just set when a packet of it was sighted.
+    pub timeout: Option<Duration>,
+    /// Its elements in the ledger.
+    pub sighted: Vec<(Ifindex, Direction)>,
+}
+
+/// Watches what happens. Called on threads of the engine and the datapath: it must not block and
+/// not call either.
+pub trait Observer: Send + Sync {
+    /// A slot has changed.
+    fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>);
+    /// A netdev has become a port, bound to this class or to none.
+    fn port_added(&self, port: &Netdev, class: Option<&str>);
+    /// A port has gone.
+    fn port_deleted(&self, port: &Netdev, deleted: &PortDeleted);
+}
+
+/// The kernel, as the engine's [`Datapath`].
+pub struct Backend {
+    config: Config,
+    links: Links,
+    resolver: PathResolver,
+    /// `None` once it has been removed.
+    ledger: Mutex<Option<Ledger>>,
+    conntrack: Mutex<Conntrack>,
+    pub(super) known: DashMap<CtId, Known>,
+    /// The MAC address that rules were made with, by neighbour.
+    pub(super) neighbours: Mutex<HashMap<(Ifindex, IpAddr), MacAddr>>,
+    counts: Counts,
+    observer: OnceLock<Box<dyn Observer>>,
+}
+
+impl Backend {
+    /// Loads the ledger and opens the sockets, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// What the kernel lacks or refuses. Nothing is left behind.
+    pub fn open(config: Config) -> Result<Self, DatapathError> {
+        let links = Links::default();
+        let resolver = PathResolver::new(links.clone()).map_err(DatapathError::Route)?;
+        let conntrack = Conntrack::open()?;
+        let ledger = Ledger::install(LedgerConfig {
+            group: config.nflog_group,
+            size: config.ledger_size,
+            one_way_udp: config.one_way_udp,
+            ..LedgerConfig::default()
+        })?;
+        Ok(Self {
+            config,
+            links,
+            resolver,
+            ledger: Mutex::new(Some(ledger)),
+            conntrack: Mutex::new(conntrack),
+            known: DashMap::new(),
+            neighbours: Mutex::default(),
+            counts: Counts::default(),
+            observer: OnceLock::new(),
+        })
+    }
+
+    /// Who watches. Once.
+    pub fn set_observer(&self, observer: Box<dyn Observer>) {
+        let _ = self.observer.set(observer);
+    }
+
+    pub(super) fn observer(&self) -> Option<&dyn Observer> {
+        self.observer.get().map(|o| &**o)
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+    /// The netdevs.
+    #[must_use]
+    pub fn links(&self) -> &Links {
+        &self.links
+    }
+    /// The counts.
+    #[must_use]
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+    /// Runs `f` on the ledger, when it is still there.
+    fn with_ledger(&self, f: impl FnOnce(&mut Ledger)) {
+        if let Some(ledger) = self.ledger.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            f(ledger);
+        }
+    }
+
+    /// How many elements the ledger holds; 0 when that cannot be read.
+    #[must_use]
+    pub fn ledger_elements(&self) -> u64 {
+        let mut elements = 0;
+        self.with_ledger(|ledger| elements = ledger.len().unwrap_or(0) as u64);
+        elements
+    }
+
+    /// The netlink port id that our own changes of nf_tables are announced with.
+    pub(super) fn ledger_port_id(&self) -> Option<u32> {
+        let mut id = None;
+        self.with_ledger(|ledger| id = ledger.port_id().ok());
+        id
+    }
+
+    /// Ends sighting: nothing of ours is in nf_tables afterwards.
+    pub(super) fn remove_ledger(&self) {
+        let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(e)) = ledger.map(Ledger::remove) {
+            tracing::warn!("the sight ledger goes with our socket: {e}");
+        }
+    }
+    pub(super) fn resolver(&self) -> &PathResolver {
+        &self.resolver
+    }
+    pub(super) fn conntrack(&self) -> MutexGuard<'_, Conntrack> {
+        self.conntrack.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets packets of this netdev be sighted.
+    pub(super) fn watch(&self, ifindex: Ifindex) {
+        self.with_ledger(|ledger| {
+            if let Err(e) = ledger.port_add(ifindex) {
+                tracing::error!(%ifindex, "packets of this port will not be sighted: {e}");
+            }
+        });
+    }
+
+    /// Ends that.
+    pub(super) fn unwatch(&self, ifindex: Ifindex) {
+        self.with_ledger(|ledger| {
+            if let Err(e) = ledger.port_del(ifindex) {
+                tracing::warn!(%ifindex, "the port stays in the ledger's set: {e}");
+            }
+        });
+    }
+
+    /// Deletes elements of the ledger, so that the next packet is sighted again.
+    pub(super) fn forget(&self, keys: &[LedgerKey]) {
+        if keys.is_empty() {
+            return;
+        }
+        self.with_ledger(|ledger| {
+            if let Err(e) = ledger.rearm(keys) {
+                // The next clean-up of the ledger finds them.
+                tracing::warn!(count = keys.len(), "sights not re-armed: {e}");
+            }
+        });
+    }
+
+    /// Forgets what was sighted on a netdev that is no port any more.
+    pub(super) fn forget_netdev(&self, ifindex: Ifindex) {
+        for mut known in self.known.iter_mut() {
+            known.sighted.retain(|(i, _)| *i != ifindex);
+        }
+        self.clean_ledger(|k| k.iif == ifindex);
+    }
+
+    /// Deletes the elements of the ledger that satisfy `stale`, and looks how full it is.
+    pub(super) fn clean_ledger(&self, stale: impl Fn(&LedgerKey) -> bool) {
+        self.with_ledger(|ledger| self.clean(ledger, stale));
+    }
+
+    fn clean(&self, ledger: &mut Ledger, stale: impl Fn(&LedgerKey) -> bool) {
+        let keys = match ledger.sighted() {
+            Ok(keys) => keys,
+            Err(e) => {
+                tracing::warn!("the sight ledger could not be read: {e}");
+                return;
+            }
+        };
+        let (stale, kept): (Vec<_>, Vec<_>) = keys.into_iter().partition(stale);
+        if !stale.is_empty()
+            && let Err(e) = ledger.rearm(&stale)
+        {
+            tracing::warn!(count = stale.len(), "stale sights stay in the ledger: {e}");
+        }
+        let size = self.config.ledger_size as usize;
+        if kept.len() >= size - size / 10 {
+            tracing::error!(
+                elements = kept.len(),
+                size,
+                "the sight ledger is nearly full: connections beyond it stay on the slow path unseen; raise ledger-size"
+            );
+        }
+    }
+}
+
+/// The conntrack id of a connection of this datapath: its tag.
+pub(super) fn ct_id(conn: &ConnHandle) -> Option<CtId> {
+    u32::try_from(conn.tag()).ok().map(CtId)
+}
+
+fn key(sight: &Sight) -> Option<LedgerKey> {
+    Some(LedgerKey { iif: sight.ifindex, ct_id: ct_id(&sight.conn)?, direction: sight.direction })
+}
+
+impl Datapath for Backend {
+    fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection> {
+        let path = self.resolver.resolve(sight, hint)?;
+        if let (Some(next_hop), Some(macs)) = (path.next_hop, path.forward.macs) {
+            self.neighbours
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert((path.forward.egress, next_hop), macs.dst);
+        }
+        Ok(path)
+    }
+
+    /// From now on conntrack does not see these packets: TCP windows are no longer checked, in both
+    /// directions and for the rest of the connection's life (its state would be stale). A
+    /// connection that has ended meanwhile is found here, by the entry that is not there.
+    fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
+        let updates: Vec<_> = sights
+            .iter()
+            .map(|s| CtUpdate {
+                zone: s.conn.key().zone,
+                original: s.conn.key().original,
+                timeout: None,
+                liberal: (s.conn.key().original.proto() == L4Proto::Tcp).then_some(true),
+            })
+            .collect();
+        match self.conntrack().update(&updates) {
+            Ok(acks) => acks
+                .into_iter()
+                .map(|ack| match ack {
+                    Ok(()) => Ok(()),
+                    Err(e) if e.errno == Errno::ENOENT => Err(Rejection::with_detail(
+                        Reason::ConnState,
+                        "conntrack has no such connection any more",
+                    )),
+                    Err(e) => Err(Rejection::from(e)),
+                })
+                .collect(),
+            Err(e) => {
+                let rejection = Rejection::with_detail(Reason::Busy, format!("conntrack: {e}"));
+                vec![Err(rejection); sights.len()]
+            }
+        }
+    }
+
+    fn rearm(&self, sights: &[Sight]) {
+        let keys: Vec<LedgerKey> = sights.iter().filter_map(key).collect();
+        for k in &keys {
+            if let Some(mut known) = self.known.get_mut(&k.ct_id) {
+                known.sighted.retain(|s| *s != (k.iif, k.direction));
+            }
+        }
+        self.forget(&keys);
+    }
+
+    fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {
+        if let Some(observer) = self.observer() {
+            observer.slot_changed(port, conn, d, change);
+        }
+    }
+}
+
+impl Known {
+    pub(super) fn keys(&self, ct_id: CtId) -> Vec<LedgerKey> {
+        self.sighted.iter().map(|&(iif, direction)| LedgerKey { iif, ct_id, direction }).collect()
+    }
+}
+
+/// For the threads of this datapath.
+pub(super) type Shared = Arc<Backend>;

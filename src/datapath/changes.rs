@@ -1,0 +1,316 @@
+//! Changes of links, neighbours and routes: ports come and go, and rules that have become wrong are
+//! taken back before anything else.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::PoisonError;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::Duration;
+
+use netdev_providers::{Ifindex, MacAddr};
+
+use super::PortPolicy;
+use super::backend::{Shared, ct_id};
+use super::routing::links::Link;
+use super::routing::monitor::{NetEvent, is_within};
+use crate::engine::conn::{ConnHandle, PathTaken};
+use crate::engine::datapath::{PathHint, Sight};
+use crate::engine::slot::SlotState;
+use crate::engine::view::SlotView;
+use crate::engine::{Engine, FlushFilter};
+
+/// Route events that come in a burst are answered together; the first of them at once after this.
+const GATHER: Duration = Duration::from_millis(2);
+
+pub(super) struct Changes {
+    backend: Shared,
+    engine: Engine,
+    policy: PortPolicy,
+    /// Signalled when the links have been read, the first time.
+    synced: Option<Sender<()>>,
+    /// After a loss: the links that have been heard of again.
+    heard: Option<HashSet<Ifindex>>,
+}
+
+/// Which destinations have (perhaps) another route now.
+#[derive(Default)]
+struct Rerouted {
+    all: bool,
+    prefixes: Vec<(IpAddr, u8)>,
+}
+
+impl Rerouted {
+    fn add(&mut self, prefix: Option<(IpAddr, u8)>) {
+        match prefix {
+            Some(p) if self.prefixes.len() < 64 => self.prefixes.push(p),
+            // No prefix, or too many to look at one by one. A default route has none either.
+            _ => self.all = true,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        !self.all && self.prefixes.is_empty()
+    }
+
+    fn covers(&self, address: IpAddr) -> bool {
+        self.all || self.prefixes.iter().any(|p| is_within(address, *p))
+    }
+}
+
+impl Changes {
+    pub(super) fn new(
+        backend: Shared,
+        engine: Engine,
+        policy: PortPolicy,
+        synced: Sender<()>,
+    ) -> Self {
+        Self { backend, engine, policy, synced: Some(synced), heard: None }
+    }
+
+    /// Until the sender is gone.
+    pub(super) fn run(mut self, events: &Receiver<NetEvent>) {
+        while let Ok(first) = events.recv() {
+            let mut rerouted = Rerouted::default();
+            self.event(first, &mut rerouted);
+            while let Ok(next) = events.try_recv() {
+                self.event(next, &mut rerouted);
+            }
+            if !rerouted.is_empty() {
+                while let Ok(next) = events.recv_timeout(GATHER) {
+                    self.event(next, &mut rerouted);
+                }
+                self.reroute(&rerouted);
+            }
+        }
+    }
+
+    fn event(&mut self, event: NetEvent, rerouted: &mut Rerouted) {
+        match event {
+            NetEvent::Link(link) => self.link(link),
+            NetEvent::LinkGone(ifindex) => self.link_gone(ifindex),
+            NetEvent::Neighbour { ifindex, address, mac } => self.neighbour(ifindex, address, mac),
+            NetEvent::Routes(prefix) => rerouted.add(prefix),
+            NetEvent::Lost => {
+                tracing::warn!("rtnetlink events were lost: reading links and routes anew");
+                self.heard = Some(HashSet::new());
+            }
+            NetEvent::Synced => {
+                if let Some(heard) = self.heard.take() {
+                    for link in self.backend.links().all() {
+                        if !heard.contains(&link.ifindex) {
+                            self.link_gone(link.ifindex);
+                        }
+                    }
+                    rerouted.add(None);
+                }
+                // Only now: a packet that is sighted on the first port may leave by any netdev.
+                if let Some(synced) = self.synced.take() {
+                    for link in self.backend.links().all() {
+                        self.attach_or_clear(&link);
+                    }
+                    let _ = synced.send(());
+                }
+            }
+        }
+    }
+
+    fn link(&mut self, link: Link) {
+        if let Some(heard) = &mut self.heard {
+            heard.insert(link.ifindex);
+        }
+        let ifindex = link.ifindex;
+        let old = self.backend.links().set(link.clone());
+        if let Some(old) = &old {
+            let changed = old.mac != link.mac
+                || old.mtu != link.mtu
+                || old.kind != link.kind
+                || old.controller != link.controller;
+            // Rules match on the port's MAC address and were made for its MTU.
+            if changed && self.engine.port(ifindex).is_some() {
+                tracing::info!(port = link.name, "MAC address, MTU or master changed: flushing");
+                let port = FlushFilter { port: Some(ifindex), ..FlushFilter::default() };
+                let _ = self.engine.flush(&port);
+            }
+            if changed || (old.up && !link.up) {
+                self.engine.retract_egress(ifindex);
+            }
+            if changed {
+                self.retry_rejected();
+            }
+        }
+        let renamed = old.as_ref().is_none_or(|o| o.name != link.name);
+        if renamed && self.synced.is_none() {
+            self.attach(&link);
+        }
+    }
+
+    /// What was refused because of a netdev as it was may be possible now.
+    fn retry_rejected(&self) {
+        for conn in self.engine.conns() {
+            for slot in self.engine.slots(&conn) {
+                if slot.state == SlotState::Rejected {
+                    self.retract(&conn, &slot);
+                }
+            }
+        }
+    }
+
+    /// Attaches the netdev if it is to be a port. False: it is not.
+    fn attach(&self, link: &Link) -> bool {
+        if self.engine.port(link.ifindex).is_some() {
+            return true;
+        }
+        let Some(spec) = (self.policy)(&link.name) else { return false };
+        if let Err(e) = super::attach(&self.backend, &self.engine, link, spec) {
+            tracing::error!(port = link.name, "not attached: {e}");
+        }
+        true
+    }
+
+    /// At the start. Later nothing of a dead engine can appear.
+    fn attach_or_clear(&self, link: &Link) {
+        if !self.attach(link) && link.mac.is_some() {
+            self.engine.clear_leftovers(link.ifindex);
+        }
+    }
+
+    /// The kernel has removed the netdev, and its qdiscs and rules with it; rules of other netdevs
+    /// that redirect to it drop packets until they are gone, so those go first.
+    fn link_gone(&self, ifindex: Ifindex) {
+        if super::detach(&self.backend, &self.engine, ifindex).is_err() {
+            self.engine.retract_egress(ifindex);
+        }
+        self.backend.links().remove(ifindex);
+        self.backend
+            .neighbours
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|(i, _), _| *i != ifindex);
+    }
+
+    /// No rule may keep sending to an old MAC address.
+    fn neighbour(&self, ifindex: Ifindex, address: IpAddr, mac: Option<MacAddr>) {
+        {
+            let mut used = self.backend.neighbours.lock().unwrap_or_else(PoisonError::into_inner);
+            match used.get(&(ifindex, address)) {
+                None => return,
+                Some(known) if Some(*known) == mac => return,
+                Some(_) => {}
+            }
+            match mac {
+                Some(mac) => used.insert((ifindex, address), mac),
+                None => used.remove(&(ifindex, address)),
+            };
+        }
+        let stale =
+            |p: &PathTaken| p.egress == ifindex && p.next_hop == Some(address) && p.dst_mac != mac;
+        let mut rules = 0;
+        for conn in self.engine.conns() {
+            for slot in self.engine.slots(&conn) {
+                if slot.path.is_some_and(|p| stale(&p))
+                    && self.engine.slot_retract(&conn, slot.direction, slot.netdev.generation)
+                {
+                    rules += 1;
+                }
+            }
+        }
+        tracing::info!(%address, %ifindex, ?mac, rules, "neighbour changed: rules taken back");
+    }
+
+    /// Asks anew for the path of every rule that the change may concern, and takes back those that
+    /// lead elsewhere. Where one direction moves from one egress to another, the rules of the other
+    /// direction on the old egress go too: its packets will arrive on the new one.
+    fn reroute(&self, rerouted: &Rerouted) {
+        let mut answers: HashMap<(Ifindex, IpAddr, IpAddr, u32), Option<PathTaken>> =
+            HashMap::new();
+        let mut rules = 0;
+        for conn in self.engine.conns() {
+            let slots = self.engine.slots(&conn);
+            let mark = ct_id(&conn)
+                .and_then(|id| self.backend.known.get(&id).map(|k| k.mark))
+                .unwrap_or(0);
+            for slot in &slots {
+                let Some(path) = slot.path else { continue };
+                rules += u32::from(
+                    self.is_bypassed(&conn, slot, &slots, mark, rerouted)
+                        && self.retract(&conn, slot),
+                );
+                let leaving = conn.leaving(slot.direction);
+                if !rerouted.covers(leaving.dst()) {
+                    continue;
+                }
+                let source = conn.arriving(slot.direction).src();
+                let now = answers
+                    .entry((slot.netdev.ifindex, source, leaving.dst(), mark))
+                    .or_insert_with(|| self.path_now(&conn, slot, mark));
+                let same = now.is_some_and(|n| {
+                    (n.egress, n.next_hop, n.dst_mac) == (path.egress, path.next_hop, path.dst_mac)
+                });
+                if same {
+                    continue;
+                }
+                rules += u32::from(self.retract(&conn, slot));
+                if now.is_none_or(|n| n.egress != path.egress) {
+                    let opposite = slot.direction.opposite();
+                    for other in slots
+                        .iter()
+                        .filter(|o| o.direction == opposite && o.netdev.ifindex == path.egress)
+                    {
+                        rules += u32::from(self.retract(&conn, other));
+                    }
+                }
+            }
+        }
+        if rules > 0 {
+            tracing::info!(rules, "routes changed: rules taken back");
+        }
+    }
+
+    /// True when the other direction is seen by no port of ours, and has moved away from this one:
+    /// what answers it will arrive elsewhere.
+    fn is_bypassed(
+        &self,
+        conn: &ConnHandle,
+        slot: &SlotView,
+        slots: &[SlotView],
+        mark: u32,
+        rerouted: &Rerouted,
+    ) -> bool {
+        let (Some(path), direction) = (slot.path, slot.direction.opposite()) else { return false };
+        if slots.iter().any(|s| s.direction == direction)
+            || !rerouted.covers(conn.leaving(direction).dst())
+        {
+            return false;
+        }
+        let sight = Sight {
+            ifindex: path.egress,
+            generation: slot.netdev.generation,
+            conn: conn.clone(),
+            direction,
+        };
+        let hint = PathHint { egress: None, mark };
+        let now = self.backend.resolver().resolve(&sight, &hint);
+        now.is_ok_and(|p| p.forward.egress != slot.netdev.ifindex)
+    }
+
+    fn retract(&self, conn: &ConnHandle, slot: &SlotView) -> bool {
+        self.engine.slot_retract(conn, slot.direction, slot.netdev.generation)
+    }
+
+    fn path_now(&self, conn: &ConnHandle, slot: &SlotView, mark: u32) -> Option<PathTaken> {
+        let sight = Sight {
+            ifindex: slot.netdev.ifindex,
+            generation: slot.netdev.generation,
+            conn: conn.clone(),
+            direction: slot.direction,
+        };
+        let hint = PathHint { egress: None, mark };
+        let path = self.backend.resolver().resolve(&sight, &hint).ok()?;
+        Some(PathTaken {
+            egress: path.forward.egress,
+            next_hop: path.next_hop,
+            dst_mac: path.forward.macs.map(|m| m.dst),
+            nat: false,
+        })
+    }
+}

@@ -1,0 +1,242 @@
+//! The kernel as the datapath: it forwards, tracks connections, and shows what it sees.
+//!
+//! ```text
+//!  forward hook          nft set "sighted" + NFLOG   conntrack events   rtnetlink events
+//!  (a packet in              |                            |                  |
+//!   software)                v                            v                  v
+//!                         sights ---- offers ---->     ends            changes
+//!                                        \               |                  |
+//!                                         v              v                  v
+//!                                        engine: ports, slots, writers
+//!                                         ^              |
+//!            resolve, prepare, rearm ----/               +--> sweeps: usage -> conntrack timeouts
+//! ```
+//!
+//! | module | its thread |
+//! |---|---|
+//! | [`backend`] | none: callbacks on the engine's port threads |
+//! | `sights` | reads NFLOG, is a worker of the engine |
+//! | `ends` | reads conntrack events |
+//! | `changes` | reads link, neighbour and route events; attaches and detaches ports |
+//! | `ruleset` | reads nf_tables events: offloaded packets no longer pass the firewall's rules |
+//! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive |
+//! | [`netfilter`], [`routing`] | none: what they speak with the kernel |
+
+pub mod backend;
+mod changes;
+mod ends;
+mod keepalive;
+pub mod netfilter;
+pub mod routing;
+mod ruleset;
+mod sights;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use netdev_providers::netlink::NetlinkError;
+use netdev_providers::{Generation, HwFlags, Ifindex};
+use tokio::sync::oneshot;
+
+pub use self::backend::{Backend, Config, Counts, Observer, OnRulesetChange};
+use self::netfilter::conntrack::{ConntrackError, CtEvents};
+use self::netfilter::ledger::LedgerError;
+use self::netfilter::nflog::{NflogError, SightLog};
+use self::routing::links::Link;
+use self::routing::monitor::{self, NetEvent};
+use crate::engine::{Engine, NewPort, NoSuchPort, PortAddError, PortDeleted};
+
+/// How ports are attached when netdevs appear.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortSpec {
+    /// The classes to try, in this order; `None`: all.
+    pub providers: Option<Vec<String>>,
+    /// Where rules may live.
+    pub hw_flags: HwFlags,
+}
+
+/// Decides by its name whether, and how, a netdev becomes a port.
+pub type PortPolicy = Arc<dyn Fn(&str) -> Option<PortSpec> + Send + Sync>;
+
+/// Why the kernel datapath could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// The sight ledger.
+    #[error("sight ledger")]
+    Ledger(#[from] LedgerError),
+    /// The packet log.
+    #[error("sight log")]
+    Nflog(#[from] NflogError),
+    /// conntrack.
+    #[error("conntrack")]
+    Conntrack(#[from] ConntrackError),
+    /// Routes and neighbours.
+    #[error("rtnetlink")]
+    Route(#[source] NetlinkError),
+    /// nf_tables events.
+    #[error("nf_tables events")]
+    Ruleset(#[source] NetlinkError),
+    /// The links could not be read within the time allowed.
+    #[error("the netdevs of this namespace could not be read")]
+    Links,
+    /// A thread could not be started.
+    #[error("thread")]
+    Thread(#[from] std::io::Error),
+}
+
+/// The running datapath. [`stop`](Self::stop) it; a drop leaves its threads to the process's end.
+pub struct KernelDatapath {
+    backend: Arc<Backend>,
+    engine: Engine,
+    stop: Arc<AtomicBool>,
+    stop_monitor: Option<oneshot::Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// How often threads that wait for the kernel look whether they are to stop.
+const TICK: Duration = Duration::from_millis(200);
+
+impl KernelDatapath {
+    /// Starts the threads: ports are attached by `policy`, now and when netdevs appear. Returns
+    /// after the netdevs that are there have been looked at.
+    ///
+    /// # Errors
+    /// When a socket or a thread cannot be made; what was started is stopped again.
+    pub fn start(
+        backend: Arc<Backend>,
+        engine: Engine,
+        policy: PortPolicy,
+        sweep_every: Duration,
+    ) -> Result<Self, DatapathError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stop_monitor, monitor_stopped) = oneshot::channel();
+        let mut datapath = Self {
+            backend: Arc::clone(&backend),
+            engine: engine.clone(),
+            stop: Arc::clone(&stop),
+            stop_monitor: Some(stop_monitor),
+            threads: Vec::new(),
+        };
+        let log = SightLog::open(backend.config().nflog_group)?;
+        let mut ct_events = CtEvents::open(false)?;
+        ct_events.ignore_updates_of(backend.conntrack().port()?);
+        let (events, net_events): (Sender<NetEvent>, Receiver<NetEvent>) = mpsc::channel();
+        let (synced, first_sync) = mpsc::channel();
+
+        datapath.spawn("sights", {
+            let (backend, engine, stop) = (Arc::clone(&backend), engine.clone(), Arc::clone(&stop));
+            move || sights::Reader::new(backend, engine, log).run(&stop)
+        })?;
+        datapath.spawn("ends", {
+            let (backend, engine, stop) = (Arc::clone(&backend), engine.clone(), Arc::clone(&stop));
+            move || ends::run(&backend, &engine, ct_events, &stop)
+        })?;
+        if let Some(watch) = ruleset::Watch::open(&backend).map_err(DatapathError::Ruleset)? {
+            let (engine, stop) = (engine.clone(), Arc::clone(&stop));
+            datapath.spawn("ruleset", move || watch.run(&engine, &stop))?;
+        }
+        datapath.spawn("monitor", move || {
+            if let Err(e) = monitor::run(&events, monitor_stopped) {
+                tracing::error!("rtnetlink events ended: {e}");
+            }
+        })?;
+        datapath.spawn("changes", {
+            let (backend, engine) = (Arc::clone(&backend), engine.clone());
+            move || changes::Changes::new(backend, engine, policy, synced).run(&net_events)
+        })?;
+        datapath.spawn("keepalive", {
+            let stop = Arc::clone(&stop);
+            move || keepalive::Keeper::new(backend, engine).run(sweep_every, &stop)
+        })?;
+        if first_sync.recv_timeout(Duration::from_secs(10)).is_err() {
+            datapath.stop();
+            return Err(DatapathError::Links);
+        }
+        Ok(datapath)
+    }
+
+    fn spawn(&mut self, name: &str, f: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(f)?);
+        Ok(())
+    }
+
+    /// Attaches a netdev that is there. By hand: the policy is not asked.
+    ///
+    /// # Errors
+    /// When it is a port already, or a class asked for does not exist.
+    pub fn attach(&self, link: &Link, spec: PortSpec) -> Result<Generation, PortAddError> {
+        attach(&self.backend, &self.engine, link, spec)
+    }
+
+    /// Detaches a port. The netdev stays.
+    ///
+    /// # Errors
+    /// When there is no such port.
+    pub fn detach(&self, ifindex: Ifindex) -> Result<PortDeleted, NoSuchPort> {
+        detach(&self.backend, &self.engine, ifindex)
+    }
+
+    /// Ends sighting, removes every rule and everything else of ours from the kernel, and ends the
+    /// threads. Idempotent.
+    pub fn stop(&mut self) {
+        if self.stop.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // First the ledger: what is flushed below must not be sighted again.
+        self.backend.remove_ledger();
+        if let Some(stop) = self.stop_monitor.take() {
+            let _ = stop.send(());
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a datapath thread panicked");
+            }
+        }
+        for deleted in self.engine.close() {
+            for fault in deleted.faults {
+                tracing::warn!("while closing: {fault}");
+            }
+        }
+    }
+}
+
+fn attach(
+    backend: &Backend,
+    engine: &Engine,
+    link: &Link,
+    spec: PortSpec,
+) -> Result<Generation, PortAddError> {
+    let generation = engine.port_add(NewPort {
+        ifindex: link.ifindex,
+        name: link.name.clone(),
+        hw_flags: spec.hw_flags,
+        providers: spec.providers,
+    })?;
+    // Only now: what is sighted on a netdev that is no port yet would be offered to nobody.
+    backend.watch(link.ifindex);
+    if let (Some(observer), Some((netdev, class))) = (backend.observer(), engine.port(link.ifindex))
+    {
+        observer.port_added(&netdev, class);
+    }
+    Ok(generation)
+}
+
+fn detach(backend: &Backend, engine: &Engine, ifindex: Ifindex) -> Result<PortDeleted, NoSuchPort> {
+    let port = engine.port(ifindex);
+    let deleted = engine.port_del(ifindex)?;
+    if let (Some(observer), Some((netdev, _))) = (backend.observer(), port) {
+        observer.port_deleted(&netdev, &deleted);
+    }
+    backend.unwatch(ifindex);
+    backend.forget_netdev(ifindex);
+    Ok(deleted)
+}
+
+impl Drop for KernelDatapath {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -1,0 +1,816 @@
+//! Connections: what they are, when they end, and how their life is prolonged (ctnetlink).
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use netdev_providers::netlink::error::KernelError;
+use netdev_providers::netlink::socket::{ACK, Ack, DUMP, EXCL, REQUEST};
+use netdev_providers::netlink::wire::{AttrIter, MessageIter, Nested};
+use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
+use netdev_providers::{Direction, L4Proto, Tuple, Zone};
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::{NFGENMSG_LEN, SUBSYS_CTNETLINK, msg_type, nfgenmsg};
+
+// linux/netfilter/nfnetlink_conntrack.h: enum cntl_msg_types
+const IPCTNL_MSG_CT_NEW: u16 = 0;
+const IPCTNL_MSG_CT_GET: u16 = 1;
+const IPCTNL_MSG_CT_DELETE: u16 = 2;
+const IPCTNL_MSG_CT_GET_STATS: u16 = 5;
+// enum ctattr_type
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_HELP: u16 = 5;
+const CTA_TIMEOUT: u16 = 7;
+const CTA_MARK: u16 = 8;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+// enum ctattr_tuple, ctattr_ip, ctattr_l4proto
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_TUPLE_ZONE: u16 = 3;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
+// enum ctattr_protoinfo, ctattr_protoinfo_tcp
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
+// enum ctattr_stats_global
+const CTA_STATS_GLOBAL_ENTRIES: u16 = 1;
+const CTA_STATS_GLOBAL_MAX_ENTRIES: u16 = 2;
+// linux/netfilter/nfnetlink.h: enum nfnetlink_groups
+const NFNLGRP_CONNTRACK_NEW: u32 = 1;
+const NFNLGRP_CONNTRACK_UPDATE: u32 = 2;
+const NFNLGRP_CONNTRACK_DESTROY: u32 = 3;
+/// `IP_CT_TCP_FLAG_BE_LIBERAL` (`linux/netfilter/nf_conntrack_tcp.h`).
+const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
+/// `AF_INET`, `AF_INET6` as `nfgen_family`.
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// Updates in one send.
+const UPDATES_PER_SEND: usize = 64;
+const EVENT_RCVBUF: usize = 32 * 1024 * 1024;
+const DATAGRAMS_PER_READ: usize = 256;
+
+/// Why connections cannot be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConntrackError {
+    /// `CAP_NET_ADMIN` in the user namespace of the network namespace is needed.
+    #[error("conntrack by netlink needs CAP_NET_ADMIN")]
+    NotPermitted,
+    /// The kernel lacks ctnetlink.
+    #[error(
+        "the kernel lacks nf_conntrack_netlink (CONFIG_NF_CT_NETLINK, CONFIG_NF_CONNTRACK_EVENTS)"
+    )]
+    Unsupported(#[source] KernelError),
+    /// A timeout of the namespace cannot be read: nf_conntrack is not loaded.
+    #[error("reading {path}")]
+    Timeouts {
+        /// The file.
+        path: String,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+    /// The exchange failed, or the kernel refused it.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+/// The kernel's id of an entry (`nf_ct_get_id`), as `conntrack -o id` and `nft` show it: a hash
+/// over the entry's address and its original tuple. It tells an entry from another at one time; an
+/// entry that follows upon a dead one can, with the same tuple, get the same id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CtId(pub u32);
+
+impl fmt::Display for CtId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// `enum ip_conntrack_status` (`linux/netfilter/nf_conntrack_common.h`).
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct CtStatus(pub u32);
+
+impl CtStatus {
+    /// `IPS_EXPECTED`: a helper foresaw it.
+    pub const EXPECTED: u32 = 1;
+    /// `IPS_SEEN_REPLY`.
+    pub const SEEN_REPLY: u32 = 1 << 1;
+    /// `IPS_ASSURED`: not dropped early; TCP after the handshake, UDP after some traffic.
+    pub const ASSURED: u32 = 1 << 2;
+    /// `IPS_CONFIRMED`: in the table.
+    pub const CONFIRMED: u32 = 1 << 3;
+    /// `IPS_SRC_NAT`.
+    pub const SRC_NAT: u32 = 1 << 4;
+    /// `IPS_DST_NAT`.
+    pub const DST_NAT: u32 = 1 << 5;
+    /// `IPS_SEQ_ADJUST`: a helper changes lengths, so sequence numbers are rewritten.
+    pub const SEQ_ADJUST: u32 = 1 << 6;
+    /// `IPS_DYING`.
+    pub const DYING: u32 = 1 << 9;
+    /// `IPS_FIXED_TIMEOUT`: a write of the timeout is refused (EPERM).
+    pub const FIXED_TIMEOUT: u32 = 1 << 10;
+    /// `IPS_TEMPLATE`.
+    pub const TEMPLATE: u32 = 1 << 11;
+    /// `IPS_NAT_CLASH`: one of two entries for a UDP packet that raced.
+    pub const NAT_CLASH: u32 = 1 << 12;
+    /// `IPS_HELPER`: a helper was attached by a rule.
+    pub const HELPER: u32 = 1 << 13;
+    /// `IPS_OFFLOAD`: in a flowtable.
+    pub const OFFLOAD: u32 = 1 << 14;
+    /// `IPS_HW_OFFLOAD`: in the hardware, by a flowtable.
+    pub const HW_OFFLOAD: u32 = 1 << 15;
+
+    const fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+    /// [`ASSURED`](Self::ASSURED).
+    #[must_use]
+    pub const fn assured(self) -> bool {
+        self.has(Self::ASSURED)
+    }
+    /// [`SEEN_REPLY`](Self::SEEN_REPLY).
+    #[must_use]
+    pub const fn seen_reply(self) -> bool {
+        self.has(Self::SEEN_REPLY)
+    }
+    /// [`CONFIRMED`](Self::CONFIRMED).
+    #[must_use]
+    pub const fn confirmed(self) -> bool {
+        self.has(Self::CONFIRMED)
+    }
+    /// [`DYING`](Self::DYING).
+    #[must_use]
+    pub const fn dying(self) -> bool {
+        self.has(Self::DYING)
+    }
+    /// [`FIXED_TIMEOUT`](Self::FIXED_TIMEOUT).
+    #[must_use]
+    pub const fn fixed_timeout(self) -> bool {
+        self.has(Self::FIXED_TIMEOUT)
+    }
+    /// [`SEQ_ADJUST`](Self::SEQ_ADJUST).
+    #[must_use]
+    pub const fn seq_adjust(self) -> bool {
+        self.has(Self::SEQ_ADJUST)
+    }
+    /// [`NAT_CLASH`](Self::NAT_CLASH).
+    #[must_use]
+    pub const fn nat_clash(self) -> bool {
+        self.has(Self::NAT_CLASH)
+    }
+    /// [`HELPER`](Self::HELPER).
+    #[must_use]
+    pub const fn helper(self) -> bool {
+        self.has(Self::HELPER)
+    }
+    /// [`SRC_NAT`](Self::SRC_NAT).
+    #[must_use]
+    pub const fn snat(self) -> bool {
+        self.has(Self::SRC_NAT)
+    }
+    /// [`DST_NAT`](Self::DST_NAT).
+    #[must_use]
+    pub const fn dnat(self) -> bool {
+        self.has(Self::DST_NAT)
+    }
+    /// [`OFFLOAD`](Self::OFFLOAD).
+    #[must_use]
+    pub const fn offload(self) -> bool {
+        self.has(Self::OFFLOAD)
+    }
+    /// [`HW_OFFLOAD`](Self::HW_OFFLOAD).
+    #[must_use]
+    pub const fn hw_offload(self) -> bool {
+        self.has(Self::HW_OFFLOAD)
+    }
+}
+
+impl fmt::Debug for CtStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CtStatus({:#x})", self.0)
+    }
+}
+
+/// `enum tcp_conntrack` (`linux/netfilter/nf_conntrack_tcp.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "the names are the kernel's")]
+pub enum TcpState {
+    None = 0,
+    SynSent = 1,
+    SynRecv = 2,
+    Established = 3,
+    FinWait = 4,
+    CloseWait = 5,
+    LastAck = 6,
+    TimeWait = 7,
+    Close = 8,
+    /// A simultaneous open.
+    SynSent2 = 9,
+}
+
+impl TcpState {
+    /// `None` for numbers that the kernel does not show.
+    #[must_use]
+    pub const fn from_number(n: u8) -> Option<Self> {
+        Some(match n {
+            0 => Self::None,
+            1 => Self::SynSent,
+            2 => Self::SynRecv,
+            3 => Self::Established,
+            4 => Self::FinWait,
+            5 => Self::CloseWait,
+            6 => Self::LastAck,
+            7 => Self::TimeWait,
+            8 => Self::Close,
+            9 => Self::SynSent2,
+            _ => return None,
+        })
+    }
+}
+
+/// A TCP or UDP connection as the kernel tells it. What an event leaves out is `None`, or empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CtEntry {
+    /// The kernel's id.
+    pub id: Option<CtId>,
+    /// The zone that the **original** tuple is unique in, and is looked up in: the entry's zone, or
+    /// that of its original direction (`ct original zone set`); 0 where the zone holds for replies
+    /// only.
+    pub zone: Zone,
+    /// As the packet that created it.
+    pub original: Tuple,
+    /// As the answers come in: differs from the inverted original by the NAT.
+    pub reply: Tuple,
+    /// Status bits.
+    pub status: CtStatus,
+    /// TCP only, and only where the kernel tells it: an event tells it when it changed.
+    pub tcp_state: Option<TcpState>,
+    /// Whether TCP windows go unchecked, original and reply direction (`IP_CT_TCP_FLAG_BE_LIBERAL`);
+    /// where [`tcp_state`](Self::tcp_state) is told, except in destroy events.
+    pub tcp_liberal: [bool; 2],
+    /// Until the entry expires; not in destroy events.
+    pub timeout: Option<Duration>,
+    /// The connection's mark.
+    pub mark: u32,
+    /// A helper looks into it: the status bit, or a helper that came with the expectation.
+    pub helper: bool,
+}
+
+impl CtEntry {
+    /// Reads an entry: `None` when it is neither TCP nor UDP, or not well-formed. `family` is the
+    /// `nfgen_family` of the message, which tells the addresses' family.
+    pub(super) fn parse(family: u8, attrs: Nested<'_>) -> Option<Self> {
+        let mut original = None;
+        let mut reply = None;
+        let (mut zone, mut tuple_zone) = (None, None);
+        let mut id = None;
+        let mut status = CtStatus::default();
+        let mut timeout = None;
+        let mut mark = 0;
+        let mut helper = false;
+        let mut protoinfo = None;
+        for a in attrs {
+            match a.ty {
+                CTA_TUPLE_ORIG => {
+                    original = Some(parse_tuple(family, a.nested())?);
+                    tuple_zone = a.nested().find_type(CTA_TUPLE_ZONE).and_then(|a| a.be16());
+                }
+                CTA_TUPLE_REPLY => reply = Some(parse_tuple(family, a.nested())?),
+                CTA_ZONE => zone = a.be16(),
+                CTA_ID => id = a.be32().map(CtId),
+                CTA_STATUS => status = CtStatus(a.be32()?),
+                CTA_TIMEOUT => timeout = a.be32().map(|s| Duration::from_secs(s.into())),
+                CTA_MARK => mark = a.be32()?,
+                CTA_HELP => helper = true,
+                CTA_PROTOINFO => protoinfo = a.nested().find_type(CTA_PROTOINFO_TCP),
+                _ => {}
+            }
+        }
+        let (original, reply) = (original?, reply?);
+        let mut tcp_state = None;
+        let mut tcp_liberal = [false; 2];
+        for a in protoinfo.iter().flat_map(|p| p.nested()) {
+            // struct nf_ct_tcp_flags: flags, mask
+            let liberal = || a.u8().is_some_and(|f| f & IP_CT_TCP_FLAG_BE_LIBERAL != 0);
+            match a.ty {
+                CTA_PROTOINFO_TCP_STATE => tcp_state = a.u8().and_then(TcpState::from_number),
+                CTA_PROTOINFO_TCP_FLAGS_ORIGINAL => tcp_liberal[0] = liberal(),
+                CTA_PROTOINFO_TCP_FLAGS_REPLY => tcp_liberal[1] = liberal(),
+                _ => {}
+            }
+        }
+        let helper = helper || status.helper();
+        let zone = Zone(zone.or(tuple_zone).unwrap_or(0));
+        Some(Self {
+            id,
+            zone,
+            original,
+            reply,
+            status,
+            tcp_state,
+            tcp_liberal,
+            timeout,
+            mark,
+            helper,
+        })
+    }
+
+    /// Addresses and ports of its packets as they come in: before any NAT.
+    #[must_use]
+    pub const fn incoming(&self, direction: Direction) -> Tuple {
+        match direction {
+            Direction::Original => self.original,
+            Direction::Reply => self.reply,
+        }
+    }
+
+    /// Addresses and ports of its packets as they go out: after all NAT.
+    #[must_use]
+    pub const fn outgoing(&self, direction: Direction) -> Tuple {
+        self.incoming(direction.opposite()).inverted()
+    }
+
+    /// Addresses and ports of its packets in the forward hook: after destination NAT, before source
+    /// NAT (for replies: after the reversal of source NAT, before that of destination NAT).
+    #[must_use]
+    pub fn in_forward(&self, direction: Direction) -> Option<Tuple> {
+        let (i, o) = (self.incoming(direction), self.outgoing(direction));
+        Tuple::new(i.proto(), i.src(), i.sport(), o.dst(), o.dport())
+    }
+}
+
+fn parse_tuple(family: u8, attrs: Nested<'_>) -> Option<Tuple> {
+    let ip = attrs.find_type(CTA_TUPLE_IP)?.nested();
+    let proto = attrs.find_type(CTA_TUPLE_PROTO)?.nested();
+    let number = proto.find_type(CTA_PROTO_NUM)?.u8()?;
+    let l4 = L4Proto::from_number(number)?;
+    let (src, dst): (IpAddr, IpAddr) = match family {
+        AF_INET => {
+            let get = |ty| -> Option<IpAddr> {
+                let b: [u8; 4] = ip.find_type(ty)?.payload.try_into().ok()?;
+                Some(Ipv4Addr::from(b).into())
+            };
+            (get(CTA_IP_V4_SRC)?, get(CTA_IP_V4_DST)?)
+        }
+        AF_INET6 => {
+            let get = |ty| -> Option<IpAddr> {
+                let b: [u8; 16] = ip.find_type(ty)?.payload.try_into().ok()?;
+                Some(Ipv6Addr::from(b).into())
+            };
+            (get(CTA_IP_V6_SRC)?, get(CTA_IP_V6_DST)?)
+        }
+        _ => return None,
+    };
+    let port = |ty| proto.find_type(ty)?.be16();
+    Tuple::new(l4, src, port(CTA_PROTO_SRC_PORT)?, dst, port(CTA_PROTO_DST_PORT)?)
+}
+
+fn put_tuple(m: &mut Message<'_>, ty: u16, t: &Tuple) {
+    m.nested(ty, |m| {
+        m.nested(CTA_TUPLE_IP, |m| match (t.src(), t.dst()) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                m.attr(CTA_IP_V4_SRC, &src.octets()).attr(CTA_IP_V4_DST, &dst.octets());
+            }
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                m.attr(CTA_IP_V6_SRC, &src.octets()).attr(CTA_IP_V6_DST, &dst.octets());
+            }
+            _ => {} // a Tuple is of one family
+        })
+        .nested(CTA_TUPLE_PROTO, |m| {
+            m.u8(CTA_PROTO_NUM, t.proto().number())
+                .be16(CTA_PROTO_SRC_PORT, t.sport())
+                .be16(CTA_PROTO_DST_PORT, t.dport());
+        });
+    });
+}
+
+/// Starts a message about the entry of (zone, original tuple).
+///
+/// Zone 0 is what the kernel assumes without the attribute; a number means an entry whose zone
+/// holds for both directions, and finds one whose zone holds for the original direction as well.
+fn about<'b>(
+    buf: &'b mut Vec<u8>,
+    msg: u16,
+    flags: u16,
+    seq: u32,
+    zone: Zone,
+    original: &Tuple,
+) -> Message<'b> {
+    let family = if original.is_ipv6() { AF_INET6 } else { AF_INET };
+    let mut m = Message::new(buf, msg_type(SUBSYS_CTNETLINK, msg), REQUEST | flags, seq);
+    m.raw(&nfgenmsg(family, 0));
+    put_tuple(&mut m, CTA_TUPLE_ORIG, original);
+    if zone != Zone(0) {
+        m.be16(CTA_ZONE, zone.0);
+    }
+    m
+}
+
+/// A change of one entry. What is `None` stays as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CtUpdate {
+    /// [`CtEntry::zone`].
+    pub zone: Zone,
+    /// [`CtEntry::original`].
+    pub original: Tuple,
+    /// From now on; whole seconds are written. A later packet in software sets the entry's timeout
+    /// back to that of its state.
+    pub timeout: Option<Duration>,
+    /// Whether TCP windows go unchecked, in both directions; the state is not touched. Ignored for
+    /// UDP.
+    ///
+    /// Windows that moved while packets went past the kernel are never learned again: after the
+    /// flag is cleared on such a connection its packets become INVALID. Leave it set when an
+    /// offload ends, as the kernel's own flowtable does.
+    pub liberal: Option<bool>,
+}
+
+fn put_update(buf: &mut Vec<u8>, seq: u32, flags: u16, u: &CtUpdate) {
+    // Without NLM_F_CREATE: a change, or ENOENT.
+    let mut m = about(buf, IPCTNL_MSG_CT_NEW, flags, seq, u.zone, &u.original);
+    if let Some(timeout) = u.timeout {
+        m.be32(CTA_TIMEOUT, u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX));
+    }
+    if let (Some(liberal), L4Proto::Tcp) = (u.liberal, u.original.proto()) {
+        let flags = if liberal { IP_CT_TCP_FLAG_BE_LIBERAL } else { 0 };
+        m.nested(CTA_PROTOINFO, |m| {
+            m.nested(CTA_PROTOINFO_TCP, |m| {
+                for ty in [CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY] {
+                    m.attr(ty, &[flags, IP_CT_TCP_FLAG_BE_LIBERAL]);
+                }
+            });
+        });
+    }
+    m.finish();
+}
+
+/// How full the table is, and how full it may get (`nf_conntrack_count`, `nf_conntrack_max`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CtUsage {
+    /// Entries of this network namespace.
+    pub entries: u32,
+    /// The limit.
+    pub max: u32,
+}
+
+/// Reads and changes entries of the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct Conntrack {
+    socket: Socket,
+}
+
+impl Conntrack {
+    /// Opens it, and loads the kernel's module where that is needed.
+    ///
+    /// # Errors
+    /// Missing privilege, or a kernel without ctnetlink.
+    pub fn open() -> Result<Self, ConntrackError> {
+        let mut this = Self { socket: Socket::open(Family::Netfilter)? };
+        this.usage()?;
+        Ok(this)
+    }
+
+    /// How many entries there are.
+    ///
+    /// # Errors
+    /// A failure of the exchange.
+    pub fn usage(&mut self) -> Result<CtUsage, ConntrackError> {
+        let seq = self.socket.next_seq();
+        let mut buf = Vec::with_capacity(32);
+        let ty = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET_STATS);
+        let mut m = Message::new(&mut buf, ty, REQUEST | ACK, seq);
+        m.raw(&nfgenmsg(0, 0));
+        m.finish();
+        let mut usage = CtUsage::default();
+        self.socket
+            .request(&buf, seq, |m| {
+                let number = |ty| m.attrs(NFGENMSG_LEN).find_type(ty).and_then(|a| a.be32());
+                usage.entries = number(CTA_STATS_GLOBAL_ENTRIES).unwrap_or(0);
+                usage.max = number(CTA_STATS_GLOBAL_MAX_ENTRIES).unwrap_or(0);
+            })
+            .map_err(|e| match (e.errno(), e) {
+                (Some(Errno::EPERM), _) => ConntrackError::NotPermitted,
+                // The answer of nfnetlink when there is no such subsystem.
+                (Some(Errno::EINVAL | Errno::EOPNOTSUPP), NetlinkError::Kernel(k)) => {
+                    ConntrackError::Unsupported(k)
+                }
+                (_, e) => e.into(),
+            })?;
+        Ok(usage)
+    }
+
+    /// The netlink port id of this socket: the origin of the update events that
+    /// [`update`](Self::update) causes ([`CtEvents::ignore_updates_of`]).
+    ///
+    /// # Errors
+    /// When the socket does not tell.
+    pub fn port(&self) -> Result<u32, ConntrackError> {
+        Ok(self.socket.port_id()?)
+    }
+
+    /// The connection of this zone and original tuple.
+    ///
+    /// # Errors
+    /// A failure of the exchange; a connection that does not exist is `None`.
+    pub fn get(&mut self, zone: Zone, original: &Tuple) -> Result<Option<CtEntry>, ConntrackError> {
+        // The kernel finds an entry by its reply tuple too.
+        Ok(self.find(zone, original)?.filter(|e| e.original == *original))
+    }
+
+    /// The connection, and the direction in it, of a packet seen in the forward hook: for kernels
+    /// that do not log the connection with the packet. Addresses there are half translated, so a
+    /// connection with both source and destination NAT cannot be found this way, nor one of another
+    /// zone: then compare [`CtEntry::in_forward`] over a [`dump`](Self::dump).
+    ///
+    /// # Errors
+    /// A failure of the exchange.
+    pub fn find_forwarded(
+        &mut self,
+        zone: Zone,
+        seen: &Tuple,
+    ) -> Result<Option<(CtEntry, Direction)>, ConntrackError> {
+        for tuple in [*seen, seen.inverted()] {
+            if let Some(entry) = self.find(zone, &tuple)? {
+                let direction =
+                    Direction::BOTH.into_iter().find(|d| entry.in_forward(*d) == Some(*seen));
+                if let Some(direction) = direction {
+                    return Ok(Some((entry, direction)));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn find(&mut self, zone: Zone, tuple: &Tuple) -> Result<Option<CtEntry>, ConntrackError> {
+        let seq = self.socket.next_seq();
+        let mut buf = Vec::with_capacity(128);
+        about(&mut buf, IPCTNL_MSG_CT_GET, ACK, seq, zone, tuple).finish();
+        let mut found = None;
+        let done = self.socket.request(&buf, seq, |m| {
+            found = m.payload.first().and_then(|f| CtEntry::parse(*f, m.attrs(NFGENMSG_LEN)));
+        });
+        match done {
+            Ok(()) => Ok(found),
+            Err(e) if e.errno() == Some(Errno::ENOENT) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// All TCP and UDP connections of the namespace. The table changes during the dump: what comes
+    /// or goes meanwhile may be missing, and an entry may come twice.
+    ///
+    /// # Errors
+    /// A failure of the exchange.
+    pub fn dump(&mut self) -> Result<Vec<CtEntry>, ConntrackError> {
+        let seq = self.socket.next_seq();
+        let mut buf = Vec::with_capacity(32);
+        let ty = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET);
+        let mut m = Message::new(&mut buf, ty, REQUEST | DUMP, seq);
+        m.raw(&nfgenmsg(0, 0));
+        m.finish();
+        let mut entries = Vec::new();
+        self.socket.dump(&buf, seq, |m| {
+            entries
+                .extend(m.payload.first().and_then(|f| CtEntry::parse(*f, m.attrs(NFGENMSG_LEN))));
+        })?;
+        Ok(entries)
+    }
+
+    /// Changes entries; one answer each, in order. ENOENT: the connection is gone; EPERM: its
+    /// timeout is fixed; ETIME: it is dying.
+    ///
+    /// An entry is found by zone and original tuple, not by its id: a connection that took the
+    /// place of another gets the change. [`get`](Self::get) tells.
+    ///
+    /// # Errors
+    /// A failure of the exchange; then it is not known which changes took effect.
+    pub fn update(&mut self, updates: &[CtUpdate]) -> Result<Vec<Ack>, ConntrackError> {
+        let mut acks = Vec::with_capacity(updates.len());
+        let mut buf = Vec::new();
+        for chunk in updates.chunks(UPDATES_PER_SEND) {
+            buf.clear();
+            let mut first = 0;
+            for (i, update) in chunk.iter().enumerate() {
+                let seq = self.socket.next_seq();
+                if i == 0 {
+                    first = seq;
+                }
+                let flags = if i + 1 == chunk.len() { ACK } else { 0 };
+                put_update(&mut buf, seq, flags, update);
+            }
+            acks.extend(self.socket.batch(&buf, first, chunk.len())?);
+        }
+        Ok(acks)
+    }
+
+    /// Ends a connection, if it is still the one of this id. `false` when it is gone, or replaced.
+    ///
+    /// # Errors
+    /// A failure of the exchange.
+    pub fn delete(
+        &mut self,
+        zone: Zone,
+        original: &Tuple,
+        id: Option<CtId>,
+    ) -> Result<bool, ConntrackError> {
+        let seq = self.socket.next_seq();
+        let mut buf = Vec::with_capacity(128);
+        let mut m = about(&mut buf, IPCTNL_MSG_CT_DELETE, ACK, seq, zone, original);
+        if let Some(id) = id {
+            m.be32(CTA_ID, id.0);
+        }
+        m.finish();
+        match self.socket.request(&buf, seq, |_| {}) {
+            Ok(()) => Ok(true),
+            Err(e) if e.errno() == Some(Errno::ENOENT) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// Something that happened to a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CtEvent {
+    /// It was created.
+    New(CtEntry),
+    /// It changed: status, TCP state, mark.
+    Update(CtEntry),
+    /// It ended: by its protocol, its timeout, or by hand.
+    Destroy(CtEntry),
+}
+
+impl CtEvent {
+    /// The connection.
+    #[must_use]
+    pub const fn entry(&self) -> &CtEntry {
+        match self {
+            Self::New(e) | Self::Update(e) | Self::Destroy(e) => e,
+        }
+    }
+}
+
+/// What one read brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventRead {
+    /// The events, in order; none when the time ran out.
+    pub events: Vec<CtEvent>,
+    /// Events were lost (the receive buffer was full): compare with a [`Conntrack::dump`].
+    pub lost: bool,
+}
+
+/// Events of TCP and UDP connections in the network namespace of the thread that opened it.
+///
+/// With `net.netfilter.nf_conntrack_events` = 2, the default since 6.0, the kernel prepares for
+/// events only those entries that are created **while somebody listens** (in any process): of
+/// entries older than this socket no event is certain, not even their end. With 0 there are none.
+/// So open this first, and find the end of older entries by [`Conntrack::get`] or a dump.
+#[derive(Debug)]
+pub struct CtEvents {
+    socket: Socket,
+    ignored: Option<u32>,
+}
+
+impl CtEvents {
+    /// Listens for updates and ends, and for new connections if asked.
+    ///
+    /// # Errors
+    /// Missing privilege, or a kernel without ctnetlink.
+    pub fn open(with_new: bool) -> Result<Self, ConntrackError> {
+        Conntrack::open()?;
+        let socket = Socket::open(Family::Netfilter)?;
+        grow_buffer(&socket, EVENT_RCVBUF);
+        socket.join(NFNLGRP_CONNTRACK_UPDATE)?;
+        socket.join(NFNLGRP_CONNTRACK_DESTROY)?;
+        if with_new {
+            socket.join(NFNLGRP_CONNTRACK_NEW)?;
+        }
+        Ok(Self { socket, ignored: None })
+    }
+
+    /// Passes over updates that this netlink port caused: every [`Conntrack::update`] of ours comes
+    /// back as an event, and carries no news.
+    pub const fn ignore_updates_of(&mut self, port: u32) {
+        self.ignored = Some(port);
+    }
+
+    /// Waits for events, then takes all that are there, up to some hundreds.
+    ///
+    /// # Errors
+    /// A failure of the socket. Lost events are no error, but [`EventRead::lost`].
+    pub fn next(&mut self, within: Duration) -> Result<EventRead, ConntrackError> {
+        let mut read = EventRead::default();
+        let ignored = self.ignored;
+        read.lost = drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
+            read_events(messages, ignored, &mut read.events);
+            false
+        })?;
+        Ok(read)
+    }
+}
+
+impl AsFd for CtEvents {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn read_events(messages: MessageIter<'_>, ignored: Option<u32>, events: &mut Vec<CtEvent>) {
+    const NEW: u16 = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW);
+    const DELETE: u16 = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE);
+    for m in messages {
+        let kind = match m.ty {
+            // NLM_F_CREATE | NLM_F_EXCL mark a new one.
+            NEW if m.flags & EXCL != 0 => CtEvent::New,
+            // The port is that of the request which caused the event; 0 for what packets caused.
+            NEW if ignored.is_some_and(|port| port != 0 && port == m.port) => continue,
+            NEW => CtEvent::Update,
+            DELETE => CtEvent::Destroy,
+            _ => continue,
+        };
+        let Some(&family) = m.payload.first() else { continue };
+        let attrs: AttrIter<'_> = m.attrs(NFGENMSG_LEN);
+        events.extend(CtEntry::parse(family, attrs).map(kind));
+    }
+}
+
+/// Reads what is there, waiting for the first datagram only. `true` when something was lost: the
+/// kernel said so, or `read` did.
+pub(super) fn drain(
+    socket: &mut Socket,
+    within: Duration,
+    datagrams: usize,
+    mut read: impl FnMut(MessageIter<'_>) -> bool,
+) -> Result<bool, NetlinkError> {
+    let mut lost = false;
+    for i in 0..datagrams {
+        let wait = if i == 0 { within } else { Duration::ZERO };
+        match socket.recv(wait, &mut read) {
+            Ok(gap) => lost |= gap,
+            Err(NetlinkError::TimedOut(_)) => break,
+            // Told once; the messages that did fit follow.
+            Err(e) if e.errno() == Some(Errno::ENOBUFS) => lost = true,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(lost)
+}
+
+/// Makes the receive buffer larger, as far as privilege allows.
+pub(super) fn grow_buffer(socket: &Socket, bytes: usize) {
+    if setsockopt(socket, sockopt::RcvBufForce, &bytes).is_err() {
+        let _ = setsockopt(socket, sockopt::RcvBuf, &bytes);
+    }
+}
+
+/// How long an idle entry lives, by its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// `nf_conntrack_tcp_timeout_established`.
+    pub tcp_established: Duration,
+    /// `nf_conntrack_udp_timeout`: UDP that is not (yet) assured.
+    pub udp: Duration,
+    /// `nf_conntrack_udp_timeout_stream`: UDP that is assured.
+    pub udp_stream: Duration,
+}
+
+/// The timeouts of the network namespace of the calling thread. A timeout policy (`ct timeout`) may
+/// give a connection others.
+///
+/// # Errors
+/// When nf_conntrack is not loaded.
+pub fn timeouts() -> Result<Timeouts, ConntrackError> {
+    let read = |name: &str| {
+        let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+        let parsed = std::fs::read_to_string(&path)
+            .and_then(|text| text.trim().parse().map_err(io::Error::other));
+        match parsed {
+            Ok(seconds) => Ok(Duration::from_secs(seconds)),
+            Err(source) => Err(ConntrackError::Timeouts { path, source }),
+        }
+    };
+    Ok(Timeouts {
+        tcp_established: read("tcp_timeout_established")?,
+        udp: read("udp_timeout")?,
+        udp_stream: read("udp_timeout_stream")?,
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,406 @@
+//! The sights: what the ledger's rule logs, read from nfnetlink_log.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use netdev_providers::netlink::error::KernelError;
+use netdev_providers::netlink::socket::{ACK, REQUEST};
+use netdev_providers::netlink::wire::{AttrIter, MessageIter, Received};
+use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
+use netdev_providers::{Direction, Ifindex, L4Proto, Tuple};
+use nix::errno::Errno;
+use tracing::debug;
+
+use super::conntrack::{self, CtEntry};
+use super::{NFGENMSG_LEN, SUBSYS_ULOG, msg_type, nfgenmsg};
+
+// linux/netfilter/nfnetlink_log.h
+const NFULNL_MSG_PACKET: u16 = 0;
+const NFULNL_MSG_CONFIG: u16 = 1;
+const NFULNL_CFG_CMD_BIND: u8 = 1;
+const NFULNL_COPY_PACKET: u8 = 2;
+const NFULNL_CFG_F_SEQ: u16 = 1;
+const NFULNL_CFG_F_CONNTRACK: u16 = 4;
+// enum nfulnl_attr_config
+const NFULA_CFG_CMD: u16 = 1;
+const NFULA_CFG_MODE: u16 = 2;
+const NFULA_CFG_TIMEOUT: u16 = 4;
+const NFULA_CFG_QTHRESH: u16 = 5;
+const NFULA_CFG_FLAGS: u16 = 6;
+// enum nfulnl_attr_type
+const NFULA_MARK: u16 = 2;
+const NFULA_IFINDEX_INDEV: u16 = 4;
+const NFULA_IFINDEX_OUTDEV: u16 = 5;
+const NFULA_PAYLOAD: u16 = 9;
+const NFULA_SEQ: u16 = 12;
+const NFULA_HWHEADER: u16 = 16;
+const NFULA_CT: u16 = 18;
+const NFULA_CT_INFO: u16 = 19;
+/// `IP_CT_IS_REPLY` (`linux/netfilter/nf_conntrack_common.h`): from here on a packet is a reply.
+const IP_CT_IS_REPLY: u32 = 3;
+
+/// Bytes of the packet that are asked for: the rule's own `snaplen` is less.
+const COPY_RANGE: u32 = 128;
+/// Hundredths of a second that a message may wait for company (the rule's queue threshold of 1
+/// sends it at once).
+const FLUSH_AFTER: u32 = 1;
+/// Datagrams that one read takes at most, so that it returns while logs keep coming.
+const DATAGRAMS_PER_READ: usize = 256;
+/// Room for bursts: a log of ours takes about 1 kB in the kernel's accounting.
+const RCVBUF: usize = 32 * 1024 * 1024;
+
+/// Why sights cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum NflogError {
+    /// Another socket is bound to the group.
+    #[error(
+        "nflog group {group} is in use by another process (netlink port {port}): choose another group"
+    )]
+    GroupInUse {
+        /// The group.
+        group: u16,
+        /// The netlink port id of its owner, often its process id.
+        port: u32,
+    },
+    /// `CAP_NET_ADMIN` in the user namespace of the network namespace is needed.
+    #[error("binding an nflog group needs CAP_NET_ADMIN")]
+    NotPermitted,
+    /// The kernel lacks nfnetlink_log.
+    #[error("the kernel lacks nfnetlink_log (CONFIG_NETFILTER_NETLINK_LOG)")]
+    Unsupported(#[source] KernelError),
+    /// The exchange failed, or the kernel refused it.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+/// A packet of a connection seen in software on a netdev, as the forward hook had it: after
+/// destination NAT, before source NAT.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sight {
+    /// The netdev it came in on.
+    pub in_dev: Ifindex,
+    /// The netdev it was routed to.
+    pub out_dev: Option<Ifindex>,
+    /// The packet's mark.
+    pub mark: u32,
+    /// Its direction in the connection; `None` where the kernel does not give the connection.
+    pub direction: Option<Direction>,
+    /// The connection; `None` where the kernel does not give it
+    /// ([`SightLog::has_conntrack`]): look [`forward_tuple`](Self::forward_tuple) up.
+    pub ct: Option<CtEntry>,
+    /// The Ethernet header, where the netdev has one. The kernel has taken a VLAN tag out of it.
+    pub hw_header: Option<[u8; 14]>,
+    /// The packet from its IP header on: 64 bytes.
+    pub packet: Box<[u8]>,
+}
+
+impl Sight {
+    /// Addresses and ports of the packet in the forward hook, for
+    /// [`Conntrack::find_forwarded`](conntrack::Conntrack::find_forwarded). `None` when it has
+    /// IPv4 options, IPv6 extension headers, or another protocol than TCP and UDP: the rule does
+    /// not log such packets.
+    #[must_use]
+    pub fn forward_tuple(&self) -> Option<Tuple> {
+        let b = &self.packet;
+        let (proto, src, dst, l4): (u8, IpAddr, IpAddr, &[u8]) = match b.first()? {
+            0x45 => {
+                let src: [u8; 4] = *b.get(12..)?.first_chunk()?;
+                let dst: [u8; 4] = *b.get(16..)?.first_chunk()?;
+                (*b.get(9)?, Ipv4Addr::from(src).into(), Ipv4Addr::from(dst).into(), b.get(20..)?)
+            }
+            v if v >> 4 == 6 => {
+                let src: [u8; 16] = *b.get(8..)?.first_chunk()?;
+                let dst: [u8; 16] = *b.get(24..)?.first_chunk()?;
+                (*b.get(6)?, Ipv6Addr::from(src).into(), Ipv6Addr::from(dst).into(), b.get(40..)?)
+            }
+            _ => return None,
+        };
+        let [s0, s1, d0, d1] = *l4.first_chunk()?;
+        let proto = L4Proto::from_number(proto)?;
+        Tuple::new(proto, src, u16::from_be_bytes([s0, s1]), dst, u16::from_be_bytes([d0, d1]))
+    }
+}
+
+/// What one read brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LogRead {
+    /// The sights, in the order of their packets; none when the time ran out.
+    pub sights: Vec<Sight>,
+    /// Some log messages were lost (the receive buffer was full, or a gap in the sequence): the
+    /// ledger's dump has what they said.
+    pub lost: bool,
+}
+
+/// A socket bound to the nflog group of the ledger.
+#[derive(Debug)]
+pub struct SightLog {
+    socket: Socket,
+    conntrack: bool,
+    /// The sequence number that the next log message must have.
+    expected: Option<u32>,
+}
+
+impl SightLog {
+    /// Binds the group in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// [`NflogError::GroupInUse`], missing privilege, or a kernel without nfnetlink_log.
+    pub fn open(group: u16) -> Result<Self, NflogError> {
+        // Loads nf_conntrack_netlink, which gives log messages their connection; a kernel without
+        // it refuses the flag below.
+        if let Err(e) = conntrack::Conntrack::open() {
+            debug!(error = %e, "ctnetlink");
+        }
+        let mut socket = Socket::open(Family::Netfilter)?;
+        conntrack::grow_buffer(&socket, RCVBUF);
+        // No NFULNL_CFG_CMD_PF_BIND: that chooses the default logger of a family, and a rule with a
+        // group names its logger.
+        configure(&mut socket, group, |m| {
+            m.u8(NFULA_CFG_CMD, NFULNL_CFG_CMD_BIND);
+        })
+        .map_err(|e| match e.errno() {
+            // Of another's group, and without the capability: both are EPERM.
+            Some(Errno::EPERM) => match owner_of(group) {
+                Some(port) => NflogError::GroupInUse { group, port },
+                None => NflogError::NotPermitted,
+            },
+            Some(Errno::EBUSY) => {
+                NflogError::GroupInUse { group, port: owner_of(group).unwrap_or(0) }
+            }
+            // The answer of nfnetlink when there is no such subsystem.
+            Some(Errno::EINVAL | Errno::EOPNOTSUPP) => match e {
+                NetlinkError::Kernel(k) => NflogError::Unsupported(k),
+                other => other.into(),
+            },
+            _ => e.into(),
+        })?;
+        configure(&mut socket, group, |m| {
+            let range = COPY_RANGE.to_be_bytes();
+            let mode = [range[0], range[1], range[2], range[3], NFULNL_COPY_PACKET, 0];
+            m.attr(NFULA_CFG_MODE, &mode)
+                .be32(NFULA_CFG_TIMEOUT, FLUSH_AFTER)
+                .be32(NFULA_CFG_QTHRESH, 1)
+                .be16(NFULA_CFG_FLAGS, NFULNL_CFG_F_SEQ);
+        })?;
+        let with_conntrack = configure(&mut socket, group, |m| {
+            m.be16(NFULA_CFG_FLAGS, NFULNL_CFG_F_SEQ | NFULNL_CFG_F_CONNTRACK);
+        });
+        let conntrack = match with_conntrack {
+            Ok(()) => true,
+            Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => {
+                debug!("no CONFIG_NETFILTER_NETLINK_GLUE_CT: sights come without connection");
+                false
+            }
+            Err(e) => return Err(e.into()),
+        };
+        Ok(Self { socket, conntrack, expected: None })
+    }
+
+    /// Whether log messages carry the connection: the kernel has
+    /// `CONFIG_NETFILTER_NETLINK_GLUE_CT` and nf_conntrack_netlink.
+    #[must_use]
+    pub const fn has_conntrack(&self) -> bool {
+        self.conntrack
+    }
+
+    /// Waits for sights, then takes all that are there, up to some hundreds.
+    ///
+    /// # Errors
+    /// A failure of the socket. Lost messages are no error, but [`LogRead::lost`].
+    pub fn next(&mut self, within: Duration) -> Result<LogRead, NflogError> {
+        let mut read = LogRead::default();
+        let expected = &mut self.expected;
+        read.lost = conntrack::drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
+            read_logs(messages, expected, &mut read.sights)
+        })?;
+        Ok(read)
+    }
+}
+
+impl AsFd for SightLog {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Reads one datagram; `true` when the sequence numbers tell of a loss before or in it.
+fn read_logs(
+    messages: MessageIter<'_>,
+    expected: &mut Option<u32>,
+    sights: &mut Vec<Sight>,
+) -> bool {
+    let mut lost = false;
+    for m in messages.filter(|m| m.ty == msg_type(SUBSYS_ULOG, NFULNL_MSG_PACKET)) {
+        if let Some(seq) = m.attrs(NFGENMSG_LEN).find_type(NFULA_SEQ).and_then(|a| a.be32()) {
+            lost |= expected.is_some_and(|e| e != seq);
+            *expected = Some(seq.wrapping_add(1));
+        }
+        sights.extend(parse_sight(&m));
+    }
+    lost
+}
+
+fn parse_sight(m: &Received<'_>) -> Option<Sight> {
+    let attrs: AttrIter<'_> = m.attrs(NFGENMSG_LEN);
+    let family = *m.payload.first()?;
+    let mut in_dev = None;
+    let mut sight = Sight {
+        in_dev: Ifindex::new(1)?,
+        out_dev: None,
+        mark: 0,
+        direction: None,
+        ct: None,
+        hw_header: None,
+        packet: Box::default(),
+    };
+    for a in attrs {
+        match a.ty {
+            NFULA_IFINDEX_INDEV => in_dev = a.be32().and_then(Ifindex::new),
+            NFULA_IFINDEX_OUTDEV => sight.out_dev = a.be32().and_then(Ifindex::new),
+            NFULA_MARK => sight.mark = a.be32()?,
+            NFULA_PAYLOAD => sight.packet = a.payload.into(),
+            // Of another length it is of another kind of netdev.
+            NFULA_HWHEADER => sight.hw_header = a.payload.try_into().ok(),
+            NFULA_CT => sight.ct = CtEntry::parse(family, a.nested()),
+            NFULA_CT_INFO => {
+                let reply = a.be32()? >= IP_CT_IS_REPLY;
+                sight.direction = Some(if reply { Direction::Reply } else { Direction::Original });
+            }
+            _ => {}
+        }
+    }
+    sight.in_dev = in_dev?;
+    Some(sight)
+}
+
+fn configure(
+    socket: &mut Socket,
+    group: u16,
+    fill: impl FnOnce(&mut Message<'_>),
+) -> Result<(), NetlinkError> {
+    let seq = socket.next_seq();
+    let mut buf = Vec::with_capacity(64);
+    let ty = msg_type(SUBSYS_ULOG, NFULNL_MSG_CONFIG);
+    let mut m = Message::new(&mut buf, ty, REQUEST | ACK, seq);
+    m.raw(&nfgenmsg(0, group));
+    fill(&mut m);
+    m.finish();
+    socket.request(&buf, seq, |_| {})
+}
+
+/// The netlink port that is bound to a group: `group port queued mode range timeout users`.
+fn owner_of(group: u16) -> Option<u32> {
+    let table = std::fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_log").ok()?;
+    table.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let found = words.next()?.parse() == Ok(group);
+        words.next()?.parse().ok().filter(|_| found)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use netdev_providers::Zone;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::datapath::netfilter::conntrack::{CtId, TcpState};
+    use crate::datapath::netfilter::unhex;
+
+    /// A log of Debian's 6.1, which has GLUE_CT, of a masqueraded TCP connection.
+    const WITH_CT: &str = "\
+        6c0100000004000000000000000000000200004d080001000800020005000a00000000000800040000000002 \
+        08000500000000031000080000060000767a70a3939e000006000f000001000006001100000e000012001000 \
+        7e0766c8aca2767a70a3939e0800000008000c0000000000bc0012803400018014000180080001000a000002 \
+        080002000a0001021c000280050001000600000006000200c9f4000006000300959700003400028014000180 \
+        080001000a000102080002000a0001011c0002800500010006000000060002009597000006000300c9f40000 \
+        08000c00fbf7d789080003000000019e0800070000069780300004802c000180050001000300000005000200 \
+        0700000005000300070000000600040023000000060005002300000008000800000000000800130000000000 \
+        380009004500003432fb40003f06f3c50a0000020a000102c9f495972ca3d035126fef55801001f6152a0000 \
+        0101080a68546a82b42dd098";
+    /// A log of a 6.18 without it, of an IPv6 connection.
+    const WITHOUT_CT: &str = "\
+        c80000000004000000000000000000000a00004d0800010086dd020005000a00000000000800040000000003 \
+        080005000000000210000800000600001a93ce73ba1a000006000f000001000006001100000e000012001000 \
+        825dc0971eca1a93ce73ba1a86dd000014000300000000006b048f230000000000035f8508000c0000000006 \
+        4400090060056c0c0020063ffd000001000000000000000000000002fd000000000000000000000000000002 \
+        e06ab32df85a8e52e4ff042280100040fa2c00000101080a";
+
+    fn read(bytes: &[u8], expected: &mut Option<u32>) -> (Vec<Sight>, bool) {
+        let mut sights = Vec::new();
+        let lost = read_logs(MessageIter::new(bytes), expected, &mut sights);
+        (sights, lost)
+    }
+
+    #[test]
+    fn a_captured_log_with_its_connection_reads() {
+        let (sights, lost) = read(&unhex(WITH_CT), &mut None);
+        let [s] = &sights[..] else { panic!("{sights:?}") };
+        assert!(!lost);
+        assert_eq!((s.in_dev.get(), s.out_dev.map(Ifindex::get), s.mark), (2, Some(3), 0));
+        assert_eq!(s.direction, Some(Direction::Original));
+        let ct = s.ct.as_ref().unwrap();
+        assert_eq!(ct.original, "tcp 10.0.0.2:51700 > 10.0.1.2:38295".parse().unwrap());
+        assert_eq!(ct.reply, "tcp 10.0.1.2:38295 > 10.0.1.1:51700".parse().unwrap());
+        assert_eq!((ct.id, ct.zone), (Some(CtId(0xfbf7d789)), Zone(0)));
+        assert!(ct.status.assured() && ct.status.snat() && !ct.status.dnat() && !ct.helper);
+        assert_eq!(ct.tcp_state, Some(TcpState::Established));
+        // Source NAT is still to come in the forward hook.
+        assert_eq!(s.forward_tuple(), ct.in_forward(Direction::Original));
+        assert_eq!(s.hw_header.unwrap()[12..], [8, 0]);
+        assert_eq!(s.packet.len(), 52);
+    }
+
+    #[test]
+    fn a_captured_log_without_it_reads() {
+        let (sights, _) = read(&unhex(WITHOUT_CT), &mut None);
+        let [s] = &sights[..] else { panic!("{sights:?}") };
+        assert_eq!((&s.ct, s.direction), (&None, None));
+        assert!(s.forward_tuple().unwrap().is_ipv6());
+        assert_eq!(s.hw_header.unwrap()[12..], [0x86, 0xdd]);
+        assert_eq!(s.packet.len(), 64);
+    }
+
+    #[test]
+    fn a_gap_in_the_sequence_is_a_loss() {
+        let seq = |n: u32| {
+            let mut bytes = Vec::new();
+            let mut m = Message::new(&mut bytes, msg_type(SUBSYS_ULOG, NFULNL_MSG_PACKET), 0, 0);
+            m.raw(&nfgenmsg(2, 1)).be32(NFULA_SEQ, n).be32(NFULA_IFINDEX_INDEV, 3);
+            m.finish();
+            bytes
+        };
+        let mut expected = None;
+        // The first one seen may have any number: a group can be older than its reader's interest.
+        assert!(!read(&seq(5), &mut expected).1);
+        assert!(!read(&seq(6), &mut expected).1);
+        assert!(read(&seq(8), &mut expected).1);
+        assert!(!read(&[seq(9), seq(10)].concat(), &mut expected).1);
+        expected = Some(u32::MAX);
+        assert!(!read(&[seq(u32::MAX), seq(0)].concat(), &mut expected).1);
+        // Without a sequence number nothing is concluded.
+        assert!(!read(&unhex(&WITH_CT[..0]), &mut expected).1);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(b in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = read(&b, &mut None);
+            let packet = Sight { packet: b.into(), ..read(&unhex(WITH_CT), &mut None).0.remove(0) };
+            let _ = packet.forward_tuple();
+        }
+
+        #[test]
+        fn no_damage_to_a_real_log_makes_the_reader_panic(at: usize, with: u8, cut: usize) {
+            for hex in [WITH_CT, WITHOUT_CT] {
+                let mut bytes = unhex(hex);
+                let len = bytes.len();
+                bytes[at % len] = with;
+                for s in read(&bytes[..cut % (len + 1)], &mut None).0 {
+                    let _ = s.forward_tuple();
+                }
+            }
+        }
+    }
+}

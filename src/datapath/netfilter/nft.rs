@@ -1,0 +1,151 @@
+//! The nf_tables expressions (`linux/netfilter/nf_tables.h`) that the ledger's rules are made of.
+//!
+//! All numbers of nf_tables attributes are in network order; data that goes into registers is as
+//! the packet or the kernel has it.
+
+use netdev_providers::netlink::Message;
+
+// enum nft_list_attributes, nft_expr_attributes
+pub(super) const NFTA_LIST_ELEM: u16 = 1;
+const NFTA_EXPR_NAME: u16 = 1;
+const NFTA_EXPR_DATA: u16 = 2;
+// enum nft_data_attributes, nft_verdict_attributes
+pub(super) const NFTA_DATA_VALUE: u16 = 1;
+const NFTA_DATA_VERDICT: u16 = 2;
+const NFTA_VERDICT_CODE: u16 = 1;
+const NF_ACCEPT: u32 = 1; // linux/netfilter.h
+// enum nft_registers: the verdict, the first of 16 bytes, and the second and third of 4 bytes
+// (NFT_REG32_01 and 02 are bytes 4..8 and 8..12 of NFT_REG_1).
+const NFT_REG_VERDICT: u32 = 0;
+pub(super) const NFT_REG_1: u32 = 1;
+pub(super) const NFT_REG32_01: u32 = 9;
+pub(super) const NFT_REG32_02: u32 = 10;
+// enum nft_meta_keys
+pub(super) const NFT_META_IIF: u32 = 4;
+pub(super) const NFT_META_NFPROTO: u32 = 15;
+pub(super) const NFT_META_L4PROTO: u32 = 16;
+pub(super) const NFT_META_PKTTYPE: u32 = 19;
+pub(super) const NFT_META_SECPATH: u32 = 25;
+// enum nft_ct_keys
+pub(super) const NFT_CT_DIRECTION: u32 = 1;
+pub(super) const NFT_CT_STATUS: u32 = 2;
+pub(super) const NFT_CT_ID: u32 = 23;
+// enum nft_rt_keys
+pub(super) const NFT_RT_XFRM: u32 = 4;
+// enum nft_payload_bases
+pub(super) const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
+pub(super) const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
+// enum nft_lookup_flags
+const NFT_LOOKUP_F_INV: u32 = 1;
+
+/// `enum nft_cmp_ops`.
+#[derive(Clone, Copy)]
+pub(super) enum Cmp {
+    Eq = 0,
+    Neq = 1,
+}
+
+fn expr(m: &mut Message<'_>, name: &str, data: impl FnOnce(&mut Message<'_>)) {
+    m.nested(NFTA_LIST_ELEM, |m| {
+        m.str(NFTA_EXPR_NAME, name).nested(NFTA_EXPR_DATA, data);
+    });
+}
+
+/// A load of a key into a register; meta, ct and rt number their attributes alike (DREG 1, KEY 2
+/// for meta and ct; `rt` the same).
+fn load(m: &mut Message<'_>, name: &str, key: u32, dreg: u32) {
+    expr(m, name, |m| {
+        m.be32(2, key).be32(1, dreg);
+    });
+}
+
+pub(super) fn meta(m: &mut Message<'_>, key: u32, dreg: u32) {
+    load(m, "meta", key, dreg);
+}
+
+pub(super) fn ct(m: &mut Message<'_>, key: u32, dreg: u32) {
+    load(m, "ct", key, dreg);
+}
+
+pub(super) fn rt(m: &mut Message<'_>, key: u32, dreg: u32) {
+    load(m, "rt", key, dreg);
+}
+
+/// Bytes of the packet into register 1.
+pub(super) fn payload(m: &mut Message<'_>, base: u32, offset: u32, len: u32) {
+    expr(m, "payload", |m| {
+        // NFTA_PAYLOAD_DREG, _BASE, _OFFSET, _LEN
+        m.be32(1, NFT_REG_1).be32(2, base).be32(3, offset).be32(4, len);
+    });
+}
+
+/// Register 1 compared with bytes; the rule ends here when it does not hold.
+pub(super) fn cmp(m: &mut Message<'_>, op: Cmp, data: &[u8]) {
+    expr(m, "cmp", |m| {
+        // NFTA_CMP_SREG, _OP, _DATA
+        m.be32(1, NFT_REG_1).be32(2, op as u32).nested(3, |m| {
+            m.attr(NFTA_DATA_VALUE, data);
+        });
+    });
+}
+
+/// Register 1 masked in place.
+pub(super) fn mask(m: &mut Message<'_>, mask: &[u8]) {
+    let zero = [0; 16];
+    expr(m, "bitwise", |m| {
+        #[expect(clippy::cast_possible_truncation, reason = "at most 16")]
+        let len = mask.len() as u32;
+        // NFTA_BITWISE_SREG, _DREG, _LEN, _MASK, _XOR; the operation is NFT_BITWISE_BOOL (_MASK_XOR)
+        m.be32(1, NFT_REG_1).be32(2, NFT_REG_1).be32(3, len);
+        m.nested(4, |m| {
+            m.attr(NFTA_DATA_VALUE, mask);
+        });
+        m.nested(5, |m| {
+            m.attr(NFTA_DATA_VALUE, &zero[..mask.len()]);
+        });
+    });
+}
+
+/// The rule ends here when register 1 is in the set.
+pub(super) fn lookup_not(m: &mut Message<'_>, set: &str, set_id: u32) {
+    expr(m, "lookup", |m| {
+        // NFTA_LOOKUP_SREG, _SET, _SET_ID, _FLAGS
+        m.be32(2, NFT_REG_1).str(1, set).be32(4, set_id).be32(5, NFT_LOOKUP_F_INV);
+    });
+}
+
+/// The verdict `accept`.
+pub(super) fn accept(m: &mut Message<'_>) {
+    expr(m, "immediate", |m| {
+        // NFTA_IMMEDIATE_DREG, _DATA
+        m.be32(1, NFT_REG_VERDICT).nested(2, |m| {
+            m.nested(NFTA_DATA_VERDICT, |m| {
+                m.be32(NFTA_VERDICT_CODE, NF_ACCEPT);
+            });
+        });
+    });
+}
+
+/// `add @set { <register 1> limit rate 1/hour burst 1 packets }`: the rule goes on only for the
+/// packet that got the element's one token.
+pub(super) fn add_once_an_hour(m: &mut Message<'_>, set: &str, set_id: u32) {
+    const NFT_DYNSET_OP_ADD: u32 = 0;
+    expr(m, "dynset", |m| {
+        // NFTA_DYNSET_SREG_KEY, _OP, _SET_NAME, _SET_ID, _EXPR
+        m.be32(4, NFT_REG_1).be32(3, NFT_DYNSET_OP_ADD).str(1, set).be32(2, set_id);
+        m.nested(7, |m| {
+            m.str(NFTA_EXPR_NAME, "limit").nested(NFTA_EXPR_DATA, |m| {
+                // NFTA_LIMIT_RATE, _UNIT (seconds), _BURST, _TYPE (NFT_LIMIT_PKTS), _FLAGS
+                m.be64(1, 1).be64(2, 3600).be32(3, 1).be32(4, 0).be32(5, 0);
+            });
+        });
+    });
+}
+
+/// `log group G snaplen S queue-threshold 1`.
+pub(super) fn log(m: &mut Message<'_>, group: u16, snaplen: u32) {
+    expr(m, "log", |m| {
+        // NFTA_LOG_GROUP, _SNAPLEN, _QTHRESHOLD
+        m.be16(1, group).be32(3, snaplen).be16(4, 1);
+    });
+}

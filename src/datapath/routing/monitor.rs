@@ -1,0 +1,225 @@
+//! Link, neighbour, route and address events. `rtnetlink` runs on a single-threaded runtime on a
+//! thread of its own; what matters goes into a channel, in the order of the kernel.
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use futures_util::{StreamExt, TryStreamExt};
+use netdev_providers::{Ifindex, MacAddr};
+use netlink_packet_core::NetlinkPayload;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::MulticastGroup;
+use rtnetlink::sys::AsyncSocket;
+use tokio::sync::oneshot;
+
+use super::links::Link;
+
+/// Something changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetEvent {
+    /// A netdev is there, or something of it changed.
+    Link(Link),
+    /// A netdev is gone.
+    LinkGone(Ifindex),
+    /// A neighbour has (now) this MAC address; `None`: it is gone or unreachable.
+    Neighbour {
+        /// On which netdev.
+        ifindex: Ifindex,
+        /// Its address.
+        address: IpAddr,
+        /// Where packets for it are to be sent.
+        mac: Option<MacAddr>,
+    },
+    /// Routes to this prefix changed. `None`: a change that cannot be narrowed down (a rule, an
+    /// address, a next-hop object).
+    Routes(Option<(IpAddr, u8)>),
+    /// Events were lost: everything may have changed. The links that there are follow as
+    /// [`Link`](Self::Link), then [`Synced`](Self::Synced).
+    Lost,
+    /// The links that there are have all been sent.
+    Synced,
+}
+
+/// Runs until `stop` is signalled or nobody listens any more. Sends all links first.
+///
+/// # Errors
+/// When the runtime or the socket cannot be set up, or the links cannot be dumped.
+pub fn run(events: &Sender<NetEvent>, mut stop: oneshot::Receiver<()>) -> io::Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    runtime.block_on(async {
+        loop {
+            tokio::select! {
+                ended = listen(events) => match ended? {
+                    Ended::NobodyListens => return Ok(()),
+                    Ended::Lost => {
+                        if events.send(NetEvent::Lost).is_err() {
+                            return Ok(());
+                        }
+                        // Whatever flooded us is given a moment; the kernel's state is read anew.
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                },
+                _ = &mut stop => return Ok(()),
+            }
+        }
+    })
+}
+
+enum Ended {
+    NobodyListens,
+    Lost,
+}
+
+/// Events during the dump queue up in the same socket, so nothing is missed between the two.
+async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
+    const RCVBUF: usize = 4 << 20;
+    let (mut connection, handle, mut messages) = rtnetlink::new_multicast_connection(&[
+        MulticastGroup::Link,
+        MulticastGroup::Neigh,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+        MulticastGroup::Ipv4Rule,
+        MulticastGroup::Ipv6Rule,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Nexthop,
+    ])?;
+    let socket = connection.socket_mut().socket_mut();
+    // The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
+    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &RCVBUF);
+    let connection = tokio::spawn(connection);
+    let ended = async {
+        let mut links = handle.link().get().execute();
+        while let Some(link) = links.try_next().await.map_err(io::Error::other)? {
+            if !send_link(events, &link) {
+                return Ok(Ended::NobodyListens);
+            }
+        }
+        if events.send(NetEvent::Synced).is_err() {
+            return Ok(Ended::NobodyListens);
+        }
+        while let Some((message, from)) = messages.next().await {
+            if from.port_number() != 0 {
+                continue; // not the kernel
+            }
+            let event = match message.payload {
+                NetlinkPayload::Overrun(_) => return Ok(Ended::Lost),
+                NetlinkPayload::InnerMessage(m) => m,
+                _ => continue,
+            };
+            if !translate(events, &event) {
+                return Ok(Ended::NobodyListens);
+            }
+        }
+        Ok(Ended::Lost)
+    }
+    .await;
+    connection.abort();
+    ended
+}
+
+fn send_link(events: &Sender<NetEvent>, m: &LinkMessage) -> bool {
+    Link::from_message(m).is_none_or(|link| events.send(NetEvent::Link(link)).is_ok())
+}
+
+/// False when nobody listens any more.
+fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
+    let event = match message {
+        // A bridge announces its ports with AF_BRIDGE too: those are not about the netdev itself.
+        RouteNetlinkMessage::NewLink(m) | RouteNetlinkMessage::DelLink(m)
+            if u8::from(m.header.interface_family) != 0 =>
+        {
+            None
+        }
+        RouteNetlinkMessage::NewLink(m) => return send_link(events, m),
+        RouteNetlinkMessage::DelLink(m) => Ifindex::new(m.header.index).map(NetEvent::LinkGone),
+        RouteNetlinkMessage::NewNeighbour(m) => neighbour(m, false),
+        RouteNetlinkMessage::DelNeighbour(m) => neighbour(m, true),
+        RouteNetlinkMessage::NewRoute(m) | RouteNetlinkMessage::DelRoute(m) => {
+            Some(NetEvent::Routes(prefix(m)))
+        }
+        RouteNetlinkMessage::NewRule(_)
+        | RouteNetlinkMessage::DelRule(_)
+        | RouteNetlinkMessage::NewAddress(_)
+        | RouteNetlinkMessage::DelAddress(_) => Some(NetEvent::Routes(None)),
+        _ => None,
+    };
+    event.is_none_or(|e| events.send(e).is_ok())
+}
+
+fn neighbour(m: &NeighbourMessage, gone: bool) -> Option<NetEvent> {
+    let ifindex = Ifindex::new(m.header.ifindex)?;
+    let address = m.attributes.iter().find_map(|a| match a {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => Some(IpAddr::from(*a)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => Some(IpAddr::from(*a)),
+        _ => None,
+    })?;
+    let mac = if gone { None } else { usable_mac(m) };
+    Some(NetEvent::Neighbour { ifindex, address, mac })
+}
+
+/// The MAC address of a neighbour that packets may be sent to (`NUD_VALID`).
+pub(super) fn usable_mac(m: &NeighbourMessage) -> Option<MacAddr> {
+    let valid = matches!(
+        m.header.state,
+        NeighbourState::Reachable
+            | NeighbourState::Stale
+            | NeighbourState::Delay
+            | NeighbourState::Probe
+            | NeighbourState::Noarp
+            | NeighbourState::Permanent
+    );
+    m.attributes.iter().filter(|_| valid).find_map(|a| match a {
+        NeighbourAttribute::LinkLayerAddress(b) => b.as_slice().try_into().ok().map(MacAddr),
+        _ => None,
+    })
+}
+
+fn prefix(m: &RouteMessage) -> Option<(IpAddr, u8)> {
+    let length = m.header.destination_prefix_length;
+    m.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Destination(RouteAddress::Inet(a)) => Some((IpAddr::from(*a), length)),
+        RouteAttribute::Destination(RouteAddress::Inet6(a)) => Some((IpAddr::from(*a), length)),
+        _ => None,
+    })
+}
+
+/// Whether an address is within a prefix.
+#[must_use]
+pub fn is_within(address: IpAddr, (network, length): (IpAddr, u8)) -> bool {
+    let same = |a: u128, b: u128, bits: u32| {
+        let length = u32::from(length).min(bits);
+        length == 0 || (a ^ b) >> (bits - length) == 0
+    };
+    match (address, network) {
+        (IpAddr::V4(a), IpAddr::V4(n)) => same(a.to_bits().into(), n.to_bits().into(), 32),
+        (IpAddr::V6(a), IpAddr::V6(n)) => same(a.to_bits(), n.to_bits(), 128),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_hold_what_they_hold() {
+        let within = |a: &str, n: &str, l| is_within(a.parse().unwrap(), (n.parse().unwrap(), l));
+        assert!(within("10.1.2.3", "10.1.0.0", 16));
+        assert!(!within("10.2.2.3", "10.1.0.0", 16));
+        assert!(within("10.2.2.3", "0.0.0.0", 0));
+        assert!(within("10.2.2.3", "10.2.2.3", 32));
+        assert!(!within("10.2.2.2", "10.2.2.3", 32));
+        assert!(within("2001:db8::1", "2001:db8::", 32));
+        assert!(!within("2001:db9::1", "2001:db8::", 32));
+        assert!(!within("2001:db9::1", "0.0.0.0", 0));
+    }
+}

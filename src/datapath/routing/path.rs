@@ -1,0 +1,265 @@
+//! Where the packets of one direction go: asked of the kernel, with the addresses, ports and mark
+//! that its own routing decision was made with, so that policy routing, VRF-free multipath and
+//! route exceptions are answered as they are applied.
+
+use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+
+use netdev_providers::netlink::socket::{ACK, REQUEST};
+use netdev_providers::netlink::wire::{Message, Received};
+use netdev_providers::netlink::{Family, NetlinkError, Socket};
+use netdev_providers::{Forward, Ifindex, MacAddr, MacRewrite, Reason, Rejection};
+use netlink_packet_core::{Emitable, Parseable};
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia,
+};
+
+use super::links::Links;
+use super::monitor::usable_mac;
+use crate::engine::datapath::{Path, PathHint, Sight};
+
+const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_GETNEIGH: u16 = 30;
+/// `NTF_USE`: treat the neighbour as used, so that it is probed and kept (linux/neighbour.h).
+const NTF_USE: u8 = 1;
+
+/// What a route look-up answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Route {
+    egress: Ifindex,
+    gateway: Option<IpAddr>,
+    mtu: Option<u32>,
+}
+
+/// Resolves paths with blocking requests of its own socket.
+pub struct PathResolver {
+    links: Links,
+    socket: Mutex<Socket>,
+}
+
+impl PathResolver {
+    /// Opens a socket in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// When the kernel refuses the socket.
+    pub fn new(links: Links) -> Result<Self, NetlinkError> {
+        Ok(Self { links, socket: Mutex::new(Socket::open(Family::Route)?) })
+    }
+
+    /// The path of a direction on a port.
+    ///
+    /// # Errors
+    /// Why it cannot be offloaded.
+    pub fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection> {
+        let arriving = *sight.conn.arriving(sight.direction);
+        let leaving = sight.conn.leaving(sight.direction);
+        // A netdev that is not known is about to be (or about to be forgotten).
+        let unknown = |ifindex| {
+            Rejection::with_detail(Reason::Busy, format!("netdev {ifindex} is not known (yet)"))
+        };
+        let ingress = self.links.get(sight.ifindex).ok_or_else(|| unknown(sight.ifindex))?;
+        let in_mac = match (ingress.mac, ingress.unsuitable()) {
+            (Some(mac), None) => mac,
+            (_, why) => {
+                let why = why.unwrap_or_default();
+                return Err(Rejection::with_detail(Reason::IngressUnsupported, why));
+            }
+        };
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        // At the time of the routing decision the destination is translated, the source is not.
+        let mut request = RouteMessage::default();
+        let (family, bits) =
+            if leaving.is_ipv6() { (AddressFamily::Inet6, 128) } else { (AddressFamily::Inet, 32) };
+        request.header.address_family = family;
+        request.header.destination_prefix_length = bits;
+        request.header.source_prefix_length = bits;
+        request.attributes = vec![
+            RouteAttribute::Destination(RouteAddress::from(leaving.dst())),
+            RouteAttribute::Source(RouteAddress::from(arriving.src())),
+            RouteAttribute::Iif(sight.ifindex.get()),
+            RouteAttribute::IpProto(leaving.proto().number()),
+            RouteAttribute::Sport(arriving.sport()),
+            RouteAttribute::Dport(leaving.dport()),
+            RouteAttribute::Mark(hint.mark),
+        ];
+        let route = look_up_route(&mut socket, &request)?;
+        if let Some(seen) = hint.egress
+            && seen != route.egress
+        {
+            // A route that changed between the packet and now, or a redirect by the ruleset.
+            return Err(Rejection::with_detail(
+                Reason::Busy,
+                format!(
+                    "the packet was sent to {}, the route says {}",
+                    self.links.name(seen),
+                    self.links.name(route.egress)
+                ),
+            ));
+        }
+        let egress = self.links.get(route.egress).ok_or_else(|| unknown(route.egress))?;
+        let unsuitable = |why: String| Rejection::with_detail(Reason::EgressUnsupported, why);
+        let out_mac = match (egress.mac, egress.unsuitable()) {
+            (Some(mac), None) => mac,
+            (_, why) => return Err(unsuitable(why.unwrap_or_default())),
+        };
+        if !egress.up {
+            let why = format!("{} is down", egress.name);
+            return Err(Rejection::with_detail(Reason::Busy, why));
+        }
+        let next_hop = route.gateway.unwrap_or(leaving.dst());
+        let neighbour =
+            look_up_neighbour(&mut socket, route.egress, next_hop)?.ok_or_else(|| {
+                Rejection::with_detail(
+                    Reason::NeighbourUnresolved,
+                    format!("{next_hop} on {}", egress.name),
+                )
+            })?;
+        Ok(Path {
+            eth_dst: Some(in_mac),
+            ingress_mtu: ingress.mtu,
+            forward: Forward {
+                egress: route.egress,
+                mtu: route.mtu.unwrap_or(u32::MAX).min(egress.mtu),
+                tuple: leaving,
+                macs: Some(MacRewrite { src: out_mac, dst: neighbour }),
+            },
+            next_hop: Some(next_hop),
+        })
+    }
+
+    /// Tells the kernel that neighbours are in use, though it does not see the packets: it probes
+    /// those that have grown stale, and says so when one has moved or is gone.
+    pub fn keep_neighbours(&self, used: impl IntoIterator<Item = (Ifindex, IpAddr)>) {
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        for (ifindex, address) in used {
+            let seq = socket.next_seq();
+            let message = neighbour_request(RTM_NEWNEIGH, ifindex, address, NTF_USE, seq);
+            if let Err(e) = socket.request(&message, seq, |_| {}) {
+                tracing::debug!(%ifindex, %address, "neighbour not refreshed: {e}");
+            }
+        }
+    }
+}
+
+fn reject(e: NetlinkError, what: &str) -> Rejection {
+    match e {
+        NetlinkError::Kernel(k) => Rejection::from(k),
+        other => Rejection::with_detail(Reason::Busy, format!("{what}: {other}")),
+    }
+}
+
+fn look_up_route(socket: &mut Socket, request: &RouteMessage) -> Result<Route, Rejection> {
+    let seq = socket.next_seq();
+    let mut buf = Vec::new();
+    let mut payload = vec![0; request.buffer_len()];
+    request.emit(&mut payload);
+    let mut m = Message::new(&mut buf, RTM_GETROUTE, REQUEST | ACK, seq);
+    m.raw(&payload);
+    m.finish();
+    let mut answer: Option<Result<Route, Rejection>> = None;
+    socket
+        .request(&buf, seq, |m| {
+            if m.ty == RTM_NEWROUTE {
+                answer = Some(parse_route(&m));
+            }
+        })
+        .map_err(|e| match e {
+            // EHOSTUNREACH, ENETUNREACH, EACCES (prohibit), EINVAL (blackhole, martian source),
+            // EXDEV (reverse-path filter): the kernel would not forward the packet.
+            NetlinkError::Kernel(k) => {
+                Rejection { reason: Reason::NoRoute, errno: Some(k.errno), detail: k.extack }
+            }
+            other => reject(other, "route look-up"),
+        })?;
+    answer.unwrap_or_else(|| Err(Reason::NoRoute.into()))
+}
+
+fn parse_route(m: &Received<'_>) -> Result<Route, Rejection> {
+    let message = RouteMessage::parse(m.payload)
+        .map_err(|e| Rejection::with_detail(Reason::NoRoute, format!("route answer: {e}")))?;
+    match message.header.kind {
+        RouteType::Unicast => {}
+        RouteType::Local | RouteType::Broadcast | RouteType::Anycast | RouteType::Multicast => {
+            let kind = format!("{:?}", message.header.kind).to_lowercase();
+            return Err(Rejection::with_detail(Reason::NotForwarded, format!("a {kind} route")));
+        }
+        kind => {
+            return Err(Rejection::with_detail(Reason::NoRoute, format!("a {kind:?} route")));
+        }
+    }
+    let (mut egress, mut gateway, mut mtu) = (None, None, None);
+    for a in &message.attributes {
+        match a {
+            RouteAttribute::Oif(index) => egress = Ifindex::new(*index),
+            RouteAttribute::Gateway(RouteAddress::Inet(a))
+            | RouteAttribute::Via(RouteVia::Inet(a)) => gateway = Some(IpAddr::from(*a)),
+            RouteAttribute::Gateway(RouteAddress::Inet6(a))
+            | RouteAttribute::Via(RouteVia::Inet6(a)) => gateway = Some(IpAddr::from(*a)),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|m| match m {
+                    RouteMetric::Mtu(mtu) if *mtu > 0 => Some(*mtu),
+                    _ => None,
+                });
+            }
+            RouteAttribute::EncapType(_) | RouteAttribute::Encap(_) => {
+                let why = "the route encapsulates (lightweight tunnel)";
+                return Err(Rejection::with_detail(Reason::EgressUnsupported, why));
+            }
+            _ => {}
+        }
+    }
+    let egress = egress.ok_or(Reason::NoRoute)?;
+    Ok(Route { egress, gateway, mtu })
+}
+
+/// `struct ndmsg` and `NDA_DST`.
+fn neighbour_request(ty: u16, ifindex: Ifindex, address: IpAddr, flags: u8, seq: u32) -> Vec<u8> {
+    const NDA_DST: u16 = 1;
+    let mut buf = Vec::new();
+    let mut m = Message::new(&mut buf, ty, REQUEST | ACK, seq);
+    let family = if address.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+    let mut header = [0u8; 12];
+    header[0] = u8::try_from(family).unwrap_or(0);
+    header[4..8].copy_from_slice(&ifindex.get().to_ne_bytes());
+    header[10] = flags;
+    m.raw(&header);
+    match address {
+        IpAddr::V4(a) => m.attr(NDA_DST, &a.octets()),
+        IpAddr::V6(a) => m.attr(NDA_DST, &a.octets()),
+    };
+    m.finish();
+    buf
+}
+
+fn look_up_neighbour(
+    socket: &mut Socket,
+    ifindex: Ifindex,
+    address: IpAddr,
+) -> Result<Option<MacAddr>, Rejection> {
+    let seq = socket.next_seq();
+    let message = neighbour_request(RTM_GETNEIGH, ifindex, address, 0, seq);
+    let mut mac = None;
+    let answered = socket.request(&message, seq, |m| {
+        if m.ty == RTM_NEWNEIGH {
+            mac = parse_neighbour(&m);
+        }
+    });
+    match answered {
+        Ok(()) => Ok(mac),
+        // Not known yet: the packet that was seen makes the kernel ask for it.
+        Err(NetlinkError::Kernel(k)) if k.errno == nix::errno::Errno::ENOENT => Ok(None),
+        Err(e) => Err(reject(e, "neighbour look-up")),
+    }
+}
+
+fn parse_neighbour(m: &Received<'_>) -> Option<MacAddr> {
+    let message = NeighbourMessage::parse(m.payload).ok()?;
+    debug_assert!(
+        message.attributes.iter().any(|a| matches!(a, NeighbourAttribute::Destination(_)))
+    );
+    usable_mac(&message)
+}

@@ -1,0 +1,64 @@
+//! Changes of the firewall. Packets that rules of ours forward do not pass it, so a connection that
+//! the new ruleset would stop has to come back to the slow path, where it is stopped; one that it
+//! lets pass is sighted again and offloaded again.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use netdev_providers::netlink::{Family, NetlinkError, Socket};
+use nix::errno::Errno;
+
+use super::TICK;
+use super::backend::{Backend, OnRulesetChange};
+use crate::engine::{Engine, FlushFilter};
+
+/// `NFNLGRP_NFTABLES` (linux/netfilter/nfnetlink.h).
+const NFNLGRP_NFTABLES: u32 = 7;
+/// `NFNL_SUBSYS_NFTABLES` and `NFT_MSG_NEWGEN`: ends the announcement of every transaction.
+const NEWGEN: u16 = 10 << 8 | 15;
+/// A tool that changes rules or set elements all the time makes us flush this often at most.
+const AT_MOST_EVERY: Duration = Duration::from_secs(1);
+
+pub(super) struct Watch {
+    socket: Socket,
+    own: Option<u32>,
+}
+
+impl Watch {
+    /// `None` when the configuration says that nothing is to happen.
+    pub(super) fn open(backend: &Backend) -> Result<Option<Self>, NetlinkError> {
+        if backend.config().on_ruleset_change == OnRulesetChange::Keep {
+            return Ok(None);
+        }
+        let socket = Socket::open(Family::Netfilter)?;
+        socket.join(NFNLGRP_NFTABLES)?;
+        Ok(Some(Self { socket, own: backend.ledger_port_id() }))
+    }
+
+    pub(super) fn run(mut self, engine: &Engine, stop: &AtomicBool) {
+        // Due at once for the first change; the last of a burst is never forgotten.
+        let (mut changed, mut earliest) = (false, Instant::now());
+        while !stop.load(Ordering::Relaxed) {
+            let own = self.own;
+            let read = self.socket.recv(TICK, |messages| {
+                messages.filter(|m| m.ty == NEWGEN).any(|m| Some(m.port) != own)
+            });
+            match read {
+                Ok(by_others) => changed |= by_others,
+                Err(NetlinkError::TimedOut(_)) => {}
+                Err(e) if e.errno() == Some(Errno::ENOBUFS) => changed = true,
+                Err(e) => {
+                    tracing::error!("nf_tables events: {e}");
+                    std::thread::sleep(TICK);
+                }
+            }
+            if changed && Instant::now() >= earliest {
+                changed = false;
+                earliest = Instant::now() + AT_MOST_EVERY;
+                let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
+                let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
+                tracing::info!(rules, "the ruleset changed: connections go back to the slow path");
+            }
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Sights: packets that the kernel forwarded in software, one for every (netdev, connection,
+//! direction). This thread is a worker of the engine: it offers and goes on.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use netdev_providers::{Direction, Zone};
+
+use super::TICK;
+use super::backend::{Known, Shared};
+use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
+use super::netfilter::ledger::LedgerKey;
+use super::netfilter::nflog::{LogRead, Sight, SightLog};
+use crate::engine::Engine;
+use crate::engine::conn::ConnKey;
+use crate::engine::datapath::{PathHint, PathSpec};
+use crate::engine::worker::{Offer, Worker};
+
+/// How long an offer that was refused at once (queue or table full) waits before its sight is
+/// re-armed.
+const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+/// The ledger is compared with what is known this often even when nothing seems lost.
+const CLEAN_EVERY: Duration = Duration::from_secs(60);
+
+pub(super) struct Reader {
+    backend: Shared,
+    engine: Engine,
+    log: SightLog,
+    worker: Worker,
+    refused: VecDeque<(Instant, LedgerKey)>,
+}
+
+impl Reader {
+    pub(super) fn new(backend: Shared, engine: Engine, log: SightLog) -> Self {
+        let worker = engine.worker();
+        Self { backend, engine, log, worker, refused: VecDeque::new() }
+    }
+
+    pub(super) fn run(mut self, stop: &AtomicBool) {
+        let mut cleaned = Instant::now();
+        while !stop.load(Ordering::Relaxed) {
+            self.worker.offline();
+            let read = self.log.next(TICK);
+            self.worker.online();
+            let lost = match read {
+                Ok(LogRead { sights, lost }) => {
+                    for sight in &sights {
+                        self.sighted(sight);
+                    }
+                    lost
+                }
+                Err(e) => {
+                    tracing::error!("sight log: {e}");
+                    std::thread::sleep(TICK);
+                    true
+                }
+            };
+            if lost {
+                self.backend.counts().sights_lost.fetch_add(1, Ordering::Relaxed);
+            }
+            self.rearm_refused();
+            if lost || cleaned.elapsed() >= CLEAN_EVERY {
+                self.clean();
+                cleaned = Instant::now();
+            }
+        }
+    }
+
+    fn sighted(&mut self, sight: &Sight) {
+        self.backend.counts().sights.fetch_add(1, Ordering::Relaxed);
+        let Some((entry, id, direction)) = self.identify(sight) else {
+            tracing::debug!(iif = %sight.in_dev, "a sight without a connection of ours");
+            return;
+        };
+        let key = LedgerKey { iif: sight.in_dev, ct_id: id, direction };
+        let offloadable = match entry.tcp_state {
+            Some(state) => state == TcpState::Established,
+            None => true,
+        };
+        let conn = offloadable
+            .then(|| {
+                let key = ConnKey { zone: entry.zone, original: entry.original };
+                self.engine.conn_create(key, entry.reply, u64::from(id.0))
+            })
+            .flatten();
+        // Remembered before it is offered: whatever becomes of the offer can then re-arm it.
+        {
+            let mut known = self.backend.known.entry(id).or_insert_with(|| Known {
+                conn: None,
+                mark: sight.mark,
+                timeout: entry.timeout,
+                sighted: Vec::new(),
+            });
+            if !known.sighted.contains(&(key.iif, direction)) {
+                known.sighted.push((key.iif, direction));
+            }
+            known.timeout = known.timeout.max(entry.timeout);
+            known.mark = sight.mark;
+            if conn.is_some() {
+                known.conn.clone_from(&conn);
+            }
+        }
+        let Some(conn) = conn else {
+            if offloadable {
+                self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+            }
+            return;
+        };
+        // No port: it has gone since, and its elements go with it.
+        let Some(port) = self.worker.port(sight.in_dev) else { return };
+        let path = PathSpec::Resolve(PathHint { egress: sight.out_dev, mark: sight.mark });
+        match port.conn_seen(&conn, direction, path) {
+            Offer::Refused(reason) => {
+                tracing::debug!(%conn, %direction, %reason, "offer refused");
+                self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+            }
+            Offer::Queued | Offer::Decided | Offer::Unbound => {}
+        }
+    }
+
+    /// The conntrack entry of a sight: in the log message itself, or, where the kernel does not put
+    /// it there, looked up.
+    fn identify(&self, sight: &Sight) -> Option<(CtEntry, CtId, Direction)> {
+        if let (Some(entry), Some(direction)) = (&sight.ct, sight.direction) {
+            return Some((entry.clone(), entry.id?, direction));
+        }
+        let packet = sight.forward_tuple()?;
+        let mut conntrack = self.backend.conntrack();
+        let found = match conntrack.find_forwarded(Zone(0), &packet) {
+            Ok(Some(found)) => Some(found),
+            // Translated on both sides, or of another zone: no look-up finds it by this packet.
+            Ok(None) => conntrack.dump().ok()?.into_iter().find_map(|e| {
+                let of = |d: &Direction| e.in_forward(*d) == Some(packet);
+                Direction::BOTH.into_iter().find(of).map(|d| (e, d))
+            }),
+            Err(e) => {
+                tracing::warn!("a sight could not be looked up: {e}");
+                None
+            }
+        };
+        let (entry, direction) = found?;
+        let id = entry.id?;
+        Some((entry, id, direction))
+    }
+
+    fn rearm_refused(&mut self) {
+        let now = Instant::now();
+        let due = self.refused.partition_point(|(at, _)| *at <= now);
+        let keys: Vec<_> = self.refused.drain(..due).map(|(_, key)| key).collect();
+        self.backend.forget(&keys);
+    }
+
+    /// Elements that nobody here knows of: their log message was lost, or the end of their
+    /// connection. Deleted, they are sighted again at the next packet, if there is one.
+    fn clean(&self) {
+        self.backend.clean_ledger(|k| {
+            !self
+                .backend
+                .known
+                .get(&k.ct_id)
+                .is_some_and(|known| known.sighted.contains(&(k.iif, k.direction)))
+        });
+    }
+}

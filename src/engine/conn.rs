@@ -1,0 +1,364 @@
+//! Connections and the slots that hang on them.
+//!
+//! A datapath keeps a [`ConnHandle`] in its own connection object; asking whether a direction is
+//! decided on a port is then one atomic load, without a hash. Datapaths that have no object of
+//! their own find the handle by key in the engine ([`Engine::conn`](super::Engine::conn)).
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::net::IpAddr;
+use std::num::NonZeroU64;
+use std::ops::Deref;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use netdev_providers::{
+    Direction, Epoch, Generation, Ifindex, MacAddr, Rejection, RuleId, Tuple, Zone,
+};
+
+use super::slot::{Claim, SlotWord};
+use super::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, fence};
+
+/// How many ports one direction of one connection can have been seen on in its life. A bound on
+/// memory: beyond it offers are rejected with `too-many-ports`.
+const MAX_PORTS: usize = 16;
+
+/// What identifies a connection among the living.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConnKey {
+    /// Its conntrack zone.
+    pub zone: Zone,
+    /// The tuple of its first packet.
+    pub original: Tuple,
+}
+
+impl Hash for ConnKey {
+    /// In two words for IPv4: a hash of the fields one by one is most of the cost of a look-up.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let t = &self.original;
+        state.write_u64(
+            u64::from(self.zone.0) << 48
+                | u64::from(t.proto().number()) << 32
+                | u64::from(t.sport()) << 16
+                | u64::from(t.dport()),
+        );
+        match (t.src(), t.dst()) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                state.write_u64(u64::from(src.to_bits()) << 32 | u64::from(dst.to_bits()));
+            }
+            (src, dst) => {
+                for address in [src, dst] {
+                    match address {
+                        IpAddr::V4(a) => state.write_u32(a.to_bits()),
+                        IpAddr::V6(a) => state.write_u128(a.to_bits()),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A time on the engine's clock, or none, in eight bytes: slots are many.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Moment(Option<NonZeroU64>);
+
+impl Moment {
+    pub(super) const fn at(ms: u64) -> Self {
+        // The end of time is a millisecond early.
+        Self(NonZeroU64::new(ms.saturating_add(1)))
+    }
+
+    pub(super) fn ms(self) -> Option<u64> {
+        self.0.map(|n| n.get() - 1)
+    }
+}
+
+/// What the slow parts of the engine know of a slot. Behind a lock that packet threads never take.
+#[derive(Debug, Default)]
+pub(super) struct Detail {
+    /// The rule, from the completion of the add to that of the delete.
+    pub rule: Option<RuleId>,
+    /// Where the rule forwards to.
+    pub path: Option<PathTaken>,
+    pub in_hw: Option<bool>,
+    pub rejection: Option<Box<Rejection>>,
+    /// Transient refusals in a row.
+    pub attempts: u16,
+    pub retry_at: Moment,
+    pub installed_ms: u64,
+    /// When a sweep last saw the counters move.
+    pub used: Moment,
+    pub packets: u64,
+    pub bytes: u64,
+    /// The last sweep that saw the rule.
+    pub sweep: u32,
+}
+
+/// The path that a rule was made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathTaken {
+    /// Where the packets are sent.
+    pub egress: Ifindex,
+    /// The neighbour they are sent to, where there is one.
+    pub next_hop: Option<IpAddr>,
+    /// The MAC address they are sent to.
+    pub dst_mac: Option<MacAddr>,
+    /// True when addresses or ports are rewritten.
+    pub nat: bool,
+}
+
+/// One slot; see [`super::slot`].
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    pub word: SlotWord,
+    detail: Mutex<Detail>,
+    next: OnceLock<Box<Slot>>,
+}
+
+impl Slot {
+    pub(super) fn detail(&self) -> MutexGuard<'_, Detail> {
+        // A panic of somebody who held it leaves plain values behind, all of them valid.
+        self.detail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One connection. Made by [`Engine::conn_create`](super::Engine::conn_create); its memory lasts as
+/// long as somebody holds a handle or an operation of it is under way.
+#[derive(Debug)]
+pub struct Conn {
+    key: ConnKey,
+    reply: Tuple,
+    epoch: Epoch,
+    tag: u64,
+    created_ms: u64,
+    dead: AtomicBool,
+    /// The first slot of each direction; further ports hang on it.
+    slots: [Slot; 2],
+}
+
+/// A counted reference to a connection. Clone it into the datapath's own object.
+#[derive(Clone)]
+pub struct ConnHandle(Arc<Conn>);
+
+impl Deref for ConnHandle {
+    type Target = Conn;
+    fn deref(&self) -> &Conn {
+        &self.0
+    }
+}
+
+impl fmt::Display for ConnHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (zone {}, epoch {})", self.key.original, self.key.zone, self.epoch)
+    }
+}
+
+impl fmt::Debug for ConnHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ConnHandle({self})")
+    }
+}
+
+impl ConnHandle {
+    pub(super) fn new(key: ConnKey, reply: Tuple, epoch: Epoch, tag: u64, created_ms: u64) -> Self {
+        Self(Arc::new(Conn {
+            key,
+            reply,
+            epoch,
+            tag,
+            created_ms,
+            dead: AtomicBool::new(false),
+            slots: Default::default(),
+        }))
+    }
+
+    /// True when both are the same incarnation of the same connection.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// What became of an attempt to claim a slot of a connection.
+pub(super) enum ConnClaim<'a> {
+    Won(&'a Slot),
+    Decided,
+    /// The connection has ended.
+    Dead,
+    Full,
+}
+
+impl Conn {
+    /// Zone and original tuple.
+    #[must_use]
+    pub const fn key(&self) -> &ConnKey {
+        &self.key
+    }
+    /// The tuple of its answers: where it is not the original inverted, there is NAT.
+    #[must_use]
+    pub const fn reply(&self) -> &Tuple {
+        &self.reply
+    }
+    /// Which incarnation it is.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+    /// The datapath's own mark (the kernel datapath: the conntrack id).
+    #[must_use]
+    pub const fn tag(&self) -> u64 {
+        self.tag
+    }
+    /// When the engine first heard of it, on the engine's clock.
+    #[must_use]
+    pub const fn created_ms(&self) -> u64 {
+        self.created_ms
+    }
+    /// True after [`Engine::conn_del`](super::Engine::conn_del).
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// The tuple of this direction's packets when they arrive.
+    #[must_use]
+    pub const fn arriving(&self, d: Direction) -> &Tuple {
+        match d {
+            Direction::Original => &self.key.original,
+            Direction::Reply => &self.reply,
+        }
+    }
+
+    /// The tuple of this direction's packets when they leave, after NAT.
+    #[must_use]
+    pub const fn leaving(&self, d: Direction) -> Tuple {
+        match d {
+            Direction::Original => self.reply.inverted(),
+            Direction::Reply => self.key.original.inverted(),
+        }
+    }
+
+    /// Whether a packet thread has nothing (more) to do for this direction on this port. One atomic
+    /// load when the port was the first to see the direction; no lock, no write.
+    #[inline]
+    #[must_use]
+    pub fn is_decided(&self, port: Generation, d: Direction) -> bool {
+        let first = &self.slots[d.index()];
+        first.word.load().is_decided(port) || self.is_decided_further(first, port)
+    }
+
+    #[cold]
+    fn is_decided_further(&self, first: &Slot, port: Generation) -> bool {
+        let mut slot = first;
+        while let Some(next) = slot.next.get() {
+            if next.word.load().is_decided(port) {
+                return true;
+            }
+            slot = next;
+        }
+        false
+    }
+
+    /// Claims the slot of (port, direction), making one where there is none.
+    pub(super) fn claim(&self, port: Generation, d: Direction) -> ConnClaim<'_> {
+        let mut slot = &self.slots[d.index()];
+        for _ in 0..MAX_PORTS {
+            match slot.word.claim(port) {
+                Claim::Won => {
+                    // `end` sets `dead`, and its caller then unwinds every slot that it finds; a claim
+                    // is made and then looks at `dead`. With a fence between the two on both sides
+                    // one of them sees the other. (Sequentially consistent accesses would not do:
+                    // finding a slot is an acquiring load.)
+                    fence(Ordering::SeqCst);
+                    if self.is_dead() {
+                        slot.word.unclaim();
+                        return ConnClaim::Dead;
+                    }
+                    return ConnClaim::Won(slot);
+                }
+                Claim::Decided => return ConnClaim::Decided,
+                Claim::Other => slot = slot.next.get_or_init(Box::default),
+            }
+        }
+        ConnClaim::Full
+    }
+
+    /// No claim succeeds from now on that the caller does not see. True for the first caller.
+    pub(super) fn end(&self) -> bool {
+        let first = !self.dead.swap(true, Ordering::AcqRel);
+        fence(Ordering::SeqCst); // see `claim`
+        first
+    }
+
+    /// The slot of (port, direction), where there is one.
+    pub(super) fn slot(&self, port: Generation, d: Direction) -> Option<&Slot> {
+        self.slots_of(d).find(|s| s.word.load().generation() == Some(port))
+    }
+
+    pub(super) fn slots_of(&self, d: Direction) -> impl Iterator<Item = &Slot> {
+        std::iter::successors(Some(&self.slots[d.index()]), |s| s.next.get().map(|b| &**b))
+    }
+
+    /// Every slot that was ever claimed, with its direction and the generation of its port.
+    pub(super) fn all_slots(&self) -> impl Iterator<Item = (Direction, Generation, &Slot)> {
+        Direction::BOTH.into_iter().flat_map(|d| {
+            self.slots_of(d).filter_map(move |s| Some((d, s.word.load().generation()?, s)))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::slot::SlotState;
+
+    pub(crate) fn conn() -> ConnHandle {
+        let original: Tuple = "tcp 192.0.2.1:1000 > 198.51.100.2:80".parse().unwrap();
+        let reply: Tuple = "tcp 198.51.100.2:80 > 203.0.113.1:2000".parse().unwrap();
+        ConnHandle::new(ConnKey { zone: Zone(0), original }, reply, Epoch(1), 0, 0)
+    }
+
+    #[test]
+    fn tuples_of_both_directions_follow_the_nat() {
+        let c = conn();
+        assert_eq!(
+            c.leaving(Direction::Original).to_string(),
+            "tcp 203.0.113.1:2000 > 198.51.100.2:80"
+        );
+        assert_eq!(c.leaving(Direction::Reply).to_string(), "tcp 198.51.100.2:80 > 192.0.2.1:1000");
+    }
+
+    #[test]
+    fn every_port_and_direction_has_a_slot_of_its_own_up_to_a_bound() {
+        let c = conn();
+        for d in Direction::BOTH {
+            for n in (1u32..).take(MAX_PORTS) {
+                let g = Generation::new(n).unwrap();
+                assert!(!c.is_decided(g, d));
+                assert!(matches!(c.claim(g, d), ConnClaim::Won(_)));
+                assert!(matches!(c.claim(g, d), ConnClaim::Decided));
+                assert!(c.is_decided(g, d));
+            }
+            let one_more = Generation::new(1000).unwrap();
+            assert!(matches!(c.claim(one_more, d), ConnClaim::Full));
+        }
+        assert_eq!(c.all_slots().count(), 2 * MAX_PORTS);
+    }
+
+    #[test]
+    fn an_ended_connection_gives_no_slot() {
+        let c = conn();
+        assert!(c.end());
+        assert!(!c.end());
+        let g = Generation::new(1).unwrap();
+        assert!(matches!(c.claim(g, Direction::Reply), ConnClaim::Dead));
+        let slot = c.slot(g, Direction::Reply).unwrap();
+        assert_eq!(slot.word.load().state(), SlotState::Empty);
+    }
+
+    #[test]
+    fn a_slot_takes_at_most_200_bytes() {
+        // The rest is for what a port keeps of it: 26 bytes in tables that are 7/16 full at worst.
+        assert!(size_of::<Slot>() + 26 * 16 / 7 <= 200, "{}", size_of::<Slot>());
+    }
+}

@@ -1,0 +1,103 @@
+//! What the engine asks of the datapath that it serves.
+
+use std::net::IpAddr;
+
+use netdev_providers::{Direction, Forward, Generation, Ifindex, MacAddr, Netdev, Rejection};
+
+use super::conn::ConnHandle;
+
+/// What the datapath noted of the packet that made the offer, for a later [`Datapath::resolve`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PathHint {
+    /// Where the packet was sent.
+    pub egress: Option<Ifindex>,
+    /// Its firewall mark, which can select a routing table.
+    pub mark: u32,
+}
+
+/// How packets of a flow leave, and what they look like on arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Destination MAC address on arrival (`None`: any).
+    pub eth_dst: Option<MacAddr>,
+    /// The longest IP packet that can arrive, in bytes.
+    pub ingress_mtu: u32,
+    /// Egress netdev, new MAC addresses, new tuple.
+    pub forward: Forward,
+    /// The neighbour that [`Forward::macs`] belongs to: when it changes, so must the rule.
+    pub next_hop: Option<IpAddr>,
+}
+
+/// The path in an offer.
+#[derive(Clone, Debug)]
+pub enum PathSpec {
+    /// The datapath knows it: nobody is asked.
+    Known(Box<Path>),
+    /// [`Datapath::resolve`] is asked, on the port's queue thread.
+    Resolve(PathHint),
+}
+
+/// One direction of one connection on one port.
+#[derive(Clone, Debug)]
+pub struct Sight {
+    /// The port's netdev.
+    pub ifindex: Ifindex,
+    /// Which life of the port.
+    pub generation: Generation,
+    /// The connection.
+    pub conn: ConnHandle,
+    /// Which of its directions.
+    pub direction: Direction,
+}
+
+/// Callbacks into the datapath. All are called on port queue threads or on the thread that
+/// administers the engine, **never on a worker**, and may block for the time of a system call.
+/// A userspace datapath that gives the path with every offer can use [`NoDatapath`].
+pub trait Datapath: Send + Sync {
+    /// Finds the path of an offer that came without one.
+    ///
+    /// # Errors
+    /// Why the direction cannot be offloaded now (no route, neighbour unresolved …).
+    fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection>;
+
+    /// These are about to be offloaded: from now on the datapath may not see their packets. One
+    /// result each, in order; an error keeps that one on the slow path.
+    fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
+        vec![Ok(()); sights.len()]
+    }
+
+    /// These slots are empty again: the next packet of each is to be offered again.
+    fn rearm(&self, sights: &[Sight]);
+
+    /// A slot has changed. For those who watch; called while the slot is locked, so it must neither
+    /// block nor call the engine.
+    fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {
+        let _ = (port, conn, d, change);
+    }
+}
+
+/// What became of a slot.
+#[derive(Clone, Copy, Debug)]
+pub enum SlotChange<'a> {
+    /// Its rule is installed.
+    Installed,
+    /// Its add was refused.
+    Rejected(&'a Rejection),
+    /// Its rule is gone, by a delete (a flush is announced once, not for every slot).
+    Deleted,
+}
+
+/// For datapaths that give the path with every offer, and offer whatever packet meets an
+/// undecided slot.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoDatapath;
+
+impl Datapath for NoDatapath {
+    fn resolve(&self, _: &Sight, _: &PathHint) -> Result<Path, Rejection> {
+        Err(Rejection::with_detail(
+            netdev_providers::Reason::NoRoute,
+            "the offer came without a path",
+        ))
+    }
+    fn rearm(&self, _: &[Sight]) {}
+}

@@ -1,0 +1,311 @@
+//! Ports: netdevs attached to the engine, each bound to one provider for its whole life.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use netdev_providers::{
+    Direction, Epoch, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason, Rejection,
+};
+
+use super::conn::ConnHandle;
+use super::queue::Queue;
+
+/// Why an earlier class did not bind a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Which class.
+    pub class: &'static str,
+    /// In its own words.
+    pub why: String,
+}
+
+/// The class that bound a port, and what it made.
+pub(super) struct Binding {
+    pub class: &'static str,
+    pub provider: Arc<dyn Provider>,
+}
+
+/// Counts of one port. Relaxed: each is read by itself, for people.
+#[derive(Debug, Default)]
+pub(super) struct PortCounters {
+    pub sights: AtomicU64,
+    pub adds: AtomicU64,
+    pub deletes: AtomicU64,
+    /// Traffic of rules that are gone.
+    pub past_packets: AtomicU64,
+    pub past_bytes: AtomicU64,
+    reasons: ReasonCounters,
+}
+
+/// One counter per reason code.
+struct ReasonCounters([AtomicU64; 64]);
+
+impl Default for ReasonCounters {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+impl fmt::Debug for ReasonCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReasonCounters")
+    }
+}
+
+impl PortCounters {
+    pub(super) fn count(&self, reason: Reason) {
+        if let Some(c) = self.reasons.0.get(usize::from(reason as u8)) {
+            c.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn reasons(&self) -> Vec<(Reason, u64)> {
+        Reason::ALL
+            .iter()
+            .filter_map(|&r| {
+                let n = self.reasons.0.get(usize::from(r as u8))?.load(Ordering::Relaxed);
+                (n > 0).then_some((r, n))
+            })
+            .collect()
+    }
+}
+
+/// The slots of a port that are not empty, so that a flush of the port costs what the port holds
+/// and nothing else, and the rules that forward into a given netdev are found without a search.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    slots: HashMap<HeldKey, ConnHandle, ahash::RandomState>,
+    by_egress: HashMap<Ifindex, HashSet<HeldKey, ahash::RandomState>>,
+}
+
+/// Epoch and direction in one word: there is one for every slot, twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct HeldKey(u64);
+
+impl HeldKey {
+    fn new(epoch: Epoch, d: Direction) -> Self {
+        Self(epoch.0 << 1 | d as u64)
+    }
+
+    fn direction(self) -> Direction {
+        if self.0 & 1 == 0 { Direction::Original } else { Direction::Reply }
+    }
+}
+
+impl Held {
+    pub(super) fn insert(&mut self, conn: ConnHandle, d: Direction) {
+        self.slots.insert(HeldKey::new(conn.epoch(), d), conn);
+    }
+
+    pub(super) fn set_egress(&mut self, conn: &ConnHandle, d: Direction, egress: Ifindex) {
+        self.by_egress.entry(egress).or_default().insert(HeldKey::new(conn.epoch(), d));
+    }
+
+    pub(super) fn remove(&mut self, conn: &ConnHandle, d: Direction, egress: Option<Ifindex>) {
+        let key = HeldKey::new(conn.epoch(), d);
+        self.slots.remove(&key);
+        if let Some(egress) = egress
+            && let Some(set) = self.by_egress.get_mut(&egress)
+        {
+            set.remove(&key);
+            if set.is_empty() {
+                self.by_egress.remove(&egress);
+            }
+        }
+    }
+
+    /// The connection, living or ending, of a slot that is held.
+    pub(super) fn get(&self, epoch: Epoch, d: Direction) -> Option<ConnHandle> {
+        self.slots.get(&HeldKey::new(epoch, d)).cloned()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Takes all, and the memory with it.
+    pub(super) fn take_all(&mut self) -> Vec<(ConnHandle, Direction)> {
+        let Self { slots, .. } = std::mem::take(self);
+        slots.into_iter().map(|(key, conn)| (conn, key.direction())).collect()
+    }
+
+    pub(super) fn all(&self) -> Vec<(ConnHandle, Direction)> {
+        self.slots.iter().map(|(key, conn)| (conn.clone(), key.direction())).collect()
+    }
+
+    pub(super) fn towards(&self, egress: Ifindex) -> Vec<(ConnHandle, Direction)> {
+        let keys = self.by_egress.get(&egress).into_iter().flatten();
+        keys.filter_map(|key| Some((self.slots.get(key)?.clone(), key.direction()))).collect()
+    }
+}
+
+/// What a flow needs of a backend, whatever its addresses are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    ipv6: bool,
+    proto: L4Proto,
+    routed: bool,
+    new_src: bool,
+    new_dst: bool,
+    new_ports: bool,
+    egress: Ifindex,
+}
+
+impl Shape {
+    pub(super) fn of(flow: &Flow) -> Self {
+        let (from, to) = (&flow.matches.tuple, &flow.forward.tuple);
+        Self {
+            ipv6: from.is_ipv6(),
+            proto: from.proto(),
+            routed: flow.forward.macs.is_some(),
+            new_src: from.src() != to.src(),
+            new_dst: from.dst() != to.dst(),
+            new_ports: (from.sport(), from.dport()) != (to.sport(), to.dport()),
+            egress: flow.forward.egress,
+        }
+    }
+}
+
+/// Shapes remembered per port. There are 64 for one egress netdev; beyond the bound flows are just
+/// offered.
+const MAX_SHAPES: usize = 1024;
+
+/// A netdev attached to the engine.
+pub(super) struct Port {
+    pub netdev: Netdev,
+    pub binding: Option<Binding>,
+    pub refusals: Vec<Refusal>,
+    pub queue: Queue,
+    pub counters: PortCounters,
+    /// Operations that are with the provider.
+    pub in_flight: AtomicUsize,
+    /// Being deleted: nothing new is taken.
+    pub draining: AtomicBool,
+    held: Mutex<Held>,
+    fault: Mutex<Option<String>>,
+    /// Shapes that the backend does not support: the negative cache. Until the next flush.
+    refused_shapes: Mutex<HashMap<Shape, Rejection>>,
+}
+
+impl Port {
+    pub(super) fn new(
+        netdev: Netdev,
+        binding: Option<Binding>,
+        refusals: Vec<Refusal>,
+        queue_limit: usize,
+    ) -> Self {
+        Self {
+            netdev,
+            binding,
+            refusals,
+            queue: Queue::new(queue_limit),
+            counters: PortCounters::default(),
+            in_flight: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
+            held: Mutex::default(),
+            fault: Mutex::default(),
+            refused_shapes: Mutex::default(),
+        }
+    }
+
+    pub(super) fn ifindex(&self) -> Ifindex {
+        self.netdev.ifindex
+    }
+
+    pub(super) fn generation(&self) -> Generation {
+        self.netdev.generation
+    }
+
+    pub(super) fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True when a flush would find nothing: no slot, nothing on the way to the provider or with it.
+    /// What was pushed before this call is taken into account; nobody is waited for.
+    pub(super) fn is_empty(&self) -> bool {
+        // A slot moves from the queue to `held`, and a rule without a slot between the provider
+        // and the queue: looked at in this order, neither is missed on its way.
+        let idle = || self.in_flight.load(Ordering::SeqCst) == 0;
+        idle() && self.queue.is_finished() && idle() && self.held().is_empty() && !self.is_faulty()
+    }
+
+    fn is_faulty(&self) -> bool {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn shapes(&self) -> MutexGuard<'_, HashMap<Shape, Rejection>> {
+        self.refused_shapes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why flows of this shape are not offered; `None`: they are.
+    pub(super) fn refused_shape(&self, shape: &Shape) -> Option<Rejection> {
+        self.shapes().get(shape).cloned()
+    }
+
+    /// Remembers a refusal that is about the shape, and not about this one flow.
+    pub(super) fn note_refused_shape(&self, shape: Shape, rejection: &Rejection) {
+        if matches!(rejection.reason, Reason::Unsupported | Reason::NotInHardware) {
+            let mut shapes = self.shapes();
+            if shapes.len() < MAX_SHAPES {
+                shapes.insert(shape, rejection.clone());
+            }
+        }
+    }
+
+    /// Everything may be tried again.
+    pub(super) fn forget_refused_shapes(&self) {
+        self.shapes().clear();
+    }
+
+    pub(super) fn fault(&self) -> Option<String> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Marks the port faulty: offers stop. The first reason is kept.
+    pub(super) fn set_fault(&self, why: String) {
+        tracing::error!(port = %self.netdev, why, "port is faulty: nothing more is offloaded on it");
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+    }
+}
+
+impl fmt::Debug for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Port({})", self.netdev)
+    }
+}
+
+/// The ports at one moment, as workers see them. Never changed: a change makes a new table.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PortTable {
+    /// Sorted by ifindex.
+    ports: Vec<Arc<Port>>,
+}
+
+impl PortTable {
+    pub(super) fn get(&self, ifindex: Ifindex) -> Option<&Arc<Port>> {
+        let at = self.ports.binary_search_by_key(&ifindex, |p| p.ifindex()).ok()?;
+        self.ports.get(at)
+    }
+
+    pub(super) fn by_generation(&self, generation: Generation) -> Option<&Arc<Port>> {
+        self.ports.iter().find(|p| p.generation() == generation)
+    }
+
+    pub(super) fn iter(&self) -> std::slice::Iter<'_, Arc<Port>> {
+        self.ports.iter()
+    }
+
+    pub(super) fn with(&self, port: Arc<Port>) -> Self {
+        let mut ports = self.ports.clone();
+        let at = ports.partition_point(|p| p.ifindex() < port.ifindex());
+        ports.insert(at, port);
+        Self { ports }
+    }
+
+    pub(super) fn without(&self, generation: Generation) -> Self {
+        let ports = self.ports.iter().filter(|p| p.generation() != generation).cloned().collect();
+        Self { ports }
+    }
+}

@@ -1,0 +1,148 @@
+//! The queue of one port: many workers push, one writer thread takes. Lock-free for those who push;
+//! offers are bounded, everything else (deletes, control) is never refused, because it shrinks what
+//! is there.
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use netdev_providers::{Cookie, Direction, Ifindex, RuleId};
+
+use super::conn::ConnHandle;
+use super::datapath::PathSpec;
+use super::sync::{
+    AtomicBool, AtomicUsize, OnceLock, SegQueue, Thread, current, fence, park_timeout,
+};
+
+/// What a writer is asked to do.
+pub(super) enum Command {
+    /// An add whose slot has been claimed.
+    Add(ConnHandle, Direction, PathSpec),
+    /// A delete whose slot is Deleting.
+    Delete(ConnHandle, Direction),
+    /// The first reply, to be told to the provider.
+    Established(ConnHandle, Direction),
+    /// The slot was rejected: arm its retry.
+    Rejected(ConnHandle, Direction),
+    /// The slot is empty: let the datapath offer it again.
+    Rearm(ConnHandle, Direction),
+    /// A rule that no slot stands for.
+    DeleteRule(RuleId, Cookie),
+    /// Rules that forward into this netdev go; answers when they are gone.
+    Retract(Ifindex, Sender<u64>),
+    /// A sweep failed: let the provider put itself in order.
+    Repair,
+    /// Answers when everything queued before has been carried out.
+    Barrier(Sender<u64>),
+    /// Everything goes; answers with how many.
+    Flush(Sender<u64>),
+    /// Everything goes, the provider is released, the thread ends.
+    Stop(Sender<Stopped>),
+}
+
+/// How a port ended.
+#[derive(Debug, Default)]
+pub(super) struct Stopped {
+    pub flushed: u64,
+    pub faults: Vec<netdev_providers::Fault>,
+}
+
+pub(super) struct Queue {
+    commands: SegQueue<Command>,
+    adds: AtomicUsize,
+    /// Commands that were pushed and have not been carried out.
+    unfinished: AtomicUsize,
+    limit: usize,
+    sleeping: AtomicBool,
+    writer: OnceLock<Thread>,
+}
+
+impl Queue {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            commands: SegQueue::new(),
+            adds: AtomicUsize::new(0),
+            unfinished: AtomicUsize::new(0),
+            limit,
+            sleeping: AtomicBool::new(false),
+            writer: OnceLock::new(),
+        }
+    }
+
+    /// The calling thread is the one that is to be woken. Once.
+    pub(super) fn set_writer(&self) {
+        let _ = self.writer.set(current());
+    }
+
+    /// Offers waiting.
+    pub(super) fn pending(&self) -> usize {
+        self.adds.load(Ordering::Relaxed)
+    }
+
+    /// Queues an offer; false when there are as many as there may be.
+    pub(super) fn push_add(&self, conn: ConnHandle, d: Direction, path: PathSpec) -> bool {
+        if self.adds.fetch_add(1, Ordering::Relaxed) >= self.limit {
+            self.adds.fetch_sub(1, Ordering::Relaxed);
+            return false;
+        }
+        self.push(Command::Add(conn, d, path));
+        true
+    }
+
+    /// Queues anything else.
+    pub(super) fn push(&self, command: Command) {
+        self.unfinished.fetch_add(1, Ordering::Relaxed);
+        self.commands.push(command);
+        self.wake();
+    }
+
+    /// Wakes the writer if it sleeps: the system call is made by one of many who push.
+    pub(super) fn wake(&self) {
+        // Pairs with the fence in `park`: either the sleeper sees what was pushed, or we see it
+        // sleeping.
+        fence(Ordering::SeqCst);
+        if self.sleeping.load(Ordering::Relaxed)
+            && self
+                .sleeping
+                .compare_exchange(true, false, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+            && let Some(t) = self.writer.get()
+        {
+            t.unpark();
+        }
+    }
+
+    pub(super) fn pop(&self) -> Option<Command> {
+        let command = self.commands.pop()?;
+        if matches!(command, Command::Add(..)) {
+            self.adds.fetch_sub(1, Ordering::Relaxed);
+        }
+        Some(command)
+    }
+
+    /// So many of the commands taken have been carried out: what they change is in the port's list
+    /// of held slots, or with the provider.
+    pub(super) fn finished(&self, commands: usize) {
+        if commands > 0 {
+            self.unfinished.fetch_sub(commands, Ordering::Release);
+        }
+    }
+
+    /// True when whatever was pushed before this call has been carried out, and can be seen where
+    /// [`finished`](Self::finished) says.
+    pub(super) fn is_finished(&self) -> bool {
+        self.unfinished.load(Ordering::Acquire) == 0
+    }
+
+    /// The writer sleeps until something is pushed or the time is over.
+    pub(super) fn park(&self, at_most: Duration) {
+        // Release: who sees it sees whom to wake. (The queue may have been emptied without a sleep
+        // before, and then nothing else tells.)
+        self.sleeping.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if self.commands.is_empty() {
+            park_timeout(at_most);
+        }
+        self.sleeping.store(false, Ordering::Relaxed);
+    }
+}

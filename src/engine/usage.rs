@@ -1,0 +1,214 @@
+//! What rules carried, and when a connection was last used.
+//!
+//! A **sweep** asks every provider for the counters of its rules. A counter that moved means that
+//! the connection was used since the sweep before; the time of the sweep is taken, so an expiry
+//! computed from it is never too early and at most one sweep too late.
+//!
+//! A sweep also finds what is not as it should be: a rule that no slot stands for (seen by two
+//! sweeps in a row: it is deleted), and a slot whose rule is gone (somebody removed it: the slot is
+//! emptied, so that the next packet offers it again).
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use netdev_providers::{Direction, Fault, RuleReport};
+
+use super::Engine;
+use super::conn::{ConnHandle, Moment};
+use super::port::Port;
+use super::queue::Command;
+use super::slot::SlotState;
+
+/// Whether, and when, a connection was last used by rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Usage {
+    /// No rule of it is installed: what the datapath itself saw is all there is.
+    NotOffloaded,
+    /// Something is under way: ask again, and do not let it expire meanwhile.
+    Unknown,
+    /// By rules on one or more ports.
+    LastUsed {
+        /// When, on the engine's clock: never in the future. A rule that carried nothing counts
+        /// from its installation.
+        at_ms: u64,
+        /// Packets that its present rules carried.
+        packets: u64,
+        /// Bytes that its present rules carried.
+        bytes: u64,
+    },
+}
+
+/// When a connection may expire: never earlier than it would have without offload.
+///
+/// `expiry_ms` is its present expiry, `timeout_ms` that of its state.
+#[must_use]
+pub fn extended_expiry(expiry_ms: u64, usage: Usage, timeout_ms: u64, now_ms: u64) -> u64 {
+    match usage {
+        Usage::NotOffloaded => expiry_ms,
+        Usage::Unknown => expiry_ms.max(now_ms + timeout_ms),
+        Usage::LastUsed { at_ms, .. } => expiry_ms.max(at_ms.min(now_ms) + timeout_ms),
+    }
+}
+
+/// What a sweep found.
+#[derive(Debug, Default)]
+pub struct Sweep {
+    /// Connections used since the sweep before, each once.
+    pub used: Vec<ConnHandle>,
+    /// Rules reported.
+    pub rules: u64,
+    /// Rules that no slot stands for.
+    pub strays: u64,
+    /// Slots whose rule was gone.
+    pub lost: u64,
+    /// Ports that could not be swept to the end.
+    pub faults: Vec<(String, Fault)>,
+}
+
+impl Engine {
+    /// Sweeps all ports. One thread at a time; blocks.
+    pub fn sweep(&self, strays: &mut Strays) -> Sweep {
+        // At one a second they last for a century.
+        let id = self.0.sweeps.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let mut sweep = Sweep::default();
+        let mut used = HashSet::new();
+        let before = std::mem::take(&mut strays.0);
+        for port in self.0.publication.table().iter() {
+            let Some(binding) = &port.binding else { continue };
+            let started = self.0.clock.now_ms();
+            let result = binding.provider.usage(&mut |report| {
+                sweep.rules += 1;
+                self.reported(port, id, report, &mut sweep, &mut used, &before, strays);
+            });
+            match result {
+                Ok(()) => sweep.lost += self.find_lost(port, id, started),
+                Err(fault) => {
+                    port.queue.push(Command::Repair);
+                    sweep.faults.push((port.netdev.name.clone(), fault));
+                }
+            }
+        }
+        sweep
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the state of one sweep")]
+    fn reported(
+        &self,
+        port: &Arc<Port>,
+        id: u32,
+        report: RuleReport,
+        sweep: &mut Sweep,
+        used: &mut HashSet<u64>,
+        before: &HashSet<(u32, u64)>,
+        strays: &mut Strays,
+    ) {
+        let RuleReport { cookie, rule, counters, in_hw } = report;
+        // A connection that is ending has slots until its deletes are acknowledged.
+        let conn = port.held().get(cookie.epoch, cookie.direction);
+        let slot = conn.as_ref().and_then(|c| c.slot(port.generation(), cookie.direction));
+        if let (Some(conn), Some(slot)) = (&conn, slot) {
+            let mut detail = slot.detail();
+            if detail.rule == Some(rule) {
+                detail.sweep = id;
+                detail.in_hw = in_hw.or(detail.in_hw);
+                if counters.packets > detail.packets {
+                    detail.used = Moment::at(self.0.clock.now_ms());
+                    if used.insert(conn.epoch().0) {
+                        sweep.used.push(conn.clone());
+                    }
+                }
+                detail.packets = counters.packets;
+                detail.bytes = counters.bytes;
+                return;
+            }
+            if slot.word.load().state() != SlotState::Empty {
+                return; // an add whose completion is on its way
+            }
+        }
+        sweep.strays += 1;
+        let key = (port.generation().get(), rule.0);
+        if before.contains(&key) {
+            tracing::warn!(port = %port.netdev, %cookie, "a rule of ours that nobody holds is deleted");
+            port.queue.push(Command::DeleteRule(rule, cookie));
+        } else {
+            strays.0.insert(key);
+        }
+    }
+
+    /// Installed before the sweep began, and not reported by it.
+    fn find_lost(&self, port: &Arc<Port>, id: u32, started_ms: u64) -> u64 {
+        let mut lost = 0;
+        let held = port.held().all();
+        for (conn, d) in held {
+            let Some(slot) = conn.slot(port.generation(), d) else { continue };
+            let missing = {
+                let detail = slot.detail();
+                slot.word.load().state() == SlotState::Installed
+                    && detail.sweep < id
+                    && detail.installed_ms + 1 < started_ms
+            };
+            if missing && self.slot_retract(&conn, d, port.generation()) {
+                tracing::warn!(port = %port.netdev, %conn, %d, "the rule was removed by somebody else");
+                lost += 1;
+            }
+        }
+        lost
+    }
+
+    /// When the connection was last used: the latest over its slots.
+    #[must_use]
+    pub fn conn_update(&self, conn: &ConnHandle) -> Usage {
+        let mut usage = Usage::NotOffloaded;
+        for (_, _, slot) in conn.all_slots() {
+            let detail = slot.detail();
+            match slot.word.load().state() {
+                SlotState::Installed => {
+                    let at = detail.used.ms().unwrap_or(detail.installed_ms).min(self.now_ms());
+                    let (mut at_ms, mut packets, mut bytes) = (at, detail.packets, detail.bytes);
+                    if let Usage::LastUsed { at_ms: a, packets: p, bytes: b } = usage {
+                        (at_ms, packets, bytes) = (at_ms.max(a), packets + p, bytes + b);
+                    }
+                    usage = Usage::LastUsed { at_ms, packets, bytes };
+                }
+                SlotState::Pending | SlotState::Deleting if usage == Usage::NotOffloaded => {
+                    usage = Usage::Unknown;
+                }
+                _ => {}
+            }
+        }
+        usage
+    }
+
+    /// Whether any rule of this direction is installed on the port.
+    #[must_use]
+    pub fn is_installed(
+        &self,
+        conn: &ConnHandle,
+        d: Direction,
+        port: netdev_providers::Generation,
+    ) -> bool {
+        conn.slot(port, d).is_some_and(|s| s.word.load().state() == SlotState::Installed)
+    }
+}
+
+/// Rules that the sweep before found without a slot: kept by whoever sweeps.
+#[derive(Debug, Default)]
+pub struct Strays(HashSet<(u32, u64)>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn expiry_is_never_shortened_and_the_future_is_clamped(expiry in 0u64..1 << 40, at in 0u64..1 << 40, timeout in 0u64..1 << 30, now in 0u64..1 << 40) {
+            let used = Usage::LastUsed { at_ms: at, packets: 1, bytes: 1 };
+            let new = extended_expiry(expiry, used, timeout, now);
+            prop_assert!(new >= expiry);
+            prop_assert!(new <= expiry.max(now + timeout));
+            prop_assert!(new >= at.min(now) + timeout);
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What can be seen of an engine from outside: values, taken at one moment each.
+
+use std::sync::atomic::Ordering;
+
+use netdev_providers::{Cookie, Direction, Ifindex, Netdev, Reason, Rejection, RuleId};
+
+use super::Engine;
+use super::conn::{ConnHandle, PathTaken};
+use super::port::Port;
+pub use super::port::Refusal;
+use super::slot::SlotState;
+
+/// A port.
+#[derive(Clone, Debug)]
+pub struct PortView {
+    /// Its netdev.
+    pub netdev: Netdev,
+    /// The class it is bound to.
+    pub provider: Option<&'static str>,
+    /// What the provider found out about the netdev.
+    pub about: String,
+    /// Why other classes did not bind it.
+    pub refusals: Vec<Refusal>,
+    /// Why nothing more is offloaded on it.
+    pub fault: Option<String>,
+    /// It is being deleted.
+    pub draining: bool,
+    /// Slots by state, as held: offers waiting, installed, rejected, deleting.
+    pub slots: SlotCounts,
+    /// Rules that the NIC has.
+    pub in_hw: u64,
+    /// First sights.
+    pub sights: u64,
+    /// Rules installed since the port was added.
+    pub adds: u64,
+    /// Rules deleted one by one since then.
+    pub deletes: u64,
+    /// Packets carried by rules, past and present, as of the last sweep.
+    pub packets: u64,
+    /// Bytes carried by rules, past and present, as of the last sweep.
+    pub bytes: u64,
+    /// Rejections since the port was added.
+    pub reasons: Vec<(Reason, u64)>,
+}
+
+/// How many slots are in which state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotCounts {
+    /// Queued or in flight.
+    pub pending: u64,
+    /// With a rule.
+    pub installed: u64,
+    /// Refused.
+    pub rejected: u64,
+    /// On the way out.
+    pub deleting: u64,
+}
+
+/// A slot.
+#[derive(Clone, Debug)]
+pub struct SlotView {
+    /// The netdev of its port.
+    pub netdev: Netdev,
+    /// Its direction.
+    pub direction: Direction,
+    /// Its state.
+    pub state: SlotState,
+    /// Why it is rejected.
+    pub rejection: Option<Rejection>,
+    /// When it may be offered again, in milliseconds from now.
+    pub retry_in_ms: Option<u64>,
+    /// Where its rule forwards to.
+    pub path: Option<PathTaken>,
+    /// Whether the NIC has the rule.
+    pub in_hw: Option<bool>,
+    /// Packets that the rule carried, as of the last sweep.
+    pub packets: u64,
+    /// Bytes that the rule carried, as of the last sweep.
+    pub bytes: u64,
+    /// Milliseconds since it was last used, or since it was installed.
+    pub idle_ms: Option<u64>,
+    /// What marks the rule.
+    pub cookie: Cookie,
+    /// The provider's name for it.
+    pub rule: Option<RuleId>,
+}
+
+impl Engine {
+    /// All ports, by ifindex.
+    #[must_use]
+    pub fn ports(&self) -> Vec<PortView> {
+        self.0.publication.table().iter().map(|p| port_view(p)).collect()
+    }
+
+    /// The port of this netdev, and the class it is bound to. Cheap, unlike [`ports`](Self::ports),
+    /// which counts every slot.
+    #[must_use]
+    pub fn port(&self, ifindex: Ifindex) -> Option<(Netdev, Option<&'static str>)> {
+        let table = self.0.publication.table();
+        let port = table.get(ifindex)?;
+        Some((port.netdev.clone(), port.binding.as_ref().map(|b| b.class)))
+    }
+
+    /// The slots of a connection that are not empty, on living ports.
+    #[must_use]
+    pub fn slots(&self, conn: &ConnHandle) -> Vec<SlotView> {
+        let table = self.0.publication.table();
+        let now = self.now_ms();
+        conn.all_slots()
+            .filter_map(|(direction, generation, slot)| {
+                let port = table.by_generation(generation)?;
+                let detail = slot.detail();
+                let state = slot.word.load().state();
+                let installed = state == SlotState::Installed;
+                (state != SlotState::Empty).then(|| SlotView {
+                    netdev: port.netdev.clone(),
+                    direction,
+                    state,
+                    rejection: detail
+                        .rejection
+                        .as_deref()
+                        .filter(|_| state == SlotState::Rejected)
+                        .cloned(),
+                    retry_in_ms: detail.retry_at.ms().map(|at| at.saturating_sub(now)),
+                    path: detail.path,
+                    in_hw: detail.in_hw,
+                    packets: detail.packets,
+                    bytes: detail.bytes,
+                    idle_ms: installed.then(|| {
+                        now.saturating_sub(detail.used.ms().unwrap_or(detail.installed_ms))
+                    }),
+                    cookie: self.0.cookie(conn, direction),
+                    rule: detail.rule,
+                })
+            })
+            .collect()
+    }
+
+    /// The registered classes, by priority, and how many ports each has.
+    #[must_use]
+    pub fn classes(&self) -> Vec<(&'static str, usize)> {
+        let table = self.0.publication.table();
+        let bound = |name: &str| {
+            table.iter().filter(|p| p.binding.as_ref().is_some_and(|b| b.class == name)).count()
+        };
+        let classes = self.admin().registry.select(None).unwrap_or_default();
+        classes.iter().map(|c| (c.name(), bound(c.name()))).collect()
+    }
+}
+
+fn port_view(port: &Port) -> PortView {
+    let mut slots = SlotCounts { pending: port.queue.pending() as u64, ..SlotCounts::default() };
+    let (mut in_hw, c) = (0, &port.counters);
+    let (mut packets, mut bytes) =
+        (c.past_packets.load(Ordering::Relaxed), c.past_bytes.load(Ordering::Relaxed));
+    let held = port.held().all();
+    for (conn, d) in held {
+        let Some(slot) = conn.slot(port.generation(), d) else { continue };
+        let detail = slot.detail();
+        packets += detail.packets;
+        bytes += detail.bytes;
+        match slot.word.load().state() {
+            SlotState::Pending => slots.pending += 1,
+            SlotState::Installed => {
+                slots.installed += 1;
+                in_hw += u64::from(detail.in_hw == Some(true));
+            }
+            SlotState::Rejected => slots.rejected += 1,
+            SlotState::Deleting => slots.deleting += 1,
+            SlotState::Empty => {}
+        }
+    }
+    PortView {
+        netdev: port.netdev.clone(),
+        provider: port.binding.as_ref().map(|b| b.class),
+        about: port.binding.as_ref().map(|b| b.provider.describe()).unwrap_or_default(),
+        refusals: port.refusals.clone(),
+        fault: port.fault(),
+        draining: port.draining.load(Ordering::Relaxed),
+        slots,
+        in_hw,
+        sights: c.sights.load(Ordering::Relaxed),
+        adds: c.adds.load(Ordering::Relaxed),
+        deletes: c.deletes.load(Ordering::Relaxed),
+        packets,
+        bytes,
+        reasons: c.reasons(),
+    }
+}

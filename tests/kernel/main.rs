@@ -1,0 +1,8 @@
+//! Tests against a real kernel: root, and a kernel with the TC and nf_tables modules. They run in
+//! `scripts/lab` on Debian 6.1 and 6.12 (`scripts/test` does it); each test has a network namespace
+//! of its own.
+
+mod flower;
+mod netfilter;
+mod netns;
+mod router;

@@ -1,0 +1,374 @@
+//! The daemon on a router, as a person runs it: real connections, and what happens to their rules
+//! when links, neighbours, routes and the firewall change.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::netns::NetNs;
+
+/// Emulated kernels are slow, above all when they load modules.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A router with netdevs `lan` and `wan`, and a host behind each.
+struct Router {
+    daemon: Option<Child>,
+    name: String,
+    ns: NetNs,
+}
+
+impl Router {
+    fn new(test: &str) -> Self {
+        let ns = NetNs::new();
+        let router = Self { daemon: None, name: test.to_owned(), ns };
+        for (i, dev) in [(1, "lan"), (2, "wan")] {
+            let host = router.host(dev);
+            router.run(&format!("ip netns add {host}"));
+            router.run(&format!("ip link add {dev} type veth peer name e0 netns {host}"));
+            router.run(&format!("ip addr add 10.{i}.0.1/24 dev {dev} && ip link set {dev} up"));
+            router.run(&format!(
+                "ip -n {host} addr add 10.{i}.0.2/24 dev e0 && ip -n {host} link set e0 up && ip -n {host} route add default via 10.{i}.0.1"
+            ));
+        }
+        router.run("sysctl -qw net.ipv4.ip_forward=1");
+        router
+    }
+
+    fn host(&self, dev: &str) -> String {
+        format!("{}-{dev}", self.name)
+    }
+
+    fn run(&self, line: &str) -> String {
+        self.ns.run(line)
+    }
+
+    fn start(&mut self, args: &[&str]) {
+        let child = Command::new(env!("CARGO_BIN_EXE_ctoffloadd"))
+            .args(args)
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("ctoffloadd");
+        self.daemon = Some(child);
+        wait_until("the daemon answers", || self.cli(&["stats"]).status.success());
+    }
+
+    fn cli(&self, args: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_ctoffload")).args(args).output().expect("ctoffload")
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let out = self.cli(&[&["-j"], args].concat());
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice(&out.stdout).expect("JSON")
+    }
+
+    /// Every slot of every connection: port, direction, state, reason.
+    fn slots(&self) -> Vec<(String, String, String, String)> {
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        let conns = self.json(&["conn", "show"]);
+        let conns = conns.as_array().cloned().unwrap_or_default();
+        let mut slots: Vec<_> = conns
+            .iter()
+            .flat_map(|c| c["slots"].as_array().cloned().unwrap_or_default())
+            .map(|s| {
+                (text(&s["port"]), text(&s["direction"]), text(&s["state"]), text(&s["reason"]))
+            })
+            .collect();
+        slots.sort();
+        slots
+    }
+
+    fn installed(&self) -> Vec<String> {
+        let slots = self.slots().into_iter().filter(|s| s.2 == "installed");
+        slots.map(|(port, direction, ..)| format!("{port} {direction}")).collect()
+    }
+
+    fn wait_installed(&self, want: &[&str], connection: &mut Connection) {
+        wait_until(&format!("{want:?} installed"), || {
+            connection.ping();
+            self.installed() == want
+        });
+    }
+
+    /// Flow rules of ours on a netdev, as `tc` sees them.
+    fn rules(&self, dev: &str) -> usize {
+        let out = self.run(&format!("tc filter show dev {dev} ingress"));
+        out.lines().filter(|l| l.contains(" flower ") && l.contains("handle 0x")).count()
+    }
+
+    fn signal(&mut self, signal: Signal) -> Option<i32> {
+        let mut child = self.daemon.take()?;
+        let pid = i32::try_from(child.id()).expect("a pid");
+        kill(Pid::from_raw(pid), signal).expect("kill");
+        child.wait().expect("wait").code()
+    }
+
+    fn connect(&self) -> Connection {
+        let address: SocketAddr = "10.2.0.2:5001".parse().expect("an address");
+        let (ready, listening) = mpsc::channel();
+        let server = in_netns(self.host("wan"), move || {
+            let listener = TcpListener::bind(address).expect("bind");
+            ready.send(()).expect("ready");
+            let (mut stream, _) = listener.accept().expect("accept");
+            let mut byte = [0];
+            while stream.read_exact(&mut byte).is_ok() {
+                if stream.write_all(&byte).is_err() {
+                    break;
+                }
+            }
+        });
+        listening.recv().expect("the server listens");
+        let stream = in_netns(self.host("lan"), move || {
+            TcpStream::connect_timeout(&address, PATIENCE).expect("connect")
+        })
+        .join()
+        .expect("the client connects");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        Connection { stream, server: Some(server) }
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.daemon.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for dev in ["lan", "wan"] {
+            let _ = self.ns.try_run(&format!("ip netns del {}", self.host(dev)));
+        }
+    }
+}
+
+/// A TCP connection through the router, whose far end echoes.
+struct Connection {
+    stream: TcpStream,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Connection {
+    fn ping(&mut self) {
+        self.stream.write_all(b"x").expect("the connection carries a byte there");
+        self.stream.read_exact(&mut [0]).expect("and back");
+    }
+
+    /// Whether a byte comes back within a second.
+    fn is_alive(&mut self) -> bool {
+        self.stream.set_read_timeout(Some(Duration::from_secs(1))).expect("a time-out");
+        let alive = self.stream.write_all(b"x").is_ok() && self.stream.read_exact(&mut [0]).is_ok();
+        self.stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        alive
+    }
+
+    fn close(mut self) {
+        self.stream.shutdown(std::net::Shutdown::Both).expect("shutdown");
+        if let Some(server) = self.server.take() {
+            server.join().expect("the server ends");
+        }
+    }
+}
+
+fn in_netns<R: Send + 'static>(
+    name: String,
+    f: impl FnOnce() -> R + Send + 'static,
+) -> JoinHandle<R> {
+    std::thread::spawn(move || {
+        let ns = File::open(format!("/var/run/netns/{name}")).expect("a named namespace");
+        setns(ns, CloneFlags::CLONE_NEWNET).expect("setns");
+        f()
+    })
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+const BOTH: [&str; 2] = ["lan original", "wan reply"];
+const PORTS: [&str; 4] = ["--port", "lan", "--port", "wan"];
+
+#[test]
+fn a_connection_is_offloaded_where_it_is_seen_and_its_rules_end_with_it() {
+    let mut r = Router::new("life");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    assert_eq!((r.rules("lan"), r.rules("wan")), (1, 1));
+    c.close();
+    wait_until("the rules are gone", || r.rules("lan") + r.rules("wan") == 0);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    c.ping();
+    assert_eq!(r.run("tc qdisc show dev lan clsact; nft list tables"), "");
+}
+
+#[test]
+fn conntrack_keeps_the_timeout_of_the_state_also_when_data_was_not_yet_acknowledged() {
+    let mut r = Router::new("keep");
+    let file = std::env::temp_dir().join("ctoffload-keep.toml");
+    std::fs::write(&file, "[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"?an\"\n")
+        .expect("a file");
+    r.start(&["--config", file.to_str().expect("a path")]);
+    // The entry as it is sighted has less time left than its state gives.
+    r.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=100");
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    r.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=432000");
+    wait_until("the timeout of an established connection is written", || {
+        c.ping();
+        let entry = r.run("conntrack -L -p tcp --dport 5001 2>/dev/null");
+        let seconds = entry.split_whitespace().nth(2).and_then(|s| s.parse::<u64>().ok());
+        seconds.is_some_and(|s| s > 400_000)
+    });
+}
+
+#[test]
+fn no_rule_keeps_sending_to_an_old_mac_address() {
+    let mut r = Router::new("mac");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    // The host moves to another MAC address, and the router hears of it.
+    let host = r.host("wan");
+    r.run(&format!("ip -n {host} link set e0 address 02:00:00:00:00:77"));
+    r.run("ip neigh replace 10.2.0.2 lladdr 02:00:00:00:00:77 dev wan nud reachable");
+    c.ping();
+    r.wait_installed(&BOTH, &mut c);
+    let rules = r.run("tc filter show dev lan ingress");
+    assert_eq!(r.rules("lan"), 1, "{rules}");
+    let conns = r.json(&["conn", "show"]);
+    let slots = conns[0]["slots"].as_array().expect("slots").clone();
+    let lan = slots.iter().find(|s| s["port"] == "lan").expect("a slot on lan");
+    assert_eq!(lan["dst_mac"], "02:00:00:00:00:77");
+}
+
+#[test]
+fn a_netdev_that_goes_down_or_changes_its_mtu_takes_its_rules_along() {
+    let mut r = Router::new("down");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    r.run("ip link set wan down");
+    wait_until("nothing redirects into wan", || r.rules("lan") == 0);
+    r.run("ip link set wan up");
+    r.wait_installed(&BOTH, &mut c);
+    r.run("ip link set wan mtu 1400");
+    wait_until("the smaller MTU is refused", || {
+        c.ping();
+        r.slots().iter().any(|s| s.0 == "lan" && s.3 == "mtu-mismatch")
+    });
+    c.ping();
+    r.run("ip link set wan mtu 1500");
+    r.wait_installed(&BOTH, &mut c);
+}
+
+#[test]
+fn a_change_of_the_firewall_reaches_offloaded_connections() {
+    let mut r = Router::new("wall");
+    r.run("nft add table inet wall && nft 'add chain inet wall forward { type filter hook forward priority 0; }'");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    r.run("nft add rule inet wall forward tcp dport 5001 drop");
+    wait_until("the firewall stops it", || !c.is_alive());
+    assert_eq!(r.rules("lan"), 0, "what the firewall drops is not offloaded again");
+    r.run("nft flush chain inet wall forward");
+    wait_until("it goes on", || c.is_alive());
+    r.wait_installed(&BOTH, &mut c);
+}
+
+#[test]
+fn conntrack_deletion_and_reappearance_of_a_port() {
+    let mut r = Router::new("again");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    r.run("conntrack -D -p tcp --dport 5001");
+    wait_until("the rules are gone", || r.rules("lan") + r.rules("wan") == 0);
+    // conntrack picks the connection up again in mid-stream, and so do we.
+    r.wait_installed(&BOTH, &mut c);
+    let generation = |r: &Router| {
+        r.json(&["port", "show", "wan"])[0]["generation"].as_u64().expect("a generation")
+    };
+    let before = generation(&r);
+    let deleted = r.cli(&["port", "del", "wan"]);
+    assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+    assert_eq!(r.rules("wan"), 0);
+    wait_until("nothing of ours is left on wan", || {
+        r.run("tc qdisc show dev wan clsact").is_empty()
+    });
+    c.ping();
+    let added = r.cli(&["port", "add", "wan"]);
+    assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
+    assert!(generation(&r) > before);
+    r.wait_installed(&BOTH, &mut c);
+}
+
+#[test]
+fn what_a_killed_daemon_left_is_removed_also_where_there_is_no_port_any_more() {
+    let mut r = Router::new("killed");
+    r.run("tc qdisc add dev lan clsact && tc filter add dev lan ingress pref 7 protocol ip flower dst_ip 192.0.2.9 action pass");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    r.signal(Signal::SIGKILL);
+    assert_eq!(r.rules("wan"), 1, "rules outlive the process");
+    assert!(!r.run("nft list tables").contains("ctoffload"), "the ledger does not");
+    c.ping();
+    r.start(&["--port", "lan"]);
+    wait_until("the rule on wan is gone", || r.rules("wan") == 0);
+    assert_eq!(r.run("tc qdisc show dev wan clsact"), "");
+    r.wait_installed(&["lan original"], &mut c);
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    let left = r.run("tc filter show dev lan ingress");
+    assert!(left.contains("dst_ip 192.0.2.9") && r.rules("lan") == 1, "{left}");
+}
+
+#[test]
+fn what_cannot_be_started_says_why_and_changes_nothing() {
+    let mut r = Router::new("errors");
+    let daemon = |args: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_ctoffloadd")).args(args).output().expect("ctoffloadd")
+    };
+    let text = |o: &Output| String::from_utf8_lossy(&o.stderr).into_owned();
+    let file = std::env::temp_dir().join("ctoffload-errors.toml");
+    std::fs::write(&file, "[usage]\nsweep-seconds = 0\n").expect("a file");
+    let bad = daemon(&["--config", file.to_str().expect("a path")]);
+    assert_eq!(bad.status.code(), Some(2));
+    assert!(text(&bad).contains("line 2"), "{}", text(&bad));
+    assert_eq!(r.run("nft list tables; tc qdisc show dev lan clsact"), "");
+    let down = r.cli(&["stats"]);
+    assert_eq!(down.status.code(), Some(3), "{}", text(&down));
+
+    r.start(&["--port", "lan"]);
+    let second = daemon(&["--port", "wan"]);
+    assert_eq!(second.status.code(), Some(3), "{}", text(&second));
+    assert_eq!(r.run("tc qdisc show dev wan clsact"), "");
+    assert_eq!(r.cli(&["port", "add", "nosuch"]).status.code(), Some(5));
+    assert_eq!(r.cli(&["port", "add", "lan"]).status.code(), Some(6));
+    assert_eq!(r.cli(&["port", "del", "wan"]).status.code(), Some(5));
+    // No class takes a netdev that is not Ethernet: it does not become a port.
+    let declined = r.cli(&["port", "add", "lo"]);
+    assert_eq!(declined.status.code(), Some(7), "{}", text(&declined));
+    assert!(text(&declined).contains("tc-flower declined"), "{}", text(&declined));
+    let unknown = r.cli(&["port", "add", "wan", "--provider", "tc-flour"]);
+    assert!(
+        !unknown.status.success() && text(&unknown).contains("tc-flower"),
+        "{}",
+        text(&unknown)
+    );
+    assert_eq!(r.json(&["port", "show"]).as_array().map(Vec::len), Some(1));
+}
