@@ -52,8 +52,16 @@
 //! worker.quiescent();
 //! let port = worker.port(p1).expect("a port");
 //! if !port.is_decided(&conn, Direction::Original) {
-//!     let forward = Forward { egress: p2, mtu: 1500, tuple: original, macs: None };
-//!     let path = Path { eth_dst: None, ingress_mtu: 1500, forward, next_hop: None };
+//!     let forward = Forward { egress: p2, vlan: None, mtu: 1500, tuple: original, macs: None };
+//!     let path = Path {
+//!         eth_dst: None,
+//!         vlan: None,
+//!         ingress_mtu: 1500,
+//!         forward,
+//!         next_hop: None,
+//!         iif: None,
+//!         oif: None,
+//!     };
 //!     let _ = port.conn_add(&conn, Direction::Original, PathSpec::Known(Box::new(path)));
 //! }
 //! assert!(port.is_decided(&conn, Direction::Original));

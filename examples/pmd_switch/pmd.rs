@@ -323,14 +323,18 @@ fn offer(
         // that we looked up, a packet to another one comes to us, as it must: where its receiver is
         // is another question.
         eth_dst: Some(frame.dst),
+        vlan: None, // access ports: see `afpacket`
         ingress_mtu,
         forward: Forward {
             egress: egress.ifindex,
+            vlan: None,
             mtu,
             tuple: handle.leaving(direction),
             macs: None, // bridged: MAC addresses and TTL stay
         },
         next_hop: None,
+        iif: None,
+        oif: None,
     };
     conn.set_towards(direction, frame.dst);
     // We know the path, so the engine need not ask (see `NoDatapath`).

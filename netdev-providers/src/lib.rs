@@ -28,6 +28,6 @@ pub use contract::{
     reason::{Permanence, Reason, Rejection},
     types::{
         Cookie, Direction, Epoch, Generation, HwFlags, Ifindex, Instance, L4Proto, MacAddr, Netdev,
-        RuleId, Tuple, Zone,
+        RuleId, Tuple, VlanId, Zone,
     },
 };

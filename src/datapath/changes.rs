@@ -288,7 +288,7 @@ impl Changes {
             conn: conn.clone(),
             direction,
         };
-        let hint = PathHint { egress: None, mark };
+        let hint = PathHint { ingress: None, egress: None, mark };
         let now = self.backend.resolver().resolve(&sight, &hint);
         now.is_ok_and(|p| p.forward.egress != slot.netdev.ifindex)
     }
@@ -304,12 +304,14 @@ impl Changes {
             conn: conn.clone(),
             direction: slot.direction,
         };
-        let hint = PathHint { egress: None, mark };
+        let hint = PathHint { ingress: None, egress: None, mark };
         let path = self.backend.resolver().resolve(&sight, &hint).ok()?;
         Some(PathTaken {
             egress: path.forward.egress,
             next_hop: path.next_hop,
             dst_mac: path.forward.macs.map(|m| m.dst),
+            iif: path.iif,
+            oif: path.oif,
             nat: false,
         })
     }

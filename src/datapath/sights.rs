@@ -109,7 +109,8 @@ impl Reader {
         };
         // No port: it has gone since, and its elements go with it.
         let Some(port) = self.worker.port(sight.in_dev) else { return };
-        let path = PathSpec::Resolve(PathHint { egress: sight.out_dev, mark: sight.mark });
+        let path =
+            PathSpec::Resolve(PathHint { ingress: None, egress: sight.out_dev, mark: sight.mark });
         match port.conn_seen(&conn, direction, path) {
             Offer::Refused(reason) => {
                 tracing::debug!(%conn, %direction, %reason, "offer refused");

@@ -85,9 +85,8 @@ pub(super) struct Detail {
     /// Transient refusals in a row.
     pub attempts: u16,
     pub retry_at: Moment,
-    pub installed_ms: u64,
-    /// When a sweep last saw the counters move.
-    pub used: Moment,
+    /// When a sweep last saw the counters move; before the first time, when it was installed.
+    pub used_ms: u64,
     pub packets: u64,
     pub bytes: u64,
     /// The last sweep that saw the rule.
@@ -103,6 +102,10 @@ pub struct PathTaken {
     pub next_hop: Option<IpAddr>,
     /// The MAC address they are sent to.
     pub dst_mac: Option<MacAddr>,
+    /// The netdev above the port that the packets arrive on, where there is one.
+    pub iif: Option<Ifindex>,
+    /// The netdev above [`egress`](Self::egress) that they are routed to, where there is one.
+    pub oif: Option<Ifindex>,
     /// True when addresses or ports are rewritten.
     pub nat: bool,
 }

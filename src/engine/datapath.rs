@@ -2,14 +2,18 @@
 
 use std::net::IpAddr;
 
-use netdev_providers::{Direction, Forward, Generation, Ifindex, MacAddr, Netdev, Rejection};
+use netdev_providers::{
+    Direction, Forward, Generation, Ifindex, MacAddr, Netdev, Rejection, VlanId,
+};
 
 use super::conn::ConnHandle;
 
 /// What the datapath noted of the packet that made the offer, for a later [`Datapath::resolve`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PathHint {
-    /// Where the packet was sent.
+    /// The netdev that routed it, where that is not the port itself but one above it.
+    pub ingress: Option<Ifindex>,
+    /// Where the packet was sent: the netdev of the route.
     pub egress: Option<Ifindex>,
     /// Its firewall mark, which can select a routing table.
     pub mark: u32,
@@ -20,12 +24,20 @@ pub struct PathHint {
 pub struct Path {
     /// Destination MAC address on arrival (`None`: any).
     pub eth_dst: Option<MacAddr>,
+    /// The VLAN tag on arrival (`None`: none).
+    pub vlan: Option<VlanId>,
     /// The longest IP packet that can arrive, in bytes.
     pub ingress_mtu: u32,
-    /// Egress netdev, new MAC addresses, new tuple.
+    /// Egress netdev, tag, new MAC addresses, new tuple.
     pub forward: Forward,
     /// The neighbour that [`Forward::macs`] belongs to: when it changes, so must the rule.
     pub next_hop: Option<IpAddr>,
+    /// The netdev that the packets are routed on when they arrive, where it is not the port itself
+    /// but one above it: a VLAN device, a bridge, a bond.
+    pub iif: Option<Ifindex>,
+    /// The netdev of the route (and of [`next_hop`](Self::next_hop)), where it is not
+    /// [`Forward::egress`] itself but one above it.
+    pub oif: Option<Ifindex>,
 }
 
 /// The path in an offer.

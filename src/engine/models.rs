@@ -612,8 +612,17 @@ impl Provider for ModelProvider {
 }
 
 fn known_path() -> PathSpec {
-    let forward = Forward { egress: ifindex(9), mtu: 1500, tuple: key().original, macs: None };
-    PathSpec::Known(Box::new(Path { eth_dst: None, ingress_mtu: 1500, forward, next_hop: None }))
+    let forward =
+        Forward { egress: ifindex(9), vlan: None, mtu: 1500, tuple: key().original, macs: None };
+    PathSpec::Known(Box::new(Path {
+        eth_dst: None,
+        vlan: None,
+        ingress_mtu: 1500,
+        forward,
+        next_hop: None,
+        iif: None,
+        oif: None,
+    }))
 }
 
 /// An engine with one port, whose writer runs.

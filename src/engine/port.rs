@@ -150,6 +150,8 @@ pub(super) struct Shape {
     new_src: bool,
     new_dst: bool,
     new_ports: bool,
+    vlan_in: bool,
+    vlan_out: bool,
     egress: Ifindex,
 }
 
@@ -163,12 +165,14 @@ impl Shape {
             new_src: from.src() != to.src(),
             new_dst: from.dst() != to.dst(),
             new_ports: (from.sport(), from.dport()) != (to.sport(), to.dport()),
+            vlan_in: flow.matches.vlan.is_some(),
+            vlan_out: flow.forward.vlan.is_some(),
             egress: flow.forward.egress,
         }
     }
 }
 
-/// Shapes remembered per port. There are 64 for one egress netdev; beyond the bound flows are just
+/// Shapes remembered per port. There are 256 for one egress netdev; beyond the bound flows are just
 /// offered.
 const MAX_SHAPES: usize = 1024;
 

@@ -53,14 +53,18 @@ fn new_port(n: u32) -> NewPort {
 fn path(conn: &ConnHandle, d: Direction, egress: Ifindex) -> Path {
     Path {
         eth_dst: Some(MacAddr([2, 0, 0, 0, 0, 1])),
+        vlan: None,
         ingress_mtu: 1500,
         forward: Forward {
             egress,
+            vlan: None,
             mtu: 1500,
             tuple: conn.leaving(d),
             macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
         },
         next_hop: None,
+        iif: None,
+        oif: None,
     }
 }
 

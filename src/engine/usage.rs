@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use netdev_providers::{Direction, Fault, RuleReport};
 
 use super::Engine;
-use super::conn::{ConnHandle, Moment};
+use super::conn::ConnHandle;
 use super::port::Port;
 use super::queue::Command;
 use super::slot::SlotState;
@@ -113,7 +113,7 @@ impl Engine {
                 detail.sweep = id;
                 detail.in_hw = in_hw.or(detail.in_hw);
                 if counters.packets > detail.packets {
-                    detail.used = Moment::at(self.0.clock.now_ms());
+                    detail.used_ms = self.0.clock.now_ms();
                     if used.insert(conn.epoch().0) {
                         sweep.used.push(conn.clone());
                     }
@@ -146,7 +146,7 @@ impl Engine {
                 let detail = slot.detail();
                 slot.word.load().state() == SlotState::Installed
                     && detail.sweep < id
-                    && detail.installed_ms + 1 < started_ms
+                    && detail.used_ms + 1 < started_ms
             };
             if missing && self.slot_retract(&conn, d, port.generation()) {
                 tracing::warn!(port = %port.netdev, %conn, %d, "the rule was removed by somebody else");
@@ -164,7 +164,7 @@ impl Engine {
             let detail = slot.detail();
             match slot.word.load().state() {
                 SlotState::Installed => {
-                    let at = detail.used.ms().unwrap_or(detail.installed_ms).min(self.now_ms());
+                    let at = detail.used_ms.min(self.now_ms());
                     let (mut at_ms, mut packets, mut bytes) = (at, detail.packets, detail.bytes);
                     if let Usage::LastUsed { at_ms: a, packets: p, bytes: b } = usage {
                         (at_ms, packets, bytes) = (at_ms.max(a), packets + p, bytes + b);

@@ -126,9 +126,7 @@ impl Engine {
                     in_hw: detail.in_hw,
                     packets: detail.packets,
                     bytes: detail.bytes,
-                    idle_ms: installed.then(|| {
-                        now.saturating_sub(detail.used.ms().unwrap_or(detail.installed_ms))
-                    }),
+                    idle_ms: installed.then(|| now.saturating_sub(detail.used_ms)),
                     cookie: self.0.cookie(conn, direction),
                     rule: detail.rule,
                 })

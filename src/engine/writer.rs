@@ -221,6 +221,7 @@ impl Writer {
             ingress_mtu: path.ingress_mtu,
             matches: FlowMatch {
                 eth_dst: path.eth_dst,
+                vlan: path.vlan,
                 tuple: *sight.conn.arriving(sight.direction),
             },
             forward: path.forward,
@@ -507,6 +508,8 @@ fn taken(path: &Path, flow: &Flow) -> PathTaken {
         egress: path.forward.egress,
         next_hop: path.next_hop,
         dst_mac: path.forward.macs.map(|m| m.dst),
+        iif: path.iif,
+        oif: path.oif,
         nat: flow.has_nat(),
     }
 }
@@ -603,7 +606,7 @@ fn settle_added(
     detail.rule = Some(rule);
     detail.in_hw = in_hw;
     detail.path = Some(path);
-    detail.installed_ms = shared.clock.now_ms();
+    detail.used_ms = shared.clock.now_ms();
     detail.attempts = 0;
     match after {
         AfterAdd::TellReply => port.queue.push(Command::Established(conn.clone(), d)),

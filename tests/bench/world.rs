@@ -114,14 +114,18 @@ impl Datapath for OneWay {
     fn resolve(&self, sight: &Sight, _: &PathHint) -> Result<Path, Rejection> {
         Ok(Path {
             eth_dst: Some(MacAddr([2, 0, 0, 0, 0, 1])),
+            vlan: None,
             ingress_mtu: 1500,
             forward: Forward {
                 egress: ifindex(1000),
+                vlan: None,
                 mtu: 1500,
                 tuple: sight.conn.leaving(sight.direction),
                 macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
             },
             next_hop: Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 254))),
+            iif: None,
+            oif: None,
         })
     }
     fn rearm(&self, _: &[Sight]) {}

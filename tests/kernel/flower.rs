@@ -224,9 +224,10 @@ fn flow(arrival: Tuple, departure: Tuple) -> Flow {
         zone: Zone(0),
         direction: Direction::Original,
         ingress_mtu: 1500,
-        matches: FlowMatch { eth_dst: Some(LAN), tuple: arrival },
+        matches: FlowMatch { eth_dst: Some(LAN), vlan: None, tuple: arrival },
         forward: Forward {
             egress: ifindex("wan0"),
+            vlan: None,
             mtu: 1500,
             tuple: departure,
             macs: Some(MacRewrite { src: WAN, dst: SERVER }),
@@ -1094,9 +1095,10 @@ fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards() {
             1,
             Flow {
                 direction: Direction::Reply,
-                matches: FlowMatch { eth_dst: Some(WAN), tuple: departure.inverted() },
+                matches: FlowMatch { eth_dst: Some(WAN), vlan: None, tuple: departure.inverted() },
                 forward: Forward {
                     egress: ifindex("lan0"),
+                    vlan: None,
                     mtu: 1500,
                     tuple: tuple_at(sport).inverted(),
                     macs: Some(MacRewrite { src: LAN, dst: CLIENT }),

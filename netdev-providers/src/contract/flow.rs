@@ -1,17 +1,20 @@
 //! What a provider is asked to offload: which packets, and what is done to them.
 
-use super::types::{Direction, Ifindex, MacAddr, Tuple, Zone};
+use super::types::{Direction, Ifindex, MacAddr, Tuple, VlanId, Zone};
 
 /// The packets of one direction of one connection, as they arrive on the port.
 ///
 /// A provider must match **exactly** these and leave to the slow path whatever it cannot tell
 /// apart: fragments, packets with IPv4 options or IPv6 extension headers, TTL or hop limit 0 and 1,
-/// TCP packets with SYN, FIN or RST, packets longer than [`Forward::mtu`].
+/// TCP packets with SYN, FIN or RST, packets longer than [`Forward::mtu`], frames with another VLAN
+/// tag than [`vlan`](Self::vlan), with one more, or with one where there should be none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowMatch {
     /// Destination MAC address the packets carry: the port's own, where they are routed. `None`:
     /// any (bridged).
     pub eth_dst: Option<MacAddr>,
+    /// The one 802.1Q tag they carry (with whatever priority); `None`: they are not tagged.
+    pub vlan: Option<VlanId>,
     /// Addresses and ports on arrival.
     pub tuple: Tuple,
 }
@@ -30,6 +33,9 @@ pub struct MacRewrite {
 pub struct Forward {
     /// The netdev to send on. It need not be a port.
     pub egress: Ifindex,
+    /// The 802.1Q tag they leave with, with priority 0; the one they arrived with is taken off.
+    /// `None`: they leave untagged.
+    pub vlan: Option<VlanId>,
     /// The longest IP packet, in bytes, that may be sent on this path: the smaller of the egress
     /// netdev's MTU and the route's.
     pub mtu: u32,

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::str::FromStr;
 
 /// A kernel interface index. Positive in the kernel (`int`, never 0); **reused** after a netdev is
@@ -82,6 +82,34 @@ impl fmt::Display for MacAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
         write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// The identifier of an 802.1Q VLAN: 1 to 4094. 0 stands for "no VLAN, only a priority", and 4095 is
+/// reserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VlanId(NonZeroU16);
+
+impl VlanId {
+    /// `None` for what no VLAN can have.
+    #[must_use]
+    pub const fn new(raw: u16) -> Option<Self> {
+        match NonZeroU16::new(raw) {
+            Some(n) if raw < 4095 => Some(Self(n)),
+            _ => None,
+        }
+    }
+
+    /// The bare number.
+    #[must_use]
+    pub const fn get(self) -> u16 {
+        self.0.get()
+    }
+}
+
+impl fmt::Display for VlanId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 
@@ -442,6 +470,14 @@ mod tests {
     #[test]
     fn a_tuple_of_two_families_is_refused() {
         assert!("tcp 192.0.2.1:1 > [2001:db8::1]:2".parse::<Tuple>().is_err());
+    }
+
+    #[test]
+    fn only_numbers_that_a_vlan_can_have_are_vlan_ids() {
+        assert_eq!(VlanId::new(0), None);
+        assert_eq!(VlanId::new(4095), None);
+        assert_eq!(VlanId::new(1).map(VlanId::get), Some(1));
+        assert_eq!(VlanId::new(4094).map(VlanId::get), Some(4094));
     }
 
     #[test]

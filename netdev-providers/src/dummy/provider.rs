@@ -133,8 +133,14 @@ mod tests {
                 zone: Zone(0),
                 direction: Direction::Original,
                 ingress_mtu: 1500,
-                matches: FlowMatch { eth_dst: None, tuple },
-                forward: Forward { egress: Ifindex::new(9).unwrap(), mtu: 1500, tuple, macs: None },
+                matches: FlowMatch { eth_dst: None, vlan: None, tuple },
+                forward: Forward {
+                    egress: Ifindex::new(9).unwrap(),
+                    vlan: None,
+                    mtu: 1500,
+                    tuple,
+                    macs: None,
+                },
             }),
         }
     }

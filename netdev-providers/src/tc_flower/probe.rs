@@ -338,9 +338,10 @@ fn trial_flow(ifindex: Ifindex, family: Family, nat: bool) -> Flow {
         zone: Zone(0),
         direction: Direction::Original,
         ingress_mtu: 0,
-        matches: FlowMatch { eth_dst: Some(MacAddr::default()), tuple: tuple(zero, 0) },
+        matches: FlowMatch { eth_dst: Some(MacAddr::default()), vlan: None, tuple: tuple(zero, 0) },
         forward: Forward {
             egress: ifindex,
+            vlan: None,
             mtu: 0,
             tuple: if nat { tuple(other, 1) } else { tuple(zero, 0) },
             macs: Some(MacRewrite { src: MacAddr::default(), dst: MacAddr::default() }),

@@ -165,6 +165,9 @@ impl Plan {
                 "the address family or the protocol changes on the way",
             ));
         }
+        if flow.matches.vlan.is_some() || flow.forward.vlan.is_some() {
+            return Err(Rejection::with_detail(Reason::Unsupported, "VLAN tags"));
+        }
         // Flower has no key for the length of a packet.
         if flow.forward.mtu < flow.ingress_mtu {
             return Err(Rejection::with_detail(

@@ -43,9 +43,10 @@ fn example() -> Flow {
         zone: Zone(0),
         direction: Direction::Reply,
         ingress_mtu: 1500,
-        matches: FlowMatch { eth_dst: Some(MacAddr([2, 0, 0, 0, 1, 1])), tuple },
+        matches: FlowMatch { eth_dst: Some(MacAddr([2, 0, 0, 0, 1, 1])), vlan: None, tuple },
         forward: Forward {
             egress: Ifindex::new(3).unwrap(),
+            vlan: None,
             mtu: 1500,
             tuple,
             macs: Some(MacRewrite {
@@ -90,9 +91,10 @@ prop_compose! {
             zone: Zone(0),
             direction: Direction::Original,
             ingress_mtu: 1500,
-            matches: FlowMatch { eth_dst, tuple: tuple(from) },
+            matches: FlowMatch { eth_dst, vlan: None, tuple: tuple(from) },
             forward: Forward {
                 egress: Ifindex::new(egress).unwrap(),
+                vlan: None,
                 mtu: 1500,
                 tuple: tuple(to),
                 macs: macs.map(|(src, dst)| MacRewrite { src, dst }),

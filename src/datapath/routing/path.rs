@@ -120,14 +120,18 @@ impl PathResolver {
             })?;
         Ok(Path {
             eth_dst: Some(in_mac),
+            vlan: None,
             ingress_mtu: ingress.mtu,
             forward: Forward {
                 egress: route.egress,
+                vlan: None,
                 mtu: route.mtu.unwrap_or(u32::MAX).min(egress.mtu),
                 tuple: leaving,
                 macs: Some(MacRewrite { src: out_mac, dst: neighbour }),
             },
             next_hop: Some(next_hop),
+            iif: None,
+            oif: None,
         })
     }
 
