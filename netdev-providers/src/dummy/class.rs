@@ -1,7 +1,7 @@
 //! The handle of a test, and the class.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::provider::Dummy;
@@ -16,6 +16,8 @@ use crate::contract::types::{Cookie, Ifindex, Instance, Netdev};
 pub struct DummyClass {
     name: &'static str,
     state: Arc<Mutex<State>>,
+    /// What hangs may have been let go.
+    let_go: Arc<Condvar>,
 }
 
 impl Default for DummyClass {
@@ -29,7 +31,7 @@ impl DummyClass {
     /// room for any number of rules.
     #[must_use]
     pub fn new(name: &'static str) -> Self {
-        Self { name, state: Arc::default() }
+        Self { name, state: Arc::default(), let_go: Arc::default() }
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -71,6 +73,28 @@ impl DummyClass {
     /// Once: after `skip` further calls of this kind, the next one panics.
     pub fn panic_after(&self, call: Call, skip: u64) {
         self.state().panics.push((call, skip));
+    }
+
+    /// Calls of this kind do not come back from now on, as those of a driver that hangs.
+    pub fn hang(&self, call: Call) {
+        self.state().hanging.insert(call);
+    }
+
+    /// Lets go what [`hang`](Self::hang) holds, and keeps nothing more.
+    pub fn let_go(&self) {
+        self.state().hanging.clear();
+        self.let_go.notify_all();
+    }
+
+    /// Panics, with nothing locked, or hangs, if the test wants this call to.
+    pub(super) fn enter(&self, call: Call) {
+        let panics = self.state().panics_now(call);
+        #[expect(clippy::panic, reason = "asked for by the test")]
+        if panics {
+            panic!("{call:?} panics on demand");
+        }
+        let hangs = |state: &mut State| state.hanging.contains(&call);
+        drop(self.let_go.wait_while(self.state(), hangs).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// `can_offload` refuses every flow like this; `None`: none.
@@ -249,6 +273,7 @@ impl ProviderClass for DummyClass {
     }
 
     fn init(&self) -> Result<(), Fault> {
+        self.enter(Call::Init);
         let mut state = self.state();
         if let Some(fault) = &state.init_fault {
             return Err(fault.clone());
@@ -261,6 +286,7 @@ impl ProviderClass for DummyClass {
     }
 
     fn deinit(&self) {
+        self.enter(Call::Deinit);
         let mut state = self.state();
         if !state.ports.is_empty() {
             state.violation("deinit while a port is bound".into());
@@ -271,6 +297,7 @@ impl ProviderClass for DummyClass {
     }
 
     fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        self.enter(Call::Bind);
         let mut state = self.state();
         let why =
             state.decline.get(&Some(netdev.ifindex)).or_else(|| state.decline.get(&None)).cloned();

@@ -19,15 +19,6 @@ impl Dummy {
         Self { class, ifindex, generation }
     }
 
-    /// Panics, with nothing locked, if the test wants this call to.
-    fn enter(&self, call: Call) {
-        let panics = self.class.state().panics_now(call);
-        #[expect(clippy::panic, reason = "asked for by the test")]
-        if panics {
-            panic!("{call:?} panics on demand");
-        }
-    }
-
     fn check_bound(&self, state: &mut State, call: Call) -> bool {
         let bound = state.port(self.ifindex, self.generation).is_some();
         if !bound {
@@ -39,18 +30,18 @@ impl Dummy {
 
 impl Provider for Dummy {
     fn can_offload(&self, _flow: &Flow) -> Result<(), Rejection> {
-        self.enter(Call::CanOffload);
+        self.class.enter(Call::CanOffload);
         self.class.state().shape_refusal.clone().map_or(Ok(()), Err)
     }
 
     fn submit(&self, batch: Vec<Operation>) {
-        self.enter(Call::Submit);
+        self.class.enter(Call::Submit);
         let decided = self.class.state().submit(self.ifindex, self.generation, batch);
         complete(decided);
     }
 
     fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault> {
-        self.enter(Call::Usage);
+        self.class.enter(Call::Usage);
         let (reports, fault) = {
             let mut state = self.class.state();
             self.check_bound(&mut state, Call::Usage);
@@ -69,7 +60,7 @@ impl Provider for Dummy {
     }
 
     fn flush(&self) -> Result<u64, Fault> {
-        self.enter(Call::Flush);
+        self.class.enter(Call::Flush);
         let mut state = self.class.state();
         if !self.check_bound(&mut state, Call::Flush) {
             return Ok(0);
@@ -84,7 +75,7 @@ impl Provider for Dummy {
     }
 
     fn release(&self) -> Result<(), Fault> {
-        self.enter(Call::Release);
+        self.class.enter(Call::Release);
         let mut state = self.class.state();
         if self.check_bound(&mut state, Call::Release) {
             state.ports.remove(&self.ifindex);
@@ -93,6 +84,7 @@ impl Provider for Dummy {
     }
 
     fn describe(&self) -> String {
+        self.class.enter(Call::Describe);
         "in memory".into()
     }
 }

@@ -35,9 +35,15 @@ pub struct Pending {
     pub due: Duration,
 }
 
-/// Calls of a provider, as they can be made to panic.
+/// Calls of a class or a provider, as they can be made to panic or to hang.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Call {
+    /// `init`
+    Init,
+    /// `deinit`
+    Deinit,
+    /// `bind`
+    Bind,
     /// `can_offload`
     CanOffload,
     /// `submit`
@@ -48,6 +54,8 @@ pub enum Call {
     Flush,
     /// `release`
     Release,
+    /// `describe`
+    Describe,
 }
 
 /// A port, from bind to release.
@@ -132,6 +140,7 @@ pub(super) struct State {
     /// How many completions are still to succeed before the next failure, and the failure.
     pub(super) failures: VecDeque<(u64, Rejection)>,
     pub(super) panics: Vec<(Call, u64)>,
+    pub(super) hanging: HashSet<Call>,
     pub(super) shape_refusal: Option<Rejection>,
     pub(super) decline: BTreeMap<Option<Ifindex>, String>,
     pub(super) bind_fault: Option<Fault>,
@@ -155,6 +164,7 @@ impl Default for State {
             in_flight: HashSet::new(),
             failures: VecDeque::new(),
             panics: Vec::new(),
+            hanging: HashSet::new(),
             shape_refusal: None,
             decline: BTreeMap::new(),
             bind_fault: None,
