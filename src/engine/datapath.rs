@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use netdev_providers::{
-    Direction, Forward, Generation, Ifindex, MacAddr, Netdev, Rejection, VlanId,
+    Direction, Flow, FlowMatch, Forward, Generation, Ifindex, MacAddr, Netdev, Rejection, VlanId,
 };
 
 use super::conn::ConnHandle;
@@ -38,6 +38,21 @@ pub struct Path {
     /// The netdev of the route (and of [`next_hop`](Self::next_hop)), where it is not
     /// [`Forward::egress`] itself but one above it.
     pub oif: Option<Ifindex>,
+}
+
+/// The packets of a direction of a connection, and what becomes of them on this path.
+pub(super) fn flow(conn: &ConnHandle, direction: Direction, path: &Path) -> Flow {
+    Flow {
+        zone: conn.key().zone,
+        direction,
+        ingress_mtu: path.ingress_mtu,
+        matches: FlowMatch {
+            eth_dst: path.eth_dst,
+            vlan: path.vlan,
+            tuple: *conn.arriving(direction),
+        },
+        forward: path.forward,
+    }
 }
 
 /// The path in an offer.

@@ -21,6 +21,7 @@
 
 pub mod clock;
 pub mod conn;
+mod contain;
 pub mod datapath;
 mod port;
 mod queue;
@@ -42,7 +43,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -56,6 +57,7 @@ use netdev_providers::{
 
 use self::clock::Clock;
 use self::conn::{ConnHandle, ConnKey};
+use self::contain::contained;
 use self::datapath::Datapath;
 use self::port::{Binding, Port, Refusal};
 use self::queue::{Command, Stopped};
@@ -289,17 +291,15 @@ impl Engine {
         let netdev =
             Netdev { ifindex: new.ifindex, generation, name: new.name, hw_flags: new.hw_flags };
         let mut refusals = Vec::new();
-        let binding = classes.iter().find_map(|class| match class.bind(&netdev, self.0.instance) {
-            Ok(provider) => Some(Binding { class: class.name(), provider }),
-            Err(e) => {
-                let why = match e {
-                    BindError::Declined(why) => why,
-                    BindError::Failed(fault) => fault.to_string(),
-                };
-                tracing::info!(port = %netdev, class = class.name(), why, "not bound");
-                refusals.push(Refusal { class: class.name(), why });
-                None
-            }
+        let binding = classes.iter().find_map(|class| {
+            let why = match contained(|| class.bind(&netdev, self.0.instance)) {
+                Ok(Ok(provider)) => return Some(Binding { class: class.name(), provider }),
+                Ok(Err(BindError::Declined(why))) | Err(why) => why,
+                Ok(Err(BindError::Failed(fault))) => fault.to_string(),
+            };
+            tracing::info!(port = %netdev, class = class.name(), why, "not bound");
+            refusals.push(Refusal { class: class.name(), why });
+            None
         });
         let port = Arc::new(Port::new(netdev, binding, refusals, self.0.limits.queue));
         if let Some(binding) = &port.binding {
@@ -314,7 +314,8 @@ impl Engine {
             match thread {
                 Ok(handle) => admin.writers.insert(generation, handle),
                 Err(e) => {
-                    if let Err(fault) = binding.provider.release() {
+                    let released = contained(|| binding.provider.release());
+                    if let Ok(Err(fault)) | Err(fault) = released.map_err(Fault::new) {
                         tracing::warn!(port = %port.netdev, "release: {fault}");
                     }
                     return Err(PortAddError::Thread(e));
@@ -337,7 +338,8 @@ impl Engine {
             return;
         }
         for class in admin.registry.select(None).unwrap_or_default() {
-            match class.clear_leftovers(ifindex) {
+            let cleared = contained(|| class.clear_leftovers(ifindex));
+            match cleared.unwrap_or_else(|panicked| Err(Fault::new(panicked))) {
                 Ok(0) => {}
                 Ok(rules) => {
                     tracing::info!(%ifindex, class = class.name(), rules, "left by a dead engine: removed");
@@ -559,7 +561,7 @@ impl Engine {
                 .collect();
             asked
                 .into_iter()
-                .map(|(p, rx)| (p.netdev.clone(), collect(vec![rx], at_most)))
+                .map(|(p, answer)| (p.netdev.clone(), collect(vec![answer], at_most)))
                 .collect()
         } else {
             let conns = self.conns();
@@ -577,10 +579,19 @@ impl Engine {
                     (p, count, ask(p, Command::Barrier))
                 })
                 .collect();
-            unwound
+            // An add that was in flight is followed by its delete when it completes: once behind
+            // the first barrier, so that it is behind a second one that everything has gone.
+            let settled: Vec<_> = unwound
                 .into_iter()
-                .map(|(p, count, rx)| {
-                    collect(vec![rx], at_most);
+                .map(|(p, count, answer)| {
+                    collect(vec![answer], at_most);
+                    (p, count, ask(p, Command::Barrier))
+                })
+                .collect();
+            settled
+                .into_iter()
+                .map(|(p, count, answer)| {
+                    collect(vec![answer], at_most);
                     (p.netdev.clone(), count)
                 })
                 .collect()
@@ -589,29 +600,37 @@ impl Engine {
     }
 }
 
-type Answers = Vec<Receiver<u64>>;
+/// Of whom something was asked, and where the answer comes.
+type Answer = (Arc<Port>, Receiver<u64>);
 
-fn start_retract<'a>(ports: impl Iterator<Item = &'a Arc<Port>>, egress: Ifindex) -> Answers {
+fn start_retract<'a>(ports: impl Iterator<Item = &'a Arc<Port>>, egress: Ifindex) -> Vec<Answer> {
     ports
         .filter(|p| p.binding.is_some())
         .map(|p| ask(p, |tx| Command::Retract(egress, tx)))
         .collect()
 }
 
-fn ask(port: &Port, command: impl FnOnce(mpsc::Sender<u64>) -> Command) -> Receiver<u64> {
+fn ask(port: &Arc<Port>, command: impl FnOnce(mpsc::Sender<u64>) -> Command) -> Answer {
     let (tx, rx) = mpsc::channel();
     port.queue.push(command(tx));
-    rx
+    (Arc::clone(port), rx)
 }
 
-fn collect(answers: Answers, at_most: Duration) -> u64 {
+/// A port that does not answer within the time has a provider that does not come back: it is
+/// marked faulty.
+fn collect(answers: Vec<Answer>, at_most: Duration) -> u64 {
     let deadline = Instant::now() + at_most;
+    let left = || deadline.saturating_duration_since(Instant::now());
     answers
         .into_iter()
-        .filter_map(|rx| {
-            rx.recv_timeout(deadline.saturating_duration_since(Instant::now()))
-                .inspect_err(|_| tracing::warn!("a port did not answer within {at_most:?}"))
-                .ok()
+        .filter_map(|(port, rx)| match rx.recv_timeout(left()) {
+            Ok(n) => Some(n),
+            Err(RecvTimeoutError::Timeout) => {
+                port.set_fault(format!("the provider has not come back within {at_most:?}"));
+                None
+            }
+            // The port was deleted meanwhile, and everything with it.
+            Err(RecvTimeoutError::Disconnected) => None,
         })
         .sum()
 }

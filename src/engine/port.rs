@@ -10,6 +10,7 @@ use netdev_providers::{
 };
 
 use super::conn::ConnHandle;
+use super::contain::contained;
 use super::queue::Queue;
 
 /// Why an earlier class did not bind a port.
@@ -187,6 +188,8 @@ pub(super) struct Port {
     pub in_flight: AtomicUsize,
     /// Being deleted: nothing new is taken.
     pub draining: AtomicBool,
+    /// A sweep has asked the provider and has no answer yet.
+    pub swept: AtomicBool,
     held: Mutex<Held>,
     fault: Mutex<Option<String>>,
     /// Shapes that the backend does not support: the negative cache. Until the next flush.
@@ -208,6 +211,7 @@ impl Port {
             counters: PortCounters::default(),
             in_flight: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
+            swept: AtomicBool::new(false),
             held: Mutex::default(),
             fault: Mutex::default(),
             refused_shapes: Mutex::default(),
@@ -235,6 +239,31 @@ impl Port {
         idle() && self.queue.is_finished() && idle() && self.held().is_empty() && !self.is_faulty()
     }
 
+    /// Whether anything is offloaded on this port at all.
+    pub(super) fn takes_any(&self) -> Result<(), Rejection> {
+        if self.draining.load(Ordering::SeqCst) {
+            return Err(Reason::Cancelled.into());
+        }
+        self.fault()
+            .map_or(Ok(()), |fault| Err(Rejection::with_detail(Reason::ProviderFault, fault)))
+    }
+
+    /// Whether an add of this flow would be handed to the provider: the policy check.
+    pub(super) fn takes(&self, flow: &Flow, provider: &dyn Provider) -> Result<(), Rejection> {
+        self.takes_any()?;
+        // A shape that this port's backend does not take is not offered again and again.
+        if let Some(rejection) = self.refused_shape(&Shape::of(flow)) {
+            return Err(rejection);
+        }
+        contained(|| provider.can_offload(flow)).unwrap_or_else(|why| Err(self.panicked(why)))
+    }
+
+    /// The provider has panicked: nothing more is offloaded here.
+    pub(super) fn panicked(&self, why: String) -> Rejection {
+        self.set_fault(why.clone());
+        Rejection::with_detail(Reason::ProviderFault, why)
+    }
+
     fn is_faulty(&self) -> bool {
         self.fault.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
@@ -244,7 +273,7 @@ impl Port {
     }
 
     /// Why flows of this shape are not offered; `None`: they are.
-    pub(super) fn refused_shape(&self, shape: &Shape) -> Option<Rejection> {
+    fn refused_shape(&self, shape: &Shape) -> Option<Rejection> {
         self.shapes().get(shape).cloned()
     }
 

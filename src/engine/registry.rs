@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use netdev_providers::{Fault, ProviderClass};
 
+use super::contain::contained;
+
 /// Why a class was not registered or unregistered.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
@@ -47,14 +49,19 @@ impl Registry {
         if self.0.iter().any(|c| c.name() == name) {
             return Err(RegistryError::Duplicate(name));
         }
-        class.init().map_err(|source| RegistryError::Init { class: name, source })?;
+        contained(|| class.init())
+            .unwrap_or_else(|panicked| Err(Fault::new(panicked)))
+            .map_err(|source| RegistryError::Init { class: name, source })?;
         self.0.push(class);
         Ok(())
     }
 
     pub(super) fn unregister(&mut self, name: &str) -> Result<(), RegistryError> {
         let at = self.0.iter().position(|c| c.name() == name).ok_or_else(|| self.unknown(name))?;
-        self.0.remove(at).deinit();
+        let class = self.0.remove(at);
+        if let Err(panicked) = contained(|| class.deinit()) {
+            tracing::error!(class = name, "deinit: {panicked}");
+        }
         Ok(())
     }
 

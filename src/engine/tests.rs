@@ -1,5 +1,6 @@
 //! The engine's contract, sentence by sentence, on dummy providers.
 
+mod faults;
 mod model;
 
 use std::sync::Mutex as StdMutex;
@@ -233,6 +234,79 @@ fn none_attaches_without_a_provider_and_offers_are_no_ops() {
     b.engine.port_del(ifindex(1)).unwrap();
 }
 
+#[test]
+fn a_port_may_name_its_classes_and_their_order() {
+    let (first, second) = (DummyClass::new("first"), DummyClass::new("second"));
+    let b = Bench::new(&[&first, &second]);
+    let named = |n, names: &[&str]| NewPort {
+        providers: Some(names.iter().map(|n| (*n).to_owned()).collect()),
+        ..new_port(n)
+    };
+    b.engine.port_add(named(1, &["second", "first"])).unwrap();
+    second.decline(Some(ifindex(2)), "not this one");
+    b.engine.port_add(named(2, &["second"])).unwrap();
+    let ports = b.engine.ports();
+    assert_eq!((ports[0].provider, ports[1].provider), (Some("second"), None));
+    assert_eq!(ports[1].refusals.len(), 1, "the first was not asked for");
+    let unknown = b.engine.port_add(named(3, &["first", "third"]));
+    assert!(matches!(unknown, Err(PortAddError::Registry(RegistryError::Unknown { .. }))));
+    assert_eq!((b.engine.ports().len(), first.ports().len()), (2, 0), "nothing has changed");
+}
+
+#[test]
+fn a_class_that_fails_is_passed_over_as_one_that_declines() {
+    let (first, second) = (DummyClass::new("first"), DummyClass::new("second"));
+    first.fail_bind(Some(Fault::new("adding the clsact qdisc")));
+    let b = Bench::new(&[&first, &second]);
+    b.port(1);
+    let port = b.engine.ports().remove(0);
+    assert_eq!(port.provider, Some("second"));
+    assert_eq!(port.refusals[0].why, "adding the clsact qdisc");
+}
+
+// ---- policy ----
+
+#[test]
+fn a_policy_check_tells_what_an_offer_would_end_with_and_changes_nothing() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    let worker = b.engine.worker();
+    let check = |conn: &ConnHandle, egress| {
+        let path = path(conn, Original, ifindex(egress));
+        let port = worker.port(ifindex(1)).unwrap();
+        port.can_offload(conn, Original, &path).map_err(|r| r.reason)
+    };
+    assert_eq!(check(&conn, 99), Ok(()));
+    // By the provider ...
+    dummy.refuse_shapes(Some(Reason::MtuMismatch.into()));
+    assert_eq!(check(&conn, 99), Err(Reason::MtuMismatch));
+    dummy.refuse_shapes(None);
+    // ... by what is known of the shape ...
+    dummy.fail_next(1, Rejection::with_detail(Reason::Unsupported, "no redirect to p98"));
+    *b.datapath.egress.lock().unwrap() = Some(ifindex(98));
+    b.offer(1, &b.conn(2), Original);
+    b.settle();
+    assert_eq!((check(&conn, 98), check(&conn, 99)), (Err(Reason::Unsupported), Ok(())));
+    // ... and by the connection.
+    b.engine.conn_del(&conn);
+    assert_eq!(check(&conn, 99), Err(Reason::ConnState));
+    assert!(b.engine.slots(&conn).is_empty());
+    let refused: u64 = b.engine.ports()[0].reasons.iter().map(|(_, n)| n).sum();
+    assert_eq!((dummy.requests(), refused), (1, 1), "of the one offer");
+    // A port whose provider panics, and one without: asked, not offered to.
+    dummy.panic_after(Call::CanOffload, 0);
+    assert_eq!(check(&b.conn(3), 99), Err(Reason::ProviderFault));
+    assert!(b.engine.ports()[0].fault.is_some());
+    let providers = Some(vec![NO_PROVIDER.to_owned()]);
+    b.engine.port_add(NewPort { providers, ..new_port(2) }).unwrap();
+    let (worker, conn) = (b.engine.worker(), b.conn(4));
+    let unbound = worker.port(ifindex(2)).unwrap();
+    let refusal = unbound.can_offload(&conn, Original, &path(&conn, Original, ifindex(99)));
+    assert_eq!(refusal.unwrap_err().reason, Reason::NoProvider);
+}
+
 // ---- add, seen ----
 
 #[test]
@@ -335,6 +409,31 @@ fn a_port_added_again_is_a_new_generation_that_inherits_nothing() {
     assert!(dummy.rules(ifindex(1)).is_empty());
     assert!(b.engine.slots(&conn).is_empty());
     b.install(1, &conn, Original);
+}
+
+#[test]
+fn a_completion_for_a_generation_that_is_gone_is_nothing_to_its_successor() {
+    let dummy = DummyClass::new("dummy");
+    let soon = Duration::from_millis(50);
+    let limits = Limits { port_del: soon, complete: soon, ..Limits::default() };
+    let b = Bench::with_limits(&[&dummy], limits);
+    b.port(1);
+    dummy.set_latency(Some(Duration::MAX));
+    let conn = b.conn(1);
+    b.offer(1, &conn, Original);
+    b.drained(&dummy, 1);
+    b.engine.port_del(ifindex(1)).unwrap();
+    b.port(1);
+    dummy.set_latency(None);
+    // Of the same ifindex, the same connection and the same match, and in flight still.
+    b.install(1, &conn, Original);
+    let rule = b.engine.slots(&conn).remove(0).rule;
+    dummy.release_pending();
+    b.settle();
+    assert_eq!(b.engine.slots(&conn).len(), 1);
+    assert_eq!(b.engine.slots(&conn)[0].rule, rule);
+    assert_eq!(dummy.rules(ifindex(1)).len(), 1);
+    assert_eq!(b.engine.ports()[0].adds, 1, "the old one is not counted as the new one's");
 }
 
 // ---- rejections ----
@@ -600,6 +699,16 @@ fn flush_removes_all_or_one_port_or_what_matches_and_says_how_many() {
     assert_eq!(count(FlushFilter { tuple, ..Default::default() }), [(1, 1)]);
     assert_eq!(dummy.rules(ifindex(1)).len(), 4);
     assert!(count(FlushFilter { zone: Some(Zone(9)), ..Default::default() }).is_empty());
+    let key = ConnKey { zone: Zone(9), original: conns[3].key().original };
+    let elsewhere = b.engine.conn_create(key, key.original.inverted(), 9).unwrap();
+    b.engine.flush(&FlushFilter::default()).unwrap();
+    b.install(1, &elsewhere, Original);
+    b.install(1, &conns[2], Original);
+    let zone_9 = FlushFilter { zone: Some(Zone(9)), ..Default::default() };
+    assert_eq!(count(zone_9), [(1, 1)]);
+    assert_eq!(b.state(1, &conns[2], Original), Some(SlotState::Installed));
+    let both = FlushFilter { zone: Some(Zone(0)), tuple, port: Some(ifindex(1)) };
+    assert!(count(both).is_empty(), "all of the filter has to match");
     let unknown = FlushFilter { port: Some(ifindex(77)), ..Default::default() };
     assert_eq!(b.engine.flush(&unknown).unwrap_err(), NoSuchPort(ifindex(77)));
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
@@ -633,6 +742,49 @@ fn a_backend_that_cannot_flush_is_emptied_rule_by_rule() {
     dummy.fail_flush(Some(Fault::new("the device is busy")));
     assert_eq!(b.engine.flush(&FlushFilter::default()).unwrap()[0].1, 5);
     assert!(dummy.rules(ifindex(1)).is_empty());
+}
+
+#[test]
+fn what_a_backend_rejected_is_rearmed_also_where_it_cannot_flush() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.install(1, &b.conn(1), Original);
+    dummy.refuse_shapes(Some(Reason::Unsupported.into()));
+    b.offer(1, &b.conn(2), Original);
+    b.settle();
+    dummy.fail_flush(Some(Fault::new("the device is busy")));
+    b.rearmed();
+    assert_eq!(b.engine.flush(&FlushFilter::default()).unwrap()[0].1, 1);
+    b.settle();
+    let mut rearmed = b.rearmed();
+    rearmed.sort_unstable_by_key(|r| r.1);
+    assert_eq!(rearmed, [(ifindex(1), 1, Original), (ifindex(1), 2, Original)]);
+    assert!(b.engine.slots(&b.conn(2)).is_empty());
+}
+
+#[test]
+fn a_flush_by_filter_returns_when_what_was_in_flight_is_gone_too() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    dummy.set_latency(Some(Duration::MAX));
+    let conn = b.conn(1);
+    b.offer(1, &conn, Original);
+    b.drained(&dummy, 1);
+    let tuple = Some(conn.key().original);
+    let flush = std::thread::spawn({
+        let engine = b.engine.clone();
+        move || engine.flush(&FlushFilter { tuple, ..Default::default() }).unwrap()
+    });
+    // Time enough for it to find the add in flight.
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!flush.is_finished());
+    dummy.set_latency(None);
+    dummy.release_pending();
+    assert_eq!(flush.join().unwrap()[0].1, 1);
+    assert!(dummy.rules(ifindex(1)).is_empty());
+    assert!(b.engine.slots(&conn).is_empty());
 }
 
 #[test]

@@ -9,13 +9,14 @@
 //! emptied, so that the next packet offers it again).
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 
-use netdev_providers::{Direction, Fault, RuleReport};
+use netdev_providers::{Direction, Fault, Provider, RuleReport};
 
 use super::Engine;
 use super::conn::ConnHandle;
+use super::contain::contained;
 use super::port::Port;
 use super::queue::Command;
 use super::slot::SlotState;
@@ -46,8 +47,10 @@ pub enum Usage {
 pub fn extended_expiry(expiry_ms: u64, usage: Usage, timeout_ms: u64, now_ms: u64) -> u64 {
     match usage {
         Usage::NotOffloaded => expiry_ms,
-        Usage::Unknown => expiry_ms.max(now_ms + timeout_ms),
-        Usage::LastUsed { at_ms, .. } => expiry_ms.max(at_ms.min(now_ms) + timeout_ms),
+        Usage::Unknown => expiry_ms.max(now_ms.saturating_add(timeout_ms)),
+        Usage::LastUsed { at_ms, .. } => {
+            expiry_ms.max(at_ms.min(now_ms).saturating_add(timeout_ms))
+        }
     }
 }
 
@@ -67,7 +70,8 @@ pub struct Sweep {
 }
 
 impl Engine {
-    /// Sweeps all ports. One thread at a time; blocks.
+    /// Sweeps all ports. One thread at a time; blocks, for [`Limits::complete`](super::Limits) per
+    /// provider that does not answer, the first time.
     pub fn sweep(&self, strays: &mut Strays) -> Sweep {
         // At one a second they last for a century.
         let id = self.0.sweeps.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
@@ -77,10 +81,11 @@ impl Engine {
         for port in self.0.publication.table().iter() {
             let Some(binding) = &port.binding else { continue };
             let started = self.0.clock.now_ms();
-            let result = binding.provider.usage(&mut |report| {
-                sweep.rules += 1;
+            let (reports, result) = self.reports_of(port, &binding.provider);
+            sweep.rules += reports.len() as u64;
+            for report in reports {
                 self.reported(port, id, report, &mut sweep, &mut used, &before, strays);
-            });
+            }
             match result {
                 Ok(()) => sweep.lost += self.find_lost(port, id, started),
                 Err(fault) => {
@@ -90,6 +95,45 @@ impl Engine {
             }
         }
         sweep
+    }
+
+    /// What the provider reports. It is asked on a thread of its own: one that panics, or does not
+    /// come back, makes its port faulty, and the others are swept all the same.
+    fn reports_of(
+        &self,
+        port: &Arc<Port>,
+        provider: &Arc<dyn Provider>,
+    ) -> (Vec<RuleReport>, Result<(), Fault>) {
+        let at_most = self.0.limits.complete;
+        if port.swept.swap(true, Ordering::AcqRel) {
+            let fault = Fault::new("the provider has not come back from an earlier sweep");
+            return (Vec::new(), Err(fault));
+        }
+        let (tx, rx) = mpsc::channel();
+        let thread =
+            std::thread::Builder::new().name(format!("usage-{}", port.netdev.name)).spawn({
+                let (port, provider) = (Arc::clone(port), Arc::clone(provider));
+                move || {
+                    let mut reports = Vec::new();
+                    let result = contained(|| provider.usage(&mut |report| reports.push(report)));
+                    port.swept.store(false, Ordering::Release);
+                    let result = result.unwrap_or_else(|panicked| {
+                        port.set_fault(panicked.clone());
+                        Err(Fault::new(panicked))
+                    });
+                    // Nobody listens any more when it took too long.
+                    let _ = tx.send((reports, result));
+                }
+            });
+        if let Err(e) = thread {
+            port.swept.store(false, Ordering::Release);
+            return (Vec::new(), Err(Fault::new(format!("a thread for the sweep: {e}"))));
+        }
+        rx.recv_timeout(at_most).unwrap_or_else(|_| {
+            let why = format!("the provider has not reported its rules within {at_most:?}");
+            port.set_fault(why.clone());
+            (Vec::new(), Err(Fault::new(why)))
+        })
     }
 
     #[expect(clippy::too_many_arguments, reason = "the state of one sweep")]
@@ -200,6 +244,16 @@ pub struct Strays(HashSet<(u32, u64)>);
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn no_timeout_is_too_long() {
+        let used = Usage::LastUsed { at_ms: 9, packets: 1, bytes: 1 };
+        for usage in [used, Usage::Unknown] {
+            assert_eq!(extended_expiry(7, usage, u64::MAX, 10), u64::MAX);
+        }
+        assert_eq!(extended_expiry(7, Usage::NotOffloaded, u64::MAX, 10), 7);
+        assert_eq!(extended_expiry(7, Usage::Unknown, 5, 10), 15, "it is not to expire meanwhile");
+    }
 
     proptest! {
         #[test]

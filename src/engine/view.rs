@@ -6,6 +6,7 @@ use netdev_providers::{Cookie, Direction, Ifindex, Netdev, Reason, Rejection, Ru
 
 use super::Engine;
 use super::conn::{ConnHandle, PathTaken};
+use super::contain::contained;
 use super::port::Port;
 pub use super::port::Refusal;
 use super::slot::SlotState;
@@ -171,7 +172,11 @@ fn port_view(port: &Port) -> PortView {
     PortView {
         netdev: port.netdev.clone(),
         provider: port.binding.as_ref().map(|b| b.class),
-        about: port.binding.as_ref().map(|b| b.provider.describe()).unwrap_or_default(),
+        about: port
+            .binding
+            .as_ref()
+            .map(|b| contained(|| b.provider.describe()).unwrap_or_else(|panicked| panicked))
+            .unwrap_or_default(),
         refusals: port.refusals.clone(),
         fault: port.fault(),
         draining: port.draining.load(Ordering::Relaxed),

@@ -7,19 +7,19 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use netdev_providers::{
-    Cookie, Direction, Done, Fault, Flow, FlowMatch, Operation, Outcome, Permanence, Provider,
-    Reason, Rejection, Request, Ticket,
+    Cookie, Direction, Done, Fault, Flow, Operation, Outcome, Permanence, Provider, Reason,
+    Rejection, Request, Ticket,
 };
 
 use super::Shared;
 use super::conn::{ConnHandle, Moment, PathTaken, Slot};
-use super::datapath::{Path, PathSpec, Sight, SlotChange};
+use super::contain::contained;
+use super::datapath::{Path, PathSpec, Sight, SlotChange, flow};
 use super::port::{Port, Shape};
 use super::queue::{Command, Stopped};
 use super::slot::{AfterAdd, OpNumber, SlotState, Unwind};
@@ -205,32 +205,13 @@ impl Writer {
     }
 
     fn path_and_flow(&self, sight: &Sight, spec: PathSpec) -> Result<(Path, Box<Flow>), Rejection> {
-        if self.port.draining.load(Ordering::SeqCst) {
-            return Err(Reason::Cancelled.into());
-        }
-        if let Some(fault) = self.port.fault() {
-            return Err(Rejection::with_detail(Reason::ProviderFault, fault));
-        }
+        self.port.takes_any()?;
         let path = match spec {
             PathSpec::Known(path) => *path,
             PathSpec::Resolve(hint) => self.shared.datapath.resolve(sight, &hint)?,
         };
-        let flow = Box::new(Flow {
-            zone: sight.conn.key().zone,
-            direction: sight.direction,
-            ingress_mtu: path.ingress_mtu,
-            matches: FlowMatch {
-                eth_dst: path.eth_dst,
-                vlan: path.vlan,
-                tuple: *sight.conn.arriving(sight.direction),
-            },
-            forward: path.forward,
-        });
-        // A shape that this port's backend does not take is not offered again and again.
-        if let Some(rejection) = self.port.refused_shape(&Shape::of(&flow)) {
-            return Err(rejection);
-        }
-        self.guarded(|p| p.can_offload(&flow)).unwrap_or_else(Err)?;
+        let flow = Box::new(flow(&sight.conn, sight.direction, &path));
+        self.port.takes(&flow, &*self.provider)?;
         Ok((path, flow))
     }
 
@@ -340,16 +321,7 @@ impl Writer {
     /// Calls the provider; a panic marks the port faulty instead of ending the thread. What the
     /// provider held of the batch is dropped while it unwinds, and so completes as a fault.
     fn guarded<R>(&self, call: impl FnOnce(&dyn Provider) -> R) -> Result<R, Rejection> {
-        catch_unwind(AssertUnwindSafe(|| call(&*self.provider))).map_err(|payload| {
-            let words = payload
-                .downcast_ref::<&str>()
-                .map(|s| (*s).to_owned())
-                .or_else(|| payload.downcast_ref::<String>().cloned())
-                .unwrap_or_default();
-            let why = format!("the provider panicked: {words}");
-            self.port.set_fault(why.clone());
-            Rejection::with_detail(Reason::ProviderFault, why)
-        })
+        contained(|| call(&*self.provider)).map_err(|why| self.port.panicked(why))
     }
 
     fn arm_retry(&mut self, conn: ConnHandle, d: Direction) {
@@ -438,7 +410,7 @@ impl Writer {
                 tracing::warn!(port = %self.port.netdev, "flush: {fault}");
                 return self.flush_one_by_one();
             }
-            Err(_) => 0,
+            Err(_) => return self.flush_one_by_one(),
         };
         let held = self.port.held().take_all();
         for (conn, d) in held {
@@ -457,9 +429,15 @@ impl Writer {
         let (mut n, mut staged) = (0, Vec::new());
         let held = self.port.held().all();
         for (conn, d) in held {
-            if unwind(&self.port, &conn, d) == Unwind::Delete {
-                n += 1;
-                self.stage_delete(&conn, d, &mut staged);
+            match unwind(&self.port, &conn, d) {
+                Unwind::Delete => {
+                    n += 1;
+                    self.stage_delete(&conn, d, &mut staged);
+                }
+                // Its add did not complete in time: the delete follows it.
+                Unwind::Cancelling => {}
+                // It was rejected, and may be offered again like all others.
+                Unwind::Nothing => self.push_rearm(conn, d),
             }
         }
         self.submit(&mut staged);
@@ -650,4 +628,20 @@ fn settle_undeleted(
     }
     detail.retry_at = Moment::at(shared.clock.now_ms() + backoff_ms(detail.attempts));
     port.queue.push(Command::Rejected(conn.clone(), d));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_doubles_up_to_a_bound_and_is_not_the_same_for_all() {
+        for attempts in [1, 2, 5, 9, 10, 17, 1000, u16::MAX] {
+            let base = RETRY_MAX_MS.min(RETRY_MIN_MS << (attempts - 1).min(16));
+            let pauses: Vec<u64> = (0..200).map(|_| backoff_ms(attempts)).collect();
+            assert!(pauses.iter().all(|p| (base..=base + base / 4).contains(p)), "{pauses:?}");
+            let different: std::collections::HashSet<_> = pauses.iter().collect();
+            assert!(different.len() > 10, "no jitter: {different:?}");
+        }
+    }
 }

@@ -29,6 +29,10 @@
 //!   provider were not there. A rule is installed whole or not at all.
 //! * Take effect in submission order for operations of one match.
 //! * Touch only rules it installed itself, recognised by [`Cookie`].
+//! * Come back. Whoever does not, from a `submit`, a `flush` or a `usage`, within the engine's limit
+//!   has its port marked faulty: offers stop, and others go on.
+//! * Install nothing after [`release`](Provider::release): an add that completes behind it completes
+//!   with [`NetdevGone`](super::reason::Reason::NetdevGone).
 //! * Do not panic. A panic is contained: the port is marked faulty and offers stop.
 //!
 //! # Not promised
@@ -102,8 +106,8 @@ pub struct RuleReport {
 /// An offload backend on one netdev. See the [module](self) for life, threads, promises, duties.
 pub trait Provider: Send + Sync {
     /// Whether a flow of this shape can be offloaded at all: the address family, the protocol, NAT
-    /// or none, the MTUs. Cheap and pure; a `Permanent` refusal here keeps the flow out of the
-    /// queue. `Ok` is no promise that an add succeeds.
+    /// or none, the MTUs. Cheap and pure; a flow that is refused here is not
+    /// submitted. `Ok` is no promise that an add succeeds.
     ///
     /// # Errors
     /// The reason, which is counted and shown.
