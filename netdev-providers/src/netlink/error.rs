@@ -79,21 +79,95 @@ impl NetlinkError {
     }
 }
 
+/// Which reason an error number is: the one place where that is decided.
+///
+/// | errno | reason | who says it |
+/// |---|---|---|
+/// | EOPNOTSUPP, EPROTONOSUPPORT, EAFNOSUPPORT, ENOENT | unsupported, permanent | a driver that does not offload a key or an action; a classifier or action whose module is missing |
+/// | ENOSPC | table-full, transient | a NIC whose table is full; handles used up |
+/// | EAGAIN, EBUSY, EINTR, ENOBUFS, ENOMEM, ETIMEDOUT | busy, transient | a module that was loaded meanwhile, a chain that is just going, memory, a device that did not answer in time |
+/// | EEXIST | conflict, transient | a rule with the same match |
+/// | ENODEV, ENXIO | netdev-gone, permanent | the netdev |
+/// | all others (EINVAL, EPERM, ERANGE, EIO ...) | refused, permanent | whoever found something wrong with the rule |
+///
+/// Providers refine it where they know more: ENODEV can be the netdev to redirect to, EINVAL a qdisc
+/// that is gone.
+pub const REASONS: &[(Errno, Reason)] = &[
+    (Errno::EOPNOTSUPP, Reason::Unsupported),
+    (Errno::EPROTONOSUPPORT, Reason::Unsupported),
+    (Errno::EAFNOSUPPORT, Reason::Unsupported),
+    (Errno::ENOENT, Reason::Unsupported),
+    (Errno::ENOSPC, Reason::TableFull),
+    (Errno::EAGAIN, Reason::Busy),
+    (Errno::EBUSY, Reason::Busy),
+    (Errno::EINTR, Reason::Busy),
+    (Errno::ENOBUFS, Reason::Busy),
+    (Errno::ENOMEM, Reason::Busy),
+    (Errno::ETIMEDOUT, Reason::Busy),
+    (Errno::EEXIST, Reason::Conflict),
+    (Errno::ENODEV, Reason::NetdevGone),
+    (Errno::ENXIO, Reason::NetdevGone),
+];
+
+/// The reason of an error number, by [`REASONS`].
+#[must_use]
+pub fn reason_of(errno: Errno) -> Reason {
+    REASONS.iter().find(|(e, _)| *e == errno).map_or(Reason::Refused, |(_, r)| *r)
+}
+
 impl From<KernelError> for Rejection {
     /// The reason code of a kernel error, by the errno; the extended ACK is kept.
     fn from(e: KernelError) -> Self {
-        let reason = match e.errno {
-            Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EAFNOSUPPORT | Errno::ENOENT => {
-                Reason::Unsupported
-            }
-            Errno::ENOSPC => Reason::TableFull,
-            Errno::EAGAIN | Errno::EBUSY | Errno::EINTR | Errno::ENOBUFS | Errno::ENOMEM => {
-                Reason::Busy
-            }
-            Errno::EEXIST => Reason::Conflict,
-            Errno::ENODEV | Errno::ENXIO => Reason::NetdevGone,
-            _ => Reason::Refused,
-        };
-        Self { reason, errno: Some(e.errno), detail: e.extack }
+        Self { reason: reason_of(e.errno), errno: Some(e.errno), detail: e.extack }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::reason::Permanence;
+
+    #[test]
+    fn the_table_in_the_documentation_is_the_table() {
+        let documented: Vec<(String, String, String)> = include_str!("error.rs")
+            .lines()
+            .filter_map(|l| l.strip_prefix("/// | E"))
+            .flat_map(|l| {
+                let mut cells = l.split('|').map(str::trim);
+                let errnos = format!("E{}", cells.next().unwrap());
+                let reason = cells.next().unwrap().to_owned();
+                let (name, permanence) = reason.split_once(", ").unwrap();
+                let (name, permanence) = (name.to_owned(), permanence.to_owned());
+                errnos
+                    .split(", ")
+                    .map(|e| (e.to_owned(), name.clone(), permanence.clone()))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        let decided: Vec<_> = REASONS
+            .iter()
+            .map(|(e, r)| {
+                let permanence = format!("{:?}", r.permanence()).to_lowercase();
+                (format!("{e:?}"), r.name().to_owned(), permanence)
+            })
+            .collect();
+        assert_eq!(documented, decided);
+    }
+
+    #[test]
+    fn no_errno_stands_twice_and_what_is_not_in_the_table_is_refused_for_good() {
+        let errnos: std::collections::HashSet<_> = REASONS.iter().map(|(e, _)| *e as i32).collect();
+        assert_eq!(errnos.len(), REASONS.len());
+        for errno in [Errno::EINVAL, Errno::EPERM, Errno::ERANGE, Errno::EIO] {
+            assert_eq!(reason_of(errno), Reason::Refused);
+        }
+        assert_eq!(Reason::Refused.permanence(), Permanence::Permanent);
+    }
+
+    #[test]
+    fn the_words_of_the_kernel_are_kept() {
+        let extack = Some("Unsupported mask".into());
+        let r = Rejection::from(KernelError { errno: Errno::EOPNOTSUPP, extack });
+        assert_eq!(r.to_string(), "unsupported: Unsupported mask (EOPNOTSUPP)");
     }
 }

@@ -155,21 +155,26 @@ impl Socket {
         read: impl FnOnce(MessageIter<'_>) -> R,
     ) -> Result<R, NetlinkError> {
         let deadline = Instant::now() + within;
+        let mut wait = false;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if !wait_readable(self.inner.as_fd(), left)? {
-                return Err(NetlinkError::TimedOut(within.as_millis()));
+            // Most answers are there when the send returns: the kernel handles requests in it.
+            if std::mem::replace(&mut wait, false) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if !wait_readable(self.inner.as_fd(), left)? {
+                    return Err(NetlinkError::TimedOut(within.as_millis()));
+                }
             }
             let mut space = &mut self.buf[..];
             // MSG_TRUNC: the true length of a datagram that does not fit.
-            let (n, from) = match self
-                .inner
-                .recv_from(&mut space, libc::MSG_DONTWAIT | libc::MSG_TRUNC)
-            {
-                Ok(got) => got,
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => continue,
-                Err(source) => return Err(NetlinkError::Io { call: "recvmsg", source }),
-            };
+            let (n, from) =
+                match self.inner.recv_from(&mut space, libc::MSG_DONTWAIT | libc::MSG_TRUNC) {
+                    Ok(got) => got,
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
+                        wait = true;
+                        continue;
+                    }
+                    Err(source) => return Err(NetlinkError::Io { call: "recvmsg", source }),
+                };
             if from.port_number() != 0 {
                 trace!(port = from.port_number(), "datagram of another process passed over");
                 continue;
