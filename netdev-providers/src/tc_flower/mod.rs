@@ -34,7 +34,8 @@
 //!
 //! # How the code is cut
 //! `uapi` numbers of the kernel headers, `prios` where rules stand, `encode` match keys, `actions`,
-//! `bpf` the checksum programs, `guard`, `rule` whole messages, `parse` dumps, `hook` requests on one
+//! `bpf` the checksum programs, `guard`, `rule` whole messages, `template` the same without encoding
+//! them anew, `parse` dumps, `hook` requests on one
 //! netdev, `probe` what bind does, `handles`, `provider`, `class`.
 
 mod actions;
@@ -49,6 +50,7 @@ mod prios;
 mod probe;
 mod provider;
 mod rule;
+mod template;
 mod uapi;
 
 pub use class::{TcFlowerClass, TcFlowerConfig};

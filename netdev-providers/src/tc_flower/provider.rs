@@ -12,6 +12,7 @@ use super::hook::{Hook, means_no_such_rule};
 use super::prios::Use;
 use super::probe::{self, Found, Guards, Mode};
 use super::rule::{self, Form, Place, rule_id, split_rule_id};
+use super::template::{Subject, Templates};
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
@@ -47,6 +48,7 @@ impl TcFlower {
             pending: Vec::with_capacity(plan.batch),
             first_seq: 0,
             last_at: 0,
+            templates: Templates::default(),
             unsettled: Vec::new(),
         };
         Self {
@@ -257,6 +259,7 @@ struct Writer {
     first_seq: u32,
     /// Where the last message in the buffer begins.
     last_at: usize,
+    templates: Templates,
     /// Rules that the kernel may have and that must go: an exchange failed half-way, and so did
     /// asking. Their handles stay taken.
     unsettled: Vec<(Place, Handle)>,
@@ -317,7 +320,8 @@ impl Writer {
             What::Delete => rule::delete(&mut self.hook.buf, seq, p.place, p.handle),
             What::Add { cookie, flow, software, .. } => {
                 let form = plan.form(flow, *software);
-                rule::add(&mut self.hook.buf, seq, p.place, p.handle, flow, *cookie, form);
+                let subject = Subject { seq, handle: p.handle, cookie: *cookie, flow };
+                self.templates.add(&mut self.hook.buf, p.place, form, &subject);
             }
         }
         self.pending.push(p);

@@ -14,6 +14,7 @@ use super::encode::flow_keys;
 use super::parse::Filter;
 use super::prios::{Prios, Use};
 use super::rule::{self, Form, Place};
+use super::template::{Subject, Templates};
 use super::uapi::*;
 use super::{guard, rule::rule_id, rule::split_rule_id};
 use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
@@ -289,6 +290,31 @@ proptest! {
         prop_assert_eq!(packet, want);
     }
 
+    /// One set of templates meets many flows of many shapes, as a port's does.
+    #[test]
+    fn a_patched_template_is_the_message_that_the_encoder_writes(
+        flows in proptest::collection::vec((any_flow(), 1u32.., any::<u64>(), 1u32.., any::<bool>()), 1..40),
+        seq: u32,
+        flags in 0u32..3,
+    ) {
+        let mut templates = Templates::default();
+        let (mut patched, mut fresh) = (Vec::new(), Vec::new());
+        for (flow, h, epoch, instance, reply) in &flows {
+            let direction = if *reply { Direction::Reply } else { Direction::Original };
+            let instance = Instance(NonZeroU32::new(*instance).unwrap());
+            let cookie = Cookie { instance, epoch: Epoch(*epoch), direction };
+            let nat = flow.has_nat().then_some(NatForm::Hardware);
+            let form = Form { flags, nat, percpu_stats: *epoch % 2 == 0 };
+            let at = place(Family::of(flow.matches.tuple.is_ipv6()));
+            let subject = Subject { seq, handle: handle(*h), cookie, flow };
+            templates.add(&mut patched, at, form, &subject);
+            rule::add(&mut fresh, seq, at, handle(*h), flow, cookie, form);
+            prop_assert_eq!(&patched, &fresh);
+        }
+        let (shapes, with_template) = templates.counts();
+        prop_assert_eq!(shapes, with_template, "a shape that is encoded one by one");
+    }
+
     #[test]
     fn rule_names_read_back(h in 1u32.., v6: bool) {
         let at = place(Family::of(v6)).prio;
@@ -304,6 +330,38 @@ proptest! {
         if let Some(f) = Filter::of(&only_message(&buf)) {
             let _ = (f.is_rule(), f.ours(), f.in_hw());
         }
+    }
+}
+
+/// `cargo test --release -p netdev-providers -- --ignored --nocapture cost`
+#[test]
+#[ignore = "a measurement"]
+fn the_cost_of_a_message() {
+    let mut flow = example();
+    flow.forward.tuple = "tcp 10.0.2.1:5000 > 10.0.2.2:80".parse().unwrap();
+    let form = Form { flags: 0, nat: Some(NatForm::Hardware), percpu_stats: true };
+    let mut templates = Templates::default();
+    let mut buf = Vec::new();
+    for round in 0..6 {
+        let mut each = |f: &mut dyn FnMut(&mut Vec<u8>, u32)| {
+            let start = std::time::Instant::now();
+            for n in 1..=100_000 {
+                buf.clear();
+                f(&mut buf, n);
+                std::hint::black_box(&buf);
+            }
+            start.elapsed().as_nanos() / 100_000
+        };
+        let at = place(Family::Ipv4);
+        let ns = if round % 2 == 0 {
+            each(&mut |buf, n| rule::add(buf, n, at, handle(n), &flow, cookie(), form))
+        } else {
+            each(&mut |buf, n| {
+                let subject = Subject { seq: n, handle: handle(n), cookie: cookie(), flow: &flow };
+                templates.add(buf, at, form, &subject);
+            })
+        };
+        println!("{} {ns} ns", if round % 2 == 0 { "encoded" } else { "patched" });
     }
 }
 
