@@ -59,6 +59,10 @@ fn port(name: &str) -> PortInfo {
             ReasonCount { reason: "table-full".into(), count: 10 },
             ReasonCount { reason: "busy".into(), count: 4 },
         ],
+        latency: vec![
+            LatencyCount { op: "add".into(), below_us: Some(64), count: 1200 },
+            LatencyCount { op: "add".into(), below_us: None, count: 55 },
+        ],
     }
 }
 
@@ -175,6 +179,7 @@ impl ControlHandler for Fake {
             deletes: 55,
             add_failures: 14,
             reasons: vec![ReasonCount { reason: "table-full".into(), count: 10 }],
+            latency: port("eth0").latency,
         })
     }
 

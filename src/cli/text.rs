@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::control::info::{
-    ConnInfo, Event, Flushed, PortInfo, ProviderInfo, ReasonCount, SlotInfo, Stats,
+    ConnInfo, Event, Flushed, LatencyCount, PortInfo, ProviderInfo, ReasonCount, SlotInfo, Stats,
 };
 
 /// Where the text of a column goes.
@@ -169,6 +169,35 @@ fn port(out: &mut String, p: &PortInfo) {
         ),
     );
     line("rejections", &reasons(&p.reasons));
+    for (op, text) in latency(&p.latency) {
+        line(&op, &text);
+    }
+}
+
+/// One line per operation: how many there were, and the bounds that half of them and nearly all
+/// of them stayed below.
+fn latency(all: &[LatencyCount]) -> Vec<(String, String)> {
+    ["add", "delete"]
+        .into_iter()
+        .filter_map(|op| {
+            let buckets: Vec<_> = all.iter().filter(|b| b.op == op).collect();
+            let total: u64 = buckets.iter().map(|b| b.count).sum();
+            let below = |percent: u64| {
+                let mut seen = 0;
+                let reached = buckets.iter().find(|b| {
+                    seen += b.count;
+                    seen * 100 >= total * percent
+                })?;
+                Some(reached.below_us.map_or_else(|| "more than 4s".to_owned(), microseconds))
+            };
+            let text = format!("{total} timed: 50% below {}, 99% below {}", below(50)?, below(99)?);
+            Some((format!("{op} time"), text))
+        })
+        .collect()
+}
+
+fn microseconds(us: u64) -> String {
+    if us < 1000 { format!("{us}us") } else { duration(us / 1000) }
 }
 
 pub(super) fn port_added(out: &mut String, p: &PortInfo) {
@@ -308,8 +337,11 @@ pub(super) fn stats(out: &mut String, s: &Stats) {
         ("rules", format!("{} added, {} deleted, {} rejected", s.adds, s.deletes, s.add_failures)),
         ("rejections", reasons(&s.reasons)),
     ];
+    let times = latency(&s.latency);
+    let times = times.iter().map(|(op, text)| (op.as_str(), text.clone()));
     let rows: Vec<_> = rows
         .into_iter()
+        .chain(times)
         .filter(|(_, v)| !v.is_empty())
         .map(|(k, v)| vec![k.to_owned(), v])
         .collect();
@@ -352,6 +384,23 @@ mod tests {
         assert_eq!(bytes(1_250), "1.2 kB");
         assert_eq!(bytes(u64::MAX), "18446.7 PB");
         assert_eq!(count(1, "rule", "rules"), "1 rule");
+    }
+
+    #[test]
+    fn latencies_are_told_by_their_quantiles() {
+        let bucket = |op: &str, below_us, count| LatencyCount { op: op.into(), below_us, count };
+        let all = [
+            bucket("add", Some(16), 60),
+            bucket("add", Some(2048), 38),
+            bucket("add", None, 2),
+            bucket("delete", Some(1), 1),
+        ];
+        let want = [
+            ("add time", "100 timed: 50% below 16us, 99% below more than 4s"),
+            ("delete time", "1 timed: 50% below 1us, 99% below 1us"),
+        ];
+        assert_eq!(latency(&all), want.map(|(op, text)| (op.to_owned(), text.to_owned())));
+        assert_eq!(latency(&[]), []);
     }
 
     #[test]

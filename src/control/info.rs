@@ -49,6 +49,20 @@ pub struct PortInfo {
     pub bytes: u64,
     /// Rejections so far, by reason.
     pub reasons: Vec<ReasonCount>,
+    /// How long the provider took for operations so far.
+    pub latency: Vec<LatencyCount>,
+}
+
+/// How many operations took how long: one bucket of a histogram whose bounds double.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct LatencyCount {
+    /// `add` or `delete`.
+    pub op: String,
+    /// They took less than so many microseconds, and at least half of it; `None`: longer than all
+    /// that is told apart (4 s).
+    pub below_us: Option<u64>,
+    /// How many.
+    pub count: u64,
 }
 
 /// Why a provider class did not bind a netdev.
@@ -187,6 +201,8 @@ pub struct Stats {
     pub add_failures: u64,
     /// The same, by reason.
     pub reasons: Vec<ReasonCount>,
+    /// How long providers took for operations so far, on all ports together.
+    pub latency: Vec<LatencyCount>,
 }
 
 /// Why a connection is offloaded or not.
@@ -412,7 +428,9 @@ attributes! {
         ifindex = 1, name = 2, generation = 3, provider = 4, about = 5, offload = 6, state = 7,
         fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
         sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
+        latency = 20,
     }
+    LatencyCount { op = 1, below_us = 2, count = 3 }
     Refusal { class = 1, why = 2 }
     ReasonCount { reason = 1, count = 2 }
     ConnInfo {
@@ -428,7 +446,7 @@ attributes! {
         instance = 1, uptime_ms = 2, connections = 3, slots_installed = 4, slots_pending = 5,
         slots_rejected = 6, sights = 7, sights_lost = 8, ledger_elements = 9, ledger_size = 10,
         conntrack_events = 11, conntrack_lost = 12, sweeps = 13, last_sweep_ms = 14, adds = 15,
-        deletes = 16, add_failures = 17, reasons = 18,
+        deletes = 16, add_failures = 17, reasons = 18, latency = 19,
     }
     PortVerdict { port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5 }
     ConnFilter { port = 1, zone = 2, tuple = 3 }

@@ -9,15 +9,16 @@ use super::config::{Config, parse_offload};
 use crate::control::error::{ControlError, ErrorKind};
 use crate::control::events::Publisher;
 use crate::control::info::{
-    ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed, PortAddRequest,
-    PortDelRequest, PortFlushed, PortInfo, PortVerdict, ProviderInfo, ReasonCount, Refusal,
-    SlotInfo, Stats,
+    ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed, LatencyCount,
+    PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortVerdict, ProviderInfo, ReasonCount,
+    Refusal, SlotInfo, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
 use crate::datapath::routing::links::Links;
 use crate::datapath::{Backend, KernelDatapath, Observer, PortSpec};
 use crate::engine::conn::ConnHandle;
 use crate::engine::datapath::SlotChange;
+use crate::engine::latency::LatencyBucket;
 use crate::engine::slot::SlotState;
 use crate::engine::usage::Usage;
 use crate::engine::view::{PortView, SlotView};
@@ -143,7 +144,22 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         packets: v.packets,
         bytes: v.bytes,
         reasons: reason_counts(v.reasons),
+        latency: latency_counts(&v.latency),
     }
+}
+
+fn latency_counts<'a>(buckets: impl IntoIterator<Item = &'a LatencyBucket>) -> Vec<LatencyCount> {
+    let mut sums = std::collections::BTreeMap::new();
+    for b in buckets {
+        *sums.entry((b.op.name(), b.below_us)).or_insert(0) += b.count;
+    }
+    sums.into_iter()
+        .map(|((op, below_us), count)| LatencyCount {
+            op: op.to_owned(),
+            below_us: (below_us != u64::MAX).then_some(below_us),
+            count,
+        })
+        .collect()
 }
 
 fn reason_counts(reasons: Vec<(Reason, u64)>) -> Vec<ReasonCount> {
@@ -326,6 +342,7 @@ impl ControlHandler for Handler {
             deletes: ports.iter().map(|p| p.deletes).sum(),
             add_failures: reasons.values().sum(),
             reasons: reason_counts(reasons.into_iter().collect()),
+            latency: latency_counts(ports.iter().flat_map(|p| &p.latency)),
         })
     }
 

@@ -13,6 +13,7 @@
 //! * `port`, `queue`, `writer`: a port, what is asked of it, the thread that does it;
 //! * [`registry`]: provider classes;
 //! * [`datapath`]: what the engine asks of the datapath;
+//! * [`latency`]: how long providers take;
 //! * [`usage`]: what rules carried, and when a connection was last used.
 //!
 //! # Threads
@@ -23,6 +24,7 @@ pub mod clock;
 pub mod conn;
 mod contain;
 pub mod datapath;
+pub mod latency;
 mod port;
 mod queue;
 pub mod registry;

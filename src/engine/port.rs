@@ -11,6 +11,7 @@ use netdev_providers::{
 
 use super::conn::ConnHandle;
 use super::contain::contained;
+use super::latency::Latencies;
 use super::queue::Queue;
 
 /// Why an earlier class did not bind a port.
@@ -37,6 +38,7 @@ pub(super) struct PortCounters {
     /// Traffic of rules that are gone.
     pub past_packets: AtomicU64,
     pub past_bytes: AtomicU64,
+    pub latencies: Latencies,
     reasons: ReasonCounters,
 }
 

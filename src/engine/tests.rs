@@ -212,6 +212,30 @@ fn the_first_class_that_accepts_is_bound_and_refusals_are_kept() {
 }
 
 #[test]
+fn operations_are_timed_from_the_hand_over_to_the_result() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    b.engine.conn_del(&conn);
+    b.settle();
+    let latency = &b.engine.ports()[0].latency;
+    let kinds: Vec<_> = latency.iter().map(|l| (l.op, l.count)).collect();
+    assert_eq!(kinds, [(latency::OpKind::Add, 1), (latency::OpKind::Delete, 1)]);
+    // What lies with the provider is not forgotten: it counts once it has a result.
+    dummy.set_latency(Some(Duration::from_millis(1)));
+    let second = b.conn(2);
+    assert_eq!(b.offer(1, &second, Original), Offer::Queued);
+    b.drained(&dummy, 1);
+    std::thread::sleep(Duration::from_millis(3));
+    dummy.advance(Duration::from_millis(1));
+    b.settle();
+    let slowest = b.engine.ports()[0].latency.iter().map(|l| l.below_us).max();
+    assert!(slowest >= Some(2048), "{slowest:?}");
+}
+
+#[test]
 fn a_bound_netdev_is_not_bound_again() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);

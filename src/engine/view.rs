@@ -7,6 +7,7 @@ use netdev_providers::{Cookie, Direction, Ifindex, Netdev, Reason, Rejection, Ru
 use super::Engine;
 use super::conn::{ConnHandle, PathTaken};
 use super::contain::contained;
+use super::latency::LatencyBucket;
 use super::port::Port;
 pub use super::port::Refusal;
 use super::slot::SlotState;
@@ -42,6 +43,8 @@ pub struct PortView {
     pub bytes: u64,
     /// Rejections since the port was added.
     pub reasons: Vec<(Reason, u64)>,
+    /// How long the provider took for operations since the port was added.
+    pub latency: Vec<LatencyBucket>,
 }
 
 /// How many slots are in which state.
@@ -188,5 +191,6 @@ fn port_view(port: &Port) -> PortView {
         packets,
         bytes,
         reasons: c.reasons(),
+        latency: c.latencies.buckets(),
     }
 }

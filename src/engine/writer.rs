@@ -20,6 +20,7 @@ use super::Shared;
 use super::conn::{ConnHandle, Moment, PathTaken, Slot};
 use super::contain::contained;
 use super::datapath::{Path, PathSpec, Sight, SlotChange, flow};
+use super::latency::OpKind;
 use super::port::{Port, Shape};
 use super::queue::{Command, Stopped};
 use super::slot::{AfterAdd, OpNumber, SlotState, Unwind};
@@ -265,7 +266,11 @@ impl Writer {
     ) -> Operation {
         self.port.in_flight.fetch_add(1, Ordering::SeqCst);
         let port = Arc::clone(&self.port);
+        let (kind, started) = (OpKind::of(&request), Instant::now());
         let completion = move |outcome: Outcome| {
+            if let Some(kind) = kind {
+                port.counters.latencies.record(kind, started.elapsed());
+            }
             then(outcome);
             port.in_flight.fetch_sub(1, Ordering::SeqCst);
             port.queue.wake();
