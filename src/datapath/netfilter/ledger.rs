@@ -37,77 +37,23 @@
 //!   header from it, and the TCP rule does not match.
 //! - A full set logs nothing: compare [`Ledger::len`] with [`Ledger::size`].
 
-use std::time::Duration;
-
 use netdev_providers::netlink::error::KernelError;
-use netdev_providers::netlink::socket::{ACK, Ack, CREATE, DUMP, EXCL, REQUEST};
-use netdev_providers::netlink::wire::Received;
+use netdev_providers::netlink::netfilter::NFGENMSG_LEN;
+use netdev_providers::netlink::netfilter::nft::expr::{self, Cmp};
+use netdev_providers::netlink::netfilter::nft::set::{
+    NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, element_keys, elements,
+};
+use netdev_providers::netlink::netfilter::nft::*;
+use netdev_providers::netlink::socket::{ACK, CREATE, DUMP, EXCL};
 use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
 use netdev_providers::{Direction, Ifindex};
 use nix::errno::Errno;
 use tracing::{debug, warn};
 
 use super::conntrack::{CtId, CtStatus};
-use super::nft::{self, Cmp};
-use super::{NFGENMSG_LEN, SUBSYS_NFTABLES, msg_type, nfgenmsg};
 
-// linux/netfilter/nfnetlink.h
-const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
-const NFNL_MSG_BATCH_END: u16 = 0x11;
-// linux/netfilter/nf_tables.h: enum nf_tables_msg_types
-const NFT_MSG_NEWTABLE: u16 = 0;
-const NFT_MSG_DELTABLE: u16 = 2;
-const NFT_MSG_NEWCHAIN: u16 = 3;
-const NFT_MSG_NEWRULE: u16 = 6;
-const NFT_MSG_NEWSET: u16 = 9;
-const NFT_MSG_GETSET: u16 = 10;
-const NFT_MSG_NEWSETELEM: u16 = 12;
-const NFT_MSG_GETSETELEM: u16 = 13;
-const NFT_MSG_DELSETELEM: u16 = 14;
-const NFT_MSG_DESTROYSETELEM: u16 = 30; // since 6.3
-// enum nft_table_attributes, nft_table_flags
-const NFTA_TABLE_NAME: u16 = 1;
-const NFTA_TABLE_FLAGS: u16 = 2;
-const NFT_TABLE_F_OWNER: u32 = 2;
-// enum nft_chain_attributes, nft_hook_attributes
-const NFTA_CHAIN_TABLE: u16 = 1;
-const NFTA_CHAIN_NAME: u16 = 3;
-const NFTA_CHAIN_HOOK: u16 = 4;
-const NFTA_CHAIN_POLICY: u16 = 5;
-const NFTA_CHAIN_TYPE: u16 = 7;
-const NFTA_HOOK_HOOKNUM: u16 = 1;
-const NFTA_HOOK_PRIORITY: u16 = 2;
-const NF_INET_FORWARD: u32 = 2; // linux/netfilter.h
-const NF_ACCEPT: u32 = 1;
+/// `NF_IP_PRI_FILTER` (`linux/netfilter_ipv4.h`).
 const NF_IP_PRI_FILTER: u32 = 0;
-// enum nft_set_attributes, nft_set_desc_attributes, nft_set_flags
-const NFTA_SET_TABLE: u16 = 1;
-const NFTA_SET_NAME: u16 = 2;
-const NFTA_SET_FLAGS: u16 = 3;
-const NFTA_SET_KEY_TYPE: u16 = 4;
-const NFTA_SET_KEY_LEN: u16 = 5;
-const NFTA_SET_DESC: u16 = 9;
-const NFTA_SET_ID: u16 = 10;
-const NFTA_SET_USERDATA: u16 = 13;
-const NFTA_SET_COUNT: u16 = 20; // newer kernels only
-const NFTA_SET_DESC_SIZE: u16 = 1;
-const NFT_SET_EVAL: u32 = 0x20;
-// enum nft_set_elem_list_attributes, nft_set_elem_attributes
-const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
-const NFTA_SET_ELEM_LIST_SET: u16 = 2;
-const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
-const NFTA_SET_ELEM_KEY: u16 = 1;
-// enum nft_rule_attributes
-const NFTA_RULE_TABLE: u16 = 1;
-const NFTA_RULE_CHAIN: u16 = 2;
-const NFTA_RULE_EXPRESSIONS: u16 = 4;
-
-/// `NLM_F_APPEND`.
-const APPEND: u16 = 0x800;
-/// `NFPROTO_INET` (`linux/netfilter.h`).
-const NFPROTO_INET: u8 = 1;
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
 /// What `nft` calls the key types (its `enum datatypes`; the kernel does not care): `iface_index`,
 /// and the concatenation `iface_index . integer . ct_dir`, six bits each.
 const NFT_TYPE_IFINDEX: u32 = 20;
@@ -141,7 +87,6 @@ const KEYS_PER_MESSAGE: usize = 1024;
 const MESSAGES_PER_SEND: usize = 512;
 /// How often a dump that other changes interrupted is repeated before the caller has to decide.
 const DUMP_TRIES: u32 = 8;
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why the ledger could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -258,104 +203,12 @@ impl LedgerKey {
     }
 }
 
-/// One message of a transaction: what it is for people, and what the kernel must have for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Step {
-    what: &'static str,
-    needs: &'static str,
-    /// A rule against something that a kernel which refuses the rule cannot have.
-    optional: bool,
-}
-
-const fn step(what: &'static str, needs: &'static str) -> Step {
-    Step { what, needs, optional: false }
-}
-
 const NEEDS_NFT: &str = "nf_tables (CONFIG_NF_TABLES)";
 const NEEDS_INET: &str = "family inet of nf_tables (CONFIG_NF_TABLES_INET)";
 const NEEDS_CT: &str = "nft_ct (CONFIG_NFT_CT) and nf_conntrack (CONFIG_NF_CONNTRACK)";
 const NEEDS_LOG: &str = "nft_ct, nft_limit, nft_log and nfnetlink_log (CONFIG_NFT_CT, \
                          CONFIG_NFT_LIMIT, CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG)";
 const NEEDS_XFRM: &str = "CONFIG_XFRM";
-
-/// A batch of nf_tables messages: all of it takes effect, or nothing.
-struct Transaction<'a> {
-    socket: &'a mut Socket,
-    buf: Vec<u8>,
-    first_seq: u32,
-    steps: Vec<Step>,
-}
-
-impl<'a> Transaction<'a> {
-    fn new(socket: &'a mut Socket) -> Self {
-        let first_seq = socket.next_seq();
-        let mut buf = Vec::with_capacity(4096);
-        let mut m = Message::new(&mut buf, NFNL_MSG_BATCH_BEGIN, REQUEST, first_seq);
-        m.raw(&nfgenmsg(0, SUBSYS_NFTABLES));
-        m.finish();
-        Self { socket, buf, first_seq, steps: Vec::new() }
-    }
-
-    /// Adds a message; the first step has the sequence number after the begin message's.
-    fn add(
-        &mut self,
-        step: Step,
-        last: bool,
-        msg: u16,
-        flags: u16,
-        fill: impl FnOnce(&mut Message<'_>),
-    ) {
-        let seq = self.socket.next_seq();
-        self.steps.push(step);
-        let flags = REQUEST | flags | if last { ACK } else { 0 };
-        let mut m = Message::new(&mut self.buf, msg_type(SUBSYS_NFTABLES, msg), flags, seq);
-        m.raw(&nfgenmsg(NFPROTO_INET, 0));
-        fill(&mut m);
-        m.finish();
-    }
-
-    /// Sends it; one answer per step. The kernel goes on after a failure to report all of them, and
-    /// answers in order, so the last step's answer (it asks for one) is the end.
-    ///
-    /// An error means that not the steps, but the transaction as such was refused.
-    fn commit(mut self) -> Result<Vec<(Step, Ack)>, NetlinkError> {
-        let end = self.socket.next_seq();
-        let mut m = Message::new(&mut self.buf, NFNL_MSG_BATCH_END, REQUEST, end);
-        m.raw(&nfgenmsg(0, SUBSYS_NFTABLES));
-        m.finish();
-        // The begin message is item 0: what is answered to it concerns all.
-        let count = self.steps.len() + 1;
-        let mut acks: Vec<Ack> = vec![Ok(()); count];
-        self.socket.send(&self.buf)?;
-        let mut whole = false;
-        let mut ended = false;
-        while !ended {
-            // All answers are queued before the send returns; after a refusal of the whole there
-            // may be none to the last step.
-            let within = if whole { Duration::ZERO } else { ANSWER_WITHIN };
-            let got = self.socket.recv(within, |answers| {
-                for m in answers {
-                    let index = m.seq.wrapping_sub(self.first_seq) as usize;
-                    if let (Some(slot), Some(ack)) = (acks.get_mut(index), m.ack()) {
-                        *slot = ack;
-                        whole |= index == 0;
-                        ended |= index + 1 == count;
-                    }
-                }
-            });
-            match got {
-                Ok(()) => {}
-                Err(NetlinkError::TimedOut(_)) if whole => break,
-                Err(e) => return Err(e),
-            }
-        }
-        let mut acks = acks.into_iter();
-        if let Some(Err(refused)) = acks.next() {
-            return Err(refused.into());
-        }
-        Ok(self.steps.into_iter().zip(acks).collect())
-    }
-}
 
 /// The table, for as long as this value lives: it belongs to the socket inside, and the kernel
 /// removes it when the socket closes, also after `kill -9`. Others can list it, not change it.
@@ -437,7 +290,7 @@ impl Ledger {
     ) -> Result<(), LedgerError> {
         let table = &self.config.table;
         let mut t = Transaction::new(&mut self.socket);
-        t.add(step(what, NEEDS_NFT), true, msg, flags, |m| {
+        t.add(Step::new(what, NEEDS_NFT), msg, flags, |m| {
             elements(m, table, PORTS, [port.get().to_ne_bytes()].iter());
         });
         match first_refusal(t.commit()?) {
@@ -473,7 +326,7 @@ impl Ledger {
     fn destroy_elements(&mut self, keys: &[LedgerKey]) -> Result<bool, LedgerError> {
         let table = &self.config.table;
         let mut t = Transaction::new(&mut self.socket);
-        t.add(step("re-arming", NEEDS_NFT), true, NFT_MSG_DESTROYSETELEM, 0, |m| {
+        t.add(Step::new("re-arming", NEEDS_NFT), NFT_MSG_DESTROYSETELEM, 0, |m| {
             elements(m, table, SIGHTED, keys.iter().map(|k| k.to_bytes()));
         });
         match first_refusal(t.commit()?) {
@@ -498,9 +351,8 @@ impl Ledger {
         while !keys.is_empty() {
             let table = &self.config.table;
             let mut t = Transaction::new(&mut self.socket);
-            for (i, key) in keys.iter().enumerate() {
-                let last = i + 1 == keys.len();
-                t.add(step("re-arming", NEEDS_NFT), last, NFT_MSG_DELSETELEM, 0, |m| {
+            for key in &keys {
+                t.add(Step::new("re-arming", NEEDS_NFT), NFT_MSG_DELSETELEM, 0, |m| {
                     elements(m, table, SIGHTED, [key.to_bytes()].iter());
                 });
             }
@@ -609,7 +461,7 @@ impl Ledger {
     pub fn remove(mut self) -> Result<(), LedgerError> {
         let table = &self.config.table;
         let mut t = Transaction::new(&mut self.socket);
-        t.add(step("deleting the table", NEEDS_NFT), true, NFT_MSG_DELTABLE, 0, |m| {
+        t.add(Step::new("deleting the table", NEEDS_NFT), NFT_MSG_DELTABLE, 0, |m| {
             m.str(NFTA_TABLE_NAME, table);
         });
         match first_refusal(t.commit()?) {
@@ -621,10 +473,6 @@ impl Ledger {
             Some((step, source)) => Err(LedgerError::Refused { what: step.what, source }),
         }
     }
-}
-
-fn first_refusal(answers: Vec<(Step, Ack)>) -> Option<(Step, KernelError)> {
-    answers.into_iter().find_map(|(step, ack)| ack.err().map(|e| (step, e)))
 }
 
 fn install_into(
@@ -674,10 +522,10 @@ fn install_into(
 /// The messages that make the table.
 fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
     let table = config.table.as_str();
-    t.add(step("the table", NEEDS_NFT), false, NFT_MSG_NEWTABLE, CREATE | EXCL, |m| {
+    t.add(Step::new("the table", NEEDS_NFT), NFT_MSG_NEWTABLE, CREATE | EXCL, |m| {
         m.str(NFTA_TABLE_NAME, table).be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER);
     });
-    t.add(step("the set of ports", NEEDS_NFT), false, NFT_MSG_NEWSET, CREATE | EXCL, |m| {
+    t.add(Step::new("the set of ports", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
         m.str(NFTA_SET_TABLE, table)
             .str(NFTA_SET_NAME, PORTS)
             .be32(NFTA_SET_FLAGS, 0)
@@ -686,7 +534,7 @@ fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
             .be32(NFTA_SET_ID, PORTS_ID)
             .attr(NFTA_SET_USERDATA, PORTS_USERDATA);
     });
-    t.add(step("the set of sights", NEEDS_NFT), false, NFT_MSG_NEWSET, CREATE | EXCL, |m| {
+    t.add(Step::new("the set of sights", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
         m.str(NFTA_SET_TABLE, table)
             .str(NFTA_SET_NAME, SIGHTED)
             .be32(NFTA_SET_FLAGS, NFT_SET_EVAL)
@@ -698,7 +546,7 @@ fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
             })
             .attr(NFTA_SET_USERDATA, SIGHTED_USERDATA);
     });
-    t.add(step("the chain", NEEDS_INET), false, NFT_MSG_NEWCHAIN, CREATE | EXCL, |m| {
+    t.add(Step::new("the chain", NEEDS_INET), NFT_MSG_NEWCHAIN, CREATE | EXCL, |m| {
         m.str(NFTA_CHAIN_TABLE, table)
             .str(NFTA_CHAIN_NAME, CHAIN)
             .str(NFTA_CHAIN_TYPE, "filter")
@@ -707,16 +555,16 @@ fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
                 m.be32(NFTA_HOOK_HOOKNUM, NF_INET_FORWARD).be32(NFTA_HOOK_PRIORITY, PRIORITY);
             });
     });
-    let mut rule = |step, last, fill: &dyn Fn(&mut Message<'_>)| {
-        t.add(step, last, NFT_MSG_NEWRULE, CREATE | APPEND, |m| {
+    let mut rule = |step, fill: &dyn Fn(&mut Message<'_>)| {
+        t.add(step, NFT_MSG_NEWRULE, CREATE | APPEND, |m| {
             m.str(NFTA_RULE_TABLE, table).str(NFTA_RULE_CHAIN, CHAIN);
             m.nested(NFTA_RULE_EXPRESSIONS, fill);
         });
     };
-    rule(step("the rule on ports", NEEDS_NFT), false, &|m| {
-        nft::meta(m, nft::NFT_META_IIF, nft::NFT_REG_1);
-        nft::lookup_not(m, PORTS, PORTS_ID);
-        nft::accept(m);
+    rule(Step::new("the rule on ports", NEEDS_NFT), &|m| {
+        expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
+        expr::lookup_not(m, PORTS, PORTS_ID);
+        expr::accept(m);
     });
     // What nft_flow_offload.c and TC cannot offload, and what is offloaded or dying already.
     let mut never = CtStatus::SEQ_ADJUST
@@ -727,113 +575,75 @@ fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
     if config.skip_offloaded {
         never |= CtStatus::OFFLOAD | CtStatus::HW_OFFLOAD;
     }
-    rule(step("the rule on conntrack status", NEEDS_CT), false, &|m| {
-        nft::ct(m, nft::NFT_CT_STATUS, nft::NFT_REG_1);
-        nft::mask(m, &never.to_ne_bytes());
-        nft::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
-        nft::accept(m);
+    rule(Step::new("the rule on conntrack status", NEEDS_CT), &|m| {
+        expr::ct(m, expr::NFT_CT_STATUS, expr::NFT_REG_1);
+        expr::mask(m, &never.to_ne_bytes());
+        expr::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
+        expr::accept(m);
     });
     if with_xfrm {
         let xfrm = |what| Step { what, needs: NEEDS_XFRM, optional: true };
-        rule(xfrm("the rule on packets from IPsec"), false, &|m| {
-            nft::meta(m, nft::NFT_META_SECPATH, nft::NFT_REG_1);
-            nft::cmp(m, Cmp::Eq, &[1]);
-            nft::accept(m);
+        rule(xfrm("the rule on packets from IPsec"), &|m| {
+            expr::meta(m, expr::NFT_META_SECPATH, expr::NFT_REG_1);
+            expr::cmp(m, Cmp::Eq, &[1]);
+            expr::accept(m);
         });
-        rule(xfrm("the rule on packets into IPsec"), false, &|m| {
-            nft::rt(m, nft::NFT_RT_XFRM, nft::NFT_REG_1);
-            nft::cmp(m, Cmp::Eq, &[1]);
-            nft::accept(m);
+        rule(xfrm("the rule on packets into IPsec"), &|m| {
+            expr::rt(m, expr::NFT_RT_XFRM, expr::NFT_REG_1);
+            expr::cmp(m, Cmp::Eq, &[1]);
+            expr::accept(m);
         });
     }
-    rule(step("the rule on multicast", NEEDS_NFT), false, &|m| {
-        nft::meta(m, nft::NFT_META_PKTTYPE, nft::NFT_REG_1);
-        nft::cmp(m, Cmp::Neq, &[0]); // PACKET_HOST
-        nft::accept(m);
+    rule(Step::new("the rule on multicast", NEEDS_NFT), &|m| {
+        expr::meta(m, expr::NFT_META_PKTTYPE, expr::NFT_REG_1);
+        expr::cmp(m, Cmp::Neq, &[0]); // PACKET_HOST
+        expr::accept(m);
     });
-    rule(step("the rule on IPv4 options", NEEDS_NFT), false, &|m| {
-        nft::meta(m, nft::NFT_META_NFPROTO, nft::NFT_REG_1);
-        nft::cmp(m, Cmp::Eq, &[NFPROTO_IPV4]);
-        nft::payload(m, nft::NFT_PAYLOAD_NETWORK_HEADER, 0, 1);
-        nft::mask(m, &[0x0f]);
-        nft::cmp(m, Cmp::Neq, &[5]);
-        nft::accept(m);
+    rule(Step::new("the rule on IPv4 options", NEEDS_NFT), &|m| {
+        expr::meta(m, expr::NFT_META_NFPROTO, expr::NFT_REG_1);
+        expr::cmp(m, Cmp::Eq, &[NFPROTO_IPV4]);
+        expr::payload(m, expr::NFT_PAYLOAD_NETWORK_HEADER, 0, 1);
+        expr::mask(m, &[0x0f]);
+        expr::cmp(m, Cmp::Neq, &[5]);
+        expr::accept(m);
     });
-    rule(step("the rule on IPv6 extension headers", NEEDS_NFT), false, &|m| {
-        nft::meta(m, nft::NFT_META_NFPROTO, nft::NFT_REG_1);
-        nft::cmp(m, Cmp::Eq, &[NFPROTO_IPV6]);
-        nft::payload(m, nft::NFT_PAYLOAD_NETWORK_HEADER, 6, 1);
-        nft::cmp(m, Cmp::Neq, &[6]);
-        nft::cmp(m, Cmp::Neq, &[17]);
-        nft::accept(m);
+    rule(Step::new("the rule on IPv6 extension headers", NEEDS_NFT), &|m| {
+        expr::meta(m, expr::NFT_META_NFPROTO, expr::NFT_REG_1);
+        expr::cmp(m, Cmp::Eq, &[NFPROTO_IPV6]);
+        expr::payload(m, expr::NFT_PAYLOAD_NETWORK_HEADER, 6, 1);
+        expr::cmp(m, Cmp::Neq, &[6]);
+        expr::cmp(m, Cmp::Neq, &[17]);
+        expr::accept(m);
     });
     let once = |m: &mut Message<'_>| {
-        nft::meta(m, nft::NFT_META_IIF, nft::NFT_REG_1);
-        nft::ct(m, nft::NFT_CT_ID, nft::NFT_REG32_01);
-        nft::ct(m, nft::NFT_CT_DIRECTION, nft::NFT_REG32_02);
-        nft::add_once_an_hour(m, SIGHTED, SIGHTED_ID);
-        nft::log(m, config.group, SNAPLEN);
+        expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
+        expr::ct(m, expr::NFT_CT_ID, expr::NFT_REG32_01);
+        expr::ct(m, expr::NFT_CT_DIRECTION, expr::NFT_REG32_02);
+        expr::add_once_an_hour(m, SIGHTED, SIGHTED_ID);
+        expr::log(m, config.group, SNAPLEN);
     };
     let status = |m: &mut Message<'_>, bits: u32| {
-        nft::ct(m, nft::NFT_CT_STATUS, nft::NFT_REG_1);
-        nft::mask(m, &bits.to_ne_bytes());
-        nft::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
+        expr::ct(m, expr::NFT_CT_STATUS, expr::NFT_REG_1);
+        expr::mask(m, &bits.to_ne_bytes());
+        expr::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
     };
-    rule(step("the rule on TCP", NEEDS_LOG), false, &|m| {
-        nft::meta(m, nft::NFT_META_L4PROTO, nft::NFT_REG_1);
-        nft::cmp(m, Cmp::Eq, &[6]);
+    rule(Step::new("the rule on TCP", NEEDS_LOG), &|m| {
+        expr::meta(m, expr::NFT_META_L4PROTO, expr::NFT_REG_1);
+        expr::cmp(m, Cmp::Eq, &[6]);
         status(m, CtStatus::ASSURED);
-        nft::payload(m, nft::NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1);
-        nft::mask(m, &[0x07]); // RST | SYN | FIN
-        nft::cmp(m, Cmp::Eq, &[0]);
+        expr::payload(m, expr::NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1);
+        expr::mask(m, &[0x07]); // RST | SYN | FIN
+        expr::cmp(m, Cmp::Eq, &[0]);
         once(m);
     });
-    rule(step("the rule on UDP", NEEDS_LOG), true, &|m| {
-        nft::meta(m, nft::NFT_META_L4PROTO, nft::NFT_REG_1);
-        nft::cmp(m, Cmp::Eq, &[17]);
+    rule(Step::new("the rule on UDP", NEEDS_LOG), &|m| {
+        expr::meta(m, expr::NFT_META_L4PROTO, expr::NFT_REG_1);
+        expr::cmp(m, Cmp::Eq, &[17]);
         if !config.one_way_udp {
             status(m, CtStatus::SEEN_REPLY);
         }
         once(m);
     });
-}
-
-/// The attributes of a message about elements of a set.
-fn elements<K: AsRef<[u8]>>(
-    m: &mut Message<'_>,
-    table: &str,
-    set: &str,
-    keys: impl Iterator<Item = K>,
-) {
-    m.str(NFTA_SET_ELEM_LIST_TABLE, table).str(NFTA_SET_ELEM_LIST_SET, set);
-    m.nested(NFTA_SET_ELEM_LIST_ELEMENTS, |m| {
-        for key in keys {
-            m.nested(nft::NFTA_LIST_ELEM, |m| {
-                m.nested(NFTA_SET_ELEM_KEY, |m| {
-                    m.attr(nft::NFTA_DATA_VALUE, key.as_ref());
-                });
-            });
-        }
-    });
-}
-
-/// The keys in one message of a set's dump.
-fn element_keys<'a>(m: &Received<'a>) -> impl Iterator<Item = &'a [u8]> {
-    m.attrs(NFGENMSG_LEN)
-        .filter(|a| a.ty == NFTA_SET_ELEM_LIST_ELEMENTS)
-        .flat_map(|list| list.nested().filter(|a| a.ty == nft::NFTA_LIST_ELEM))
-        .filter_map(|e| e.nested().find_type(NFTA_SET_ELEM_KEY))
-        .filter_map(|key| key.nested().find_type(nft::NFTA_DATA_VALUE))
-        .map(|value| value.payload)
-}
-
-fn get(msg: u16, flags: u16, seq: u32, fill: impl FnOnce(&mut Message<'_>)) -> Vec<u8> {
-    let mut buf = Vec::with_capacity(128);
-    let mut m = Message::new(&mut buf, msg_type(SUBSYS_NFTABLES, msg), REQUEST | flags, seq);
-    m.raw(&nfgenmsg(NFPROTO_INET, 0));
-    fill(&mut m);
-    m.finish();
-    buf
 }
 
 #[cfg(test)]

@@ -13,32 +13,12 @@
 //! (`net.netfilter.nf_conntrack_events` = 2).
 //!
 //! Every socket serves the network namespace of the thread that opened it, and blocks: each wants
-//! a thread of its own.
+//! a thread of its own. The codecs of nf_tables and of conntrack's entries are in
+//! [`netdev_providers::netlink::netfilter`]: a provider speaks with both as well.
 
 pub mod conntrack;
 pub mod ledger;
 pub mod nflog;
-mod nft;
-
-/// `struct nfgenmsg` (`linux/netfilter/nfnetlink.h`): family, version, resource id.
-const NFGENMSG_LEN: usize = 4;
-/// `NFNL_SUBSYS_CTNETLINK`.
-const SUBSYS_CTNETLINK: u16 = 1;
-/// `NFNL_SUBSYS_ULOG`.
-const SUBSYS_ULOG: u16 = 4;
-/// `NFNL_SUBSYS_NFTABLES`.
-const SUBSYS_NFTABLES: u16 = 10;
-
-/// `nlmsg_type` of a message of a subsystem.
-const fn msg_type(subsys: u16, msg: u16) -> u16 {
-    subsys << 8 | msg
-}
-
-/// `struct nfgenmsg`, version `NFNETLINK_V0`; the resource id is in network order.
-const fn nfgenmsg(family: u8, res_id: u16) -> [u8; NFGENMSG_LEN] {
-    let id = res_id.to_be_bytes();
-    [family, 0, id[0], id[1]]
-}
 
 /// Bytes of a hex text, for the messages captured from real kernels.
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use netdev_providers::netlink::error::KernelError;
+use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_ULOG, msg_type, nfgenmsg};
 use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::wire::{AttrIter, MessageIter, Received};
 use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
@@ -13,7 +14,6 @@ use nix::errno::Errno;
 use tracing::debug;
 
 use super::conntrack::{self, CtEntry};
-use super::{NFGENMSG_LEN, SUBSYS_ULOG, msg_type, nfgenmsg};
 
 // linux/netfilter/nfnetlink_log.h
 const NFULNL_MSG_PACKET: u16 = 0;

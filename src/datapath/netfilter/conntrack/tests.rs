@@ -1,3 +1,6 @@
+use std::net::IpAddr;
+
+use netdev_providers::netlink::netfilter::conntrack::{AF_INET, AF_INET6};
 use netlink_bindings::conntrack::ConntrackAttrs;
 use proptest::prelude::*;
 

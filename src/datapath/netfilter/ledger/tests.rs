@@ -30,7 +30,7 @@ fn built(config: &LedgerConfig) -> Vec<u8> {
     let mut socket = Socket::open(Family::Netfilter).unwrap();
     let mut t = Transaction::new(&mut socket);
     describe(&mut t, config, true);
-    t.buf
+    t.bytes().to_vec()
 }
 
 #[test]

@@ -1,47 +1,62 @@
-//! The nf_tables expressions (`linux/netfilter/nf_tables.h`) that the ledger's rules are made of.
+//! The nf_tables expressions (`linux/netfilter/nf_tables.h`) that rules of ours are made of.
 //!
 //! All numbers of nf_tables attributes are in network order; data that goes into registers is as
 //! the packet or the kernel has it.
 
-use netdev_providers::netlink::Message;
+use super::{NFTA_DATA_VALUE, NFTA_LIST_ELEM};
+use crate::netlink::wire::Message;
 
-// enum nft_list_attributes, nft_expr_attributes
-pub(super) const NFTA_LIST_ELEM: u16 = 1;
+// enum nft_expr_attributes
 const NFTA_EXPR_NAME: u16 = 1;
 const NFTA_EXPR_DATA: u16 = 2;
 // enum nft_data_attributes, nft_verdict_attributes
-pub(super) const NFTA_DATA_VALUE: u16 = 1;
 const NFTA_DATA_VERDICT: u16 = 2;
 const NFTA_VERDICT_CODE: u16 = 1;
 const NF_ACCEPT: u32 = 1; // linux/netfilter.h
 // enum nft_registers: the verdict, the first of 16 bytes, and the second and third of 4 bytes
 // (NFT_REG32_01 and 02 are bytes 4..8 and 8..12 of NFT_REG_1).
 const NFT_REG_VERDICT: u32 = 0;
-pub(super) const NFT_REG_1: u32 = 1;
-pub(super) const NFT_REG32_01: u32 = 9;
-pub(super) const NFT_REG32_02: u32 = 10;
+/// `NFT_REG_1`.
+pub const NFT_REG_1: u32 = 1;
+/// `NFT_REG32_01`.
+pub const NFT_REG32_01: u32 = 9;
+/// `NFT_REG32_02`.
+pub const NFT_REG32_02: u32 = 10;
 // enum nft_meta_keys
-pub(super) const NFT_META_IIF: u32 = 4;
-pub(super) const NFT_META_NFPROTO: u32 = 15;
-pub(super) const NFT_META_L4PROTO: u32 = 16;
-pub(super) const NFT_META_PKTTYPE: u32 = 19;
-pub(super) const NFT_META_SECPATH: u32 = 25;
+/// `NFT_META_IIF`.
+pub const NFT_META_IIF: u32 = 4;
+/// `NFT_META_NFPROTO`.
+pub const NFT_META_NFPROTO: u32 = 15;
+/// `NFT_META_L4PROTO`.
+pub const NFT_META_L4PROTO: u32 = 16;
+/// `NFT_META_PKTTYPE`.
+pub const NFT_META_PKTTYPE: u32 = 19;
+/// `NFT_META_SECPATH`.
+pub const NFT_META_SECPATH: u32 = 25;
 // enum nft_ct_keys
-pub(super) const NFT_CT_DIRECTION: u32 = 1;
-pub(super) const NFT_CT_STATUS: u32 = 2;
-pub(super) const NFT_CT_ID: u32 = 23;
+/// `NFT_CT_DIRECTION`.
+pub const NFT_CT_DIRECTION: u32 = 1;
+/// `NFT_CT_STATUS`.
+pub const NFT_CT_STATUS: u32 = 2;
+/// `NFT_CT_ID`.
+pub const NFT_CT_ID: u32 = 23;
 // enum nft_rt_keys
-pub(super) const NFT_RT_XFRM: u32 = 4;
+/// `NFT_RT_XFRM`.
+pub const NFT_RT_XFRM: u32 = 4;
 // enum nft_payload_bases
-pub(super) const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
-pub(super) const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
+/// `NFT_PAYLOAD_NETWORK_HEADER`.
+pub const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
+/// `NFT_PAYLOAD_TRANSPORT_HEADER`.
+pub const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 // enum nft_lookup_flags
 const NFT_LOOKUP_F_INV: u32 = 1;
 
 /// `enum nft_cmp_ops`.
-#[derive(Clone, Copy)]
-pub(super) enum Cmp {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cmp {
+    /// Equal.
     Eq = 0,
+    /// Not equal.
     Neq = 1,
 }
 
@@ -59,20 +74,23 @@ fn load(m: &mut Message<'_>, name: &str, key: u32, dreg: u32) {
     });
 }
 
-pub(super) fn meta(m: &mut Message<'_>, key: u32, dreg: u32) {
+/// `meta KEY` into a register.
+pub fn meta(m: &mut Message<'_>, key: u32, dreg: u32) {
     load(m, "meta", key, dreg);
 }
 
-pub(super) fn ct(m: &mut Message<'_>, key: u32, dreg: u32) {
+/// `ct KEY` into a register.
+pub fn ct(m: &mut Message<'_>, key: u32, dreg: u32) {
     load(m, "ct", key, dreg);
 }
 
-pub(super) fn rt(m: &mut Message<'_>, key: u32, dreg: u32) {
+/// `rt KEY` into a register.
+pub fn rt(m: &mut Message<'_>, key: u32, dreg: u32) {
     load(m, "rt", key, dreg);
 }
 
 /// Bytes of the packet into register 1.
-pub(super) fn payload(m: &mut Message<'_>, base: u32, offset: u32, len: u32) {
+pub fn payload(m: &mut Message<'_>, base: u32, offset: u32, len: u32) {
     expr(m, "payload", |m| {
         // NFTA_PAYLOAD_DREG, _BASE, _OFFSET, _LEN
         m.be32(1, NFT_REG_1).be32(2, base).be32(3, offset).be32(4, len);
@@ -80,7 +98,7 @@ pub(super) fn payload(m: &mut Message<'_>, base: u32, offset: u32, len: u32) {
 }
 
 /// Register 1 compared with bytes; the rule ends here when it does not hold.
-pub(super) fn cmp(m: &mut Message<'_>, op: Cmp, data: &[u8]) {
+pub fn cmp(m: &mut Message<'_>, op: Cmp, data: &[u8]) {
     expr(m, "cmp", |m| {
         // NFTA_CMP_SREG, _OP, _DATA
         m.be32(1, NFT_REG_1).be32(2, op as u32).nested(3, |m| {
@@ -90,7 +108,7 @@ pub(super) fn cmp(m: &mut Message<'_>, op: Cmp, data: &[u8]) {
 }
 
 /// Register 1 masked in place.
-pub(super) fn mask(m: &mut Message<'_>, mask: &[u8]) {
+pub fn mask(m: &mut Message<'_>, mask: &[u8]) {
     let zero = [0; 16];
     expr(m, "bitwise", |m| {
         #[expect(clippy::cast_possible_truncation, reason = "at most 16")]
@@ -107,7 +125,7 @@ pub(super) fn mask(m: &mut Message<'_>, mask: &[u8]) {
 }
 
 /// The rule ends here when register 1 is in the set.
-pub(super) fn lookup_not(m: &mut Message<'_>, set: &str, set_id: u32) {
+pub fn lookup_not(m: &mut Message<'_>, set: &str, set_id: u32) {
     expr(m, "lookup", |m| {
         // NFTA_LOOKUP_SREG, _SET, _SET_ID, _FLAGS
         m.be32(2, NFT_REG_1).str(1, set).be32(4, set_id).be32(5, NFT_LOOKUP_F_INV);
@@ -115,7 +133,7 @@ pub(super) fn lookup_not(m: &mut Message<'_>, set: &str, set_id: u32) {
 }
 
 /// The verdict `accept`.
-pub(super) fn accept(m: &mut Message<'_>) {
+pub fn accept(m: &mut Message<'_>) {
     expr(m, "immediate", |m| {
         // NFTA_IMMEDIATE_DREG, _DATA
         m.be32(1, NFT_REG_VERDICT).nested(2, |m| {
@@ -128,7 +146,7 @@ pub(super) fn accept(m: &mut Message<'_>) {
 
 /// `add @set { <register 1> limit rate 1/hour burst 1 packets }`: the rule goes on only for the
 /// packet that got the element's one token.
-pub(super) fn add_once_an_hour(m: &mut Message<'_>, set: &str, set_id: u32) {
+pub fn add_once_an_hour(m: &mut Message<'_>, set: &str, set_id: u32) {
     const NFT_DYNSET_OP_ADD: u32 = 0;
     expr(m, "dynset", |m| {
         // NFTA_DYNSET_SREG_KEY, _OP, _SET_NAME, _SET_ID, _EXPR
@@ -143,7 +161,7 @@ pub(super) fn add_once_an_hour(m: &mut Message<'_>, set: &str, set_id: u32) {
 }
 
 /// `log group G snaplen S queue-threshold 1`.
-pub(super) fn log(m: &mut Message<'_>, group: u16, snaplen: u32) {
+pub fn log(m: &mut Message<'_>, group: u16, snaplen: u32) {
     expr(m, "log", |m| {
         // NFTA_LOG_GROUP, _SNAPLEN, _QTHRESHOLD
         m.be16(1, group).be32(3, snaplen).be16(4, 1);

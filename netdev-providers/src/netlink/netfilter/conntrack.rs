@@ -1,0 +1,391 @@
+//! Entries of conntrack as ctnetlink writes them: what an entry says, and how one is named in a
+//! request.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use super::{SUBSYS_CTNETLINK, msg_type, nfgenmsg};
+use crate::contract::types::{Direction, L4Proto, Tuple, Zone};
+use crate::netlink::socket::REQUEST;
+use crate::netlink::wire::{Message, Nested};
+
+// linux/netfilter/nfnetlink_conntrack.h: enum cntl_msg_types
+/// `IPCTNL_MSG_CT_NEW`.
+pub const IPCTNL_MSG_CT_NEW: u16 = 0;
+/// `IPCTNL_MSG_CT_GET`.
+pub const IPCTNL_MSG_CT_GET: u16 = 1;
+/// `IPCTNL_MSG_CT_DELETE`.
+pub const IPCTNL_MSG_CT_DELETE: u16 = 2;
+// enum ctattr_type
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+/// `CTA_PROTOINFO`.
+pub const CTA_PROTOINFO: u16 = 4;
+const CTA_HELP: u16 = 5;
+/// `CTA_TIMEOUT`, in seconds.
+pub const CTA_TIMEOUT: u16 = 7;
+const CTA_MARK: u16 = 8;
+/// `CTA_ID`.
+pub const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+// enum ctattr_tuple, ctattr_ip, ctattr_l4proto
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_TUPLE_ZONE: u16 = 3;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
+// enum ctattr_protoinfo, ctattr_protoinfo_tcp
+/// `CTA_PROTOINFO_TCP`.
+pub const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+/// `CTA_PROTOINFO_TCP_FLAGS_ORIGINAL`.
+pub const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+/// `CTA_PROTOINFO_TCP_FLAGS_REPLY`.
+pub const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
+/// `IP_CT_TCP_FLAG_BE_LIBERAL` (`linux/netfilter/nf_conntrack_tcp.h`).
+pub const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
+/// `AF_INET` as `nfgen_family`.
+pub const AF_INET: u8 = 2;
+/// `AF_INET6` as `nfgen_family`.
+pub const AF_INET6: u8 = 10;
+
+/// The kernel's id of an entry (`nf_ct_get_id`), as `conntrack -o id` and `nft` show it: a hash
+/// over the entry's address and its original tuple. It tells an entry from another at one time; an
+/// entry that follows upon a dead one can, with the same tuple, get the same id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CtId(pub u32);
+
+impl fmt::Display for CtId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// `enum ip_conntrack_status` (`linux/netfilter/nf_conntrack_common.h`).
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct CtStatus(pub u32);
+
+impl CtStatus {
+    /// `IPS_EXPECTED`: a helper foresaw it.
+    pub const EXPECTED: u32 = 1;
+    /// `IPS_SEEN_REPLY`.
+    pub const SEEN_REPLY: u32 = 1 << 1;
+    /// `IPS_ASSURED`: not dropped early; TCP after the handshake, UDP after some traffic.
+    pub const ASSURED: u32 = 1 << 2;
+    /// `IPS_CONFIRMED`: in the table.
+    pub const CONFIRMED: u32 = 1 << 3;
+    /// `IPS_SRC_NAT`.
+    pub const SRC_NAT: u32 = 1 << 4;
+    /// `IPS_DST_NAT`.
+    pub const DST_NAT: u32 = 1 << 5;
+    /// `IPS_SEQ_ADJUST`: a helper changes lengths, so sequence numbers are rewritten.
+    pub const SEQ_ADJUST: u32 = 1 << 6;
+    /// `IPS_DYING`.
+    pub const DYING: u32 = 1 << 9;
+    /// `IPS_FIXED_TIMEOUT`: a write of the timeout is refused (EPERM).
+    pub const FIXED_TIMEOUT: u32 = 1 << 10;
+    /// `IPS_TEMPLATE`.
+    pub const TEMPLATE: u32 = 1 << 11;
+    /// `IPS_NAT_CLASH`: one of two entries for a UDP packet that raced.
+    pub const NAT_CLASH: u32 = 1 << 12;
+    /// `IPS_HELPER`: a helper was attached by a rule.
+    pub const HELPER: u32 = 1 << 13;
+    /// `IPS_OFFLOAD`: in a flowtable.
+    pub const OFFLOAD: u32 = 1 << 14;
+    /// `IPS_HW_OFFLOAD`: in the hardware, by a flowtable.
+    pub const HW_OFFLOAD: u32 = 1 << 15;
+
+    const fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+    /// [`ASSURED`](Self::ASSURED).
+    #[must_use]
+    pub const fn assured(self) -> bool {
+        self.has(Self::ASSURED)
+    }
+    /// [`SEEN_REPLY`](Self::SEEN_REPLY).
+    #[must_use]
+    pub const fn seen_reply(self) -> bool {
+        self.has(Self::SEEN_REPLY)
+    }
+    /// [`CONFIRMED`](Self::CONFIRMED).
+    #[must_use]
+    pub const fn confirmed(self) -> bool {
+        self.has(Self::CONFIRMED)
+    }
+    /// [`DYING`](Self::DYING).
+    #[must_use]
+    pub const fn dying(self) -> bool {
+        self.has(Self::DYING)
+    }
+    /// [`FIXED_TIMEOUT`](Self::FIXED_TIMEOUT).
+    #[must_use]
+    pub const fn fixed_timeout(self) -> bool {
+        self.has(Self::FIXED_TIMEOUT)
+    }
+    /// [`SEQ_ADJUST`](Self::SEQ_ADJUST).
+    #[must_use]
+    pub const fn seq_adjust(self) -> bool {
+        self.has(Self::SEQ_ADJUST)
+    }
+    /// [`NAT_CLASH`](Self::NAT_CLASH).
+    #[must_use]
+    pub const fn nat_clash(self) -> bool {
+        self.has(Self::NAT_CLASH)
+    }
+    /// [`HELPER`](Self::HELPER).
+    #[must_use]
+    pub const fn helper(self) -> bool {
+        self.has(Self::HELPER)
+    }
+    /// [`SRC_NAT`](Self::SRC_NAT).
+    #[must_use]
+    pub const fn snat(self) -> bool {
+        self.has(Self::SRC_NAT)
+    }
+    /// [`DST_NAT`](Self::DST_NAT).
+    #[must_use]
+    pub const fn dnat(self) -> bool {
+        self.has(Self::DST_NAT)
+    }
+    /// [`OFFLOAD`](Self::OFFLOAD).
+    #[must_use]
+    pub const fn offload(self) -> bool {
+        self.has(Self::OFFLOAD)
+    }
+    /// [`HW_OFFLOAD`](Self::HW_OFFLOAD).
+    #[must_use]
+    pub const fn hw_offload(self) -> bool {
+        self.has(Self::HW_OFFLOAD)
+    }
+}
+
+impl fmt::Debug for CtStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CtStatus({:#x})", self.0)
+    }
+}
+
+/// `enum tcp_conntrack` (`linux/netfilter/nf_conntrack_tcp.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "the names are the kernel's")]
+pub enum TcpState {
+    None = 0,
+    SynSent = 1,
+    SynRecv = 2,
+    Established = 3,
+    FinWait = 4,
+    CloseWait = 5,
+    LastAck = 6,
+    TimeWait = 7,
+    Close = 8,
+    /// A simultaneous open.
+    SynSent2 = 9,
+}
+
+impl TcpState {
+    /// `None` for numbers that the kernel does not show.
+    #[must_use]
+    pub const fn from_number(n: u8) -> Option<Self> {
+        Some(match n {
+            0 => Self::None,
+            1 => Self::SynSent,
+            2 => Self::SynRecv,
+            3 => Self::Established,
+            4 => Self::FinWait,
+            5 => Self::CloseWait,
+            6 => Self::LastAck,
+            7 => Self::TimeWait,
+            8 => Self::Close,
+            9 => Self::SynSent2,
+            _ => return None,
+        })
+    }
+}
+
+/// A TCP or UDP connection as the kernel tells it. What an event leaves out is `None`, or empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CtEntry {
+    /// The kernel's id.
+    pub id: Option<CtId>,
+    /// The zone that the **original** tuple is unique in, and is looked up in: the entry's zone, or
+    /// that of its original direction (`ct original zone set`); 0 where the zone holds for replies
+    /// only.
+    pub zone: Zone,
+    /// As the packet that created it.
+    pub original: Tuple,
+    /// As the answers come in: differs from the inverted original by the NAT.
+    pub reply: Tuple,
+    /// Status bits.
+    pub status: CtStatus,
+    /// TCP only, and only where the kernel tells it: an event tells it when it changed.
+    pub tcp_state: Option<TcpState>,
+    /// Whether TCP windows go unchecked, original and reply direction (`IP_CT_TCP_FLAG_BE_LIBERAL`);
+    /// where [`tcp_state`](Self::tcp_state) is told, except in destroy events.
+    pub tcp_liberal: [bool; 2],
+    /// Until the entry expires; not in destroy events.
+    pub timeout: Option<Duration>,
+    /// The connection's mark.
+    pub mark: u32,
+    /// A helper looks into it: the status bit, or a helper that came with the expectation.
+    pub helper: bool,
+}
+
+impl CtEntry {
+    /// Reads an entry: `None` when it is neither TCP nor UDP, or not well-formed. `family` is the
+    /// `nfgen_family` of the message, which tells the addresses' family.
+    #[must_use]
+    pub fn parse(family: u8, attrs: Nested<'_>) -> Option<Self> {
+        let mut original = None;
+        let mut reply = None;
+        let (mut zone, mut tuple_zone) = (None, None);
+        let mut id = None;
+        let mut status = CtStatus::default();
+        let mut timeout = None;
+        let mut mark = 0;
+        let mut helper = false;
+        let mut protoinfo = None;
+        for a in attrs {
+            match a.ty {
+                CTA_TUPLE_ORIG => {
+                    original = Some(parse_tuple(family, a.nested())?);
+                    tuple_zone = a.nested().find_type(CTA_TUPLE_ZONE).and_then(|a| a.be16());
+                }
+                CTA_TUPLE_REPLY => reply = Some(parse_tuple(family, a.nested())?),
+                CTA_ZONE => zone = a.be16(),
+                CTA_ID => id = a.be32().map(CtId),
+                CTA_STATUS => status = CtStatus(a.be32()?),
+                CTA_TIMEOUT => timeout = a.be32().map(|s| Duration::from_secs(s.into())),
+                CTA_MARK => mark = a.be32()?,
+                CTA_HELP => helper = true,
+                CTA_PROTOINFO => protoinfo = a.nested().find_type(CTA_PROTOINFO_TCP),
+                _ => {}
+            }
+        }
+        let (original, reply) = (original?, reply?);
+        let mut tcp_state = None;
+        let mut tcp_liberal = [false; 2];
+        for a in protoinfo.iter().flat_map(|p| p.nested()) {
+            // struct nf_ct_tcp_flags: flags, mask
+            let liberal = || a.u8().is_some_and(|f| f & IP_CT_TCP_FLAG_BE_LIBERAL != 0);
+            match a.ty {
+                CTA_PROTOINFO_TCP_STATE => tcp_state = a.u8().and_then(TcpState::from_number),
+                CTA_PROTOINFO_TCP_FLAGS_ORIGINAL => tcp_liberal[0] = liberal(),
+                CTA_PROTOINFO_TCP_FLAGS_REPLY => tcp_liberal[1] = liberal(),
+                _ => {}
+            }
+        }
+        let helper = helper || status.helper();
+        let zone = Zone(zone.or(tuple_zone).unwrap_or(0));
+        Some(Self {
+            id,
+            zone,
+            original,
+            reply,
+            status,
+            tcp_state,
+            tcp_liberal,
+            timeout,
+            mark,
+            helper,
+        })
+    }
+
+    /// Addresses and ports of its packets as they come in: before any NAT.
+    #[must_use]
+    pub const fn incoming(&self, direction: Direction) -> Tuple {
+        match direction {
+            Direction::Original => self.original,
+            Direction::Reply => self.reply,
+        }
+    }
+
+    /// Addresses and ports of its packets as they go out: after all NAT.
+    #[must_use]
+    pub const fn outgoing(&self, direction: Direction) -> Tuple {
+        self.incoming(direction.opposite()).inverted()
+    }
+
+    /// Addresses and ports of its packets in the forward hook: after destination NAT, before source
+    /// NAT (for replies: after the reversal of source NAT, before that of destination NAT).
+    #[must_use]
+    pub fn in_forward(&self, direction: Direction) -> Option<Tuple> {
+        let (i, o) = (self.incoming(direction), self.outgoing(direction));
+        Tuple::new(i.proto(), i.src(), i.sport(), o.dst(), o.dport())
+    }
+}
+
+fn parse_tuple(family: u8, attrs: Nested<'_>) -> Option<Tuple> {
+    let ip = attrs.find_type(CTA_TUPLE_IP)?.nested();
+    let proto = attrs.find_type(CTA_TUPLE_PROTO)?.nested();
+    let number = proto.find_type(CTA_PROTO_NUM)?.u8()?;
+    let l4 = L4Proto::from_number(number)?;
+    let (src, dst): (IpAddr, IpAddr) = match family {
+        AF_INET => {
+            let get = |ty| -> Option<IpAddr> {
+                let b: [u8; 4] = ip.find_type(ty)?.payload.try_into().ok()?;
+                Some(Ipv4Addr::from(b).into())
+            };
+            (get(CTA_IP_V4_SRC)?, get(CTA_IP_V4_DST)?)
+        }
+        AF_INET6 => {
+            let get = |ty| -> Option<IpAddr> {
+                let b: [u8; 16] = ip.find_type(ty)?.payload.try_into().ok()?;
+                Some(Ipv6Addr::from(b).into())
+            };
+            (get(CTA_IP_V6_SRC)?, get(CTA_IP_V6_DST)?)
+        }
+        _ => return None,
+    };
+    let port = |ty| proto.find_type(ty)?.be16();
+    Tuple::new(l4, src, port(CTA_PROTO_SRC_PORT)?, dst, port(CTA_PROTO_DST_PORT)?)
+}
+
+fn put_tuple(m: &mut Message<'_>, ty: u16, t: &Tuple) {
+    m.nested(ty, |m| {
+        m.nested(CTA_TUPLE_IP, |m| match (t.src(), t.dst()) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                m.attr(CTA_IP_V4_SRC, &src.octets()).attr(CTA_IP_V4_DST, &dst.octets());
+            }
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                m.attr(CTA_IP_V6_SRC, &src.octets()).attr(CTA_IP_V6_DST, &dst.octets());
+            }
+            _ => {} // a Tuple is of one family
+        })
+        .nested(CTA_TUPLE_PROTO, |m| {
+            m.u8(CTA_PROTO_NUM, t.proto().number())
+                .be16(CTA_PROTO_SRC_PORT, t.sport())
+                .be16(CTA_PROTO_DST_PORT, t.dport());
+        });
+    });
+}
+
+/// Starts a message about the entry of (zone, original tuple).
+///
+/// Zone 0 is what the kernel assumes without the attribute; a number means an entry whose zone
+/// holds for both directions, and finds one whose zone holds for the original direction as well.
+pub fn about<'b>(
+    buf: &'b mut Vec<u8>,
+    msg: u16,
+    flags: u16,
+    seq: u32,
+    zone: Zone,
+    original: &Tuple,
+) -> Message<'b> {
+    let family = if original.is_ipv6() { AF_INET6 } else { AF_INET };
+    let mut m = Message::new(buf, msg_type(SUBSYS_CTNETLINK, msg), REQUEST | flags, seq);
+    m.raw(&nfgenmsg(family, 0));
+    put_tuple(&mut m, CTA_TUPLE_ORIG, original);
+    if zone != Zone(0) {
+        m.be16(CTA_ZONE, zone.0);
+    }
+    m
+}

@@ -1,0 +1,32 @@
+//! The netfilter family: what nf_tables, conntrack and the packet log have in common, and the codecs
+//! of the first two.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`nft`] | nf_tables: transactions, expressions of rules, elements of sets |
+//! | [`conntrack`] | entries of conntrack |
+
+pub mod conntrack;
+pub mod nft;
+
+/// Size of `struct nfgenmsg` (`linux/netfilter/nfnetlink.h`): family, version, resource id.
+pub const NFGENMSG_LEN: usize = 4;
+/// `NFNL_SUBSYS_CTNETLINK`.
+pub const SUBSYS_CTNETLINK: u16 = 1;
+/// `NFNL_SUBSYS_ULOG`.
+pub const SUBSYS_ULOG: u16 = 4;
+/// `NFNL_SUBSYS_NFTABLES`.
+pub const SUBSYS_NFTABLES: u16 = 10;
+
+/// `nlmsg_type` of a message of a subsystem.
+#[must_use]
+pub const fn msg_type(subsys: u16, msg: u16) -> u16 {
+    subsys << 8 | msg
+}
+
+/// `struct nfgenmsg`, version `NFNETLINK_V0`; the resource id is in network order.
+#[must_use]
+pub const fn nfgenmsg(family: u8, res_id: u16) -> [u8; NFGENMSG_LEN] {
+    let id = res_id.to_be_bytes();
+    [family, 0, id[0], id[1]]
+}
