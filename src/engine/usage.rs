@@ -81,7 +81,9 @@ impl Engine {
         for port in self.0.publication.table().iter() {
             let Some(binding) = &port.binding else { continue };
             let started = self.0.clock.now_ms();
-            let (reports, result) = self.reports_of(port, &binding.provider);
+            let Some((reports, result)) = self.reports_of(port, &binding.provider) else {
+                continue;
+            };
             sweep.rules += reports.len() as u64;
             for report in reports {
                 self.reported(port, id, report, &mut sweep, &mut used, &before, strays);
@@ -97,17 +99,24 @@ impl Engine {
         sweep
     }
 
-    /// What the provider reports. It is asked on a thread of its own: one that panics, or does not
-    /// come back, makes its port faulty, and the others are swept all the same.
+    /// What the provider reports; `None` when its port is being deleted. It is asked on a thread of
+    /// its own: one that panics, or does not come back, makes its port faulty, and the others are
+    /// swept all the same.
     fn reports_of(
         &self,
         port: &Arc<Port>,
         provider: &Arc<dyn Provider>,
-    ) -> (Vec<RuleReport>, Result<(), Fault>) {
+    ) -> Option<(Vec<RuleReport>, Result<(), Fault>)> {
         let at_most = self.0.limits.complete;
-        if port.swept.swap(true, Ordering::AcqRel) {
+        if port.swept.swap(true, Ordering::SeqCst) {
             let fault = Fault::new("the provider has not come back from an earlier sweep");
-            return (Vec::new(), Err(fault));
+            return Some((Vec::new(), Err(fault)));
+        }
+        // Whoever releases the provider has set `draining` and then waits for `swept`: one of the two
+        // sees the other.
+        if port.draining.load(Ordering::SeqCst) {
+            port.swept.store(false, Ordering::SeqCst);
+            return None;
         }
         let (tx, rx) = mpsc::channel();
         let thread =
@@ -116,7 +125,7 @@ impl Engine {
                 move || {
                     let mut reports = Vec::new();
                     let result = contained(|| provider.usage(&mut |report| reports.push(report)));
-                    port.swept.store(false, Ordering::Release);
+                    port.swept.store(false, Ordering::SeqCst);
                     let result = result.unwrap_or_else(|panicked| {
                         port.set_fault(panicked.clone());
                         Err(Fault::new(panicked))
@@ -126,14 +135,14 @@ impl Engine {
                 }
             });
         if let Err(e) = thread {
-            port.swept.store(false, Ordering::Release);
-            return (Vec::new(), Err(Fault::new(format!("a thread for the sweep: {e}"))));
+            port.swept.store(false, Ordering::SeqCst);
+            return Some((Vec::new(), Err(Fault::new(format!("a thread for the sweep: {e}")))));
         }
-        rx.recv_timeout(at_most).unwrap_or_else(|_| {
+        Some(rx.recv_timeout(at_most).unwrap_or_else(|_| {
             let why = format!("the provider has not reported its rules within {at_most:?}");
             port.set_fault(why.clone());
             (Vec::new(), Err(Fault::new(why)))
-        })
+        }))
     }
 
     #[expect(clippy::too_many_arguments, reason = "the state of one sweep")]

@@ -388,6 +388,18 @@ impl Writer {
         true
     }
 
+    /// Waits for a sweep that is asking the provider. False when it takes too long.
+    fn swept(&self) -> bool {
+        let deadline = Instant::now() + self.shared.limits.complete;
+        while self.port.swept.load(Ordering::SeqCst) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        true
+    }
+
     fn retract(&mut self, egress: netdev_providers::Ifindex, staged: &mut Vec<Staged>) -> u64 {
         let mut n = 0;
         let towards = self.port.held().towards(egress);
@@ -474,6 +486,11 @@ impl Writer {
                 | Command::Repair
                 | Command::DeleteRule(..) => {}
             }
+        }
+        // The last call: a sweep that is under way comes to its end first.
+        if !self.swept() {
+            let why = "a sweep has not come back: the provider is released under it";
+            stopped.faults.push(Fault::new(why));
         }
         match self.guarded(|p| p.release()) {
             Ok(Ok(())) => {}

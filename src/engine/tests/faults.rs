@@ -179,3 +179,30 @@ fn a_provider_that_panics_when_it_is_released_is_reported_and_gone() {
     assert!(deleted.faults[0].to_string().contains("panicked"), "{:?}", deleted.faults);
     assert_eq!(b.engine.ports().len(), 1);
 }
+
+#[test]
+fn a_provider_is_released_behind_a_sweep_that_asks_it() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    dummy.hang(Call::Usage);
+    let sweep = std::thread::spawn({
+        let engine = b.engine.clone();
+        move || engine.sweep(&mut Strays::default()).faults.len()
+    });
+    let port = Arc::clone(b.engine.0.publication.table().get(ifindex(1)).unwrap());
+    wait_for(|| port.swept.load(Ordering::SeqCst));
+    let deleting = std::thread::spawn({
+        let engine = b.engine.clone();
+        move || engine.port_del(ifindex(1)).unwrap()
+    });
+    wait_for(|| b.engine.ports().is_empty());
+    std::thread::sleep(Duration::from_millis(20));
+    dummy.let_go();
+    let deleted = deleting.join().unwrap();
+    assert!(deleted.faults.is_empty(), "{:?}", deleted.faults);
+    assert_eq!(sweep.join().unwrap(), 0);
+    // Among them would be a call behind the release.
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+    assert!(b.engine.sweep(&mut Strays::default()).faults.is_empty());
+}
