@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use netdev_providers::{Direction, Zone};
+use netdev_providers::{Direction, Permanence, Zone};
 
 use super::TICK;
 use super::backend::{Known, Shared};
@@ -39,15 +39,17 @@ impl Reader {
 
     pub(super) fn run(mut self, stop: &AtomicBool) {
         let mut cleaned = Instant::now();
+        // Online only to offer: nobody who takes a port away waits for what the kernel is asked here.
+        self.worker.offline();
         while !stop.load(Ordering::Relaxed) {
-            self.worker.offline();
-            let read = self.log.next(TICK);
-            self.worker.online();
-            let lost = match read {
+            let lost = match self.log.next(TICK) {
                 Ok(LogRead { sights, lost }) => {
-                    for sight in &sights {
-                        self.sighted(sight);
+                    let identified: Vec<_> = sights.iter().map(|s| (s, self.identify(s))).collect();
+                    self.worker.online();
+                    for (sight, whose) in identified {
+                        self.sighted(sight, whose);
                     }
+                    self.worker.offline();
                     lost
                 }
                 Err(e) => {
@@ -67,9 +69,9 @@ impl Reader {
         }
     }
 
-    fn sighted(&mut self, sight: &Sight) {
+    fn sighted(&mut self, sight: &Sight, whose: Option<(CtEntry, CtId, Direction)>) {
         self.backend.counts().sights.fetch_add(1, Ordering::Relaxed);
-        let Some((entry, id, direction)) = self.identify(sight) else {
+        let Some((entry, id, direction)) = whose else {
             tracing::debug!(iif = %sight.in_dev, "a sight without a connection of ours");
             return;
         };
@@ -101,20 +103,23 @@ impl Reader {
                 known.conn.clone_from(&conn);
             }
         }
+        // No port: it has gone since, and its elements go with it.
+        let Some(port) = self.worker.port(sight.in_dev) else { return };
         let Some(conn) = conn else {
             if offloadable {
+                port.conn_table_full();
                 self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
             }
             return;
         };
-        // No port: it has gone since, and its elements go with it.
-        let Some(port) = self.worker.port(sight.in_dev) else { return };
         let path =
             PathSpec::Resolve(PathHint { ingress: None, egress: sight.out_dev, mark: sight.mark });
         match port.conn_seen(&conn, direction, path) {
             Offer::Refused(reason) => {
                 tracing::debug!(%conn, %direction, %reason, "offer refused");
-                self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+                if reason.permanence() == Permanence::Transient {
+                    self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+                }
             }
             Offer::Queued | Offer::Decided | Offer::Unbound => {}
         }

@@ -243,6 +243,13 @@ impl PortRef<'_> {
         }
     }
 
+    /// The datapath could not make a connection for a packet that was seen here
+    /// ([`Engine::conn_create`](super::Engine::conn_create) gave none): counted for the port, as
+    /// there is no slot to keep it. For any thread.
+    pub fn conn_table_full(&self) {
+        self.port.counters.count(Reason::ConnTableFull);
+    }
+
     fn refuse(&self, reason: Reason) -> Offer {
         self.port.counters.count(reason);
         Offer::Refused(reason)
