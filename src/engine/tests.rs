@@ -6,8 +6,8 @@ mod model;
 use std::sync::Mutex as StdMutex;
 use std::time::Duration;
 
-use netdev_providers::dummy::{Call, DummyClass};
-use netdev_providers::{Forward, MacAddr, MacRewrite, Reason, Rejection};
+use netdev_providers::dummy::{Call, DummyClass, DummyRule};
+use netdev_providers::{Forward, MacAddr, MacRewrite, Permanence, Reason, Rejection};
 
 use super::datapath::{Path, PathHint, PathSpec, Sight};
 use super::slot::SlotState;
@@ -561,6 +561,22 @@ fn a_full_queue_is_a_refusal_that_leaves_the_slot_open() {
     assert_eq!(b.offer(1, &conn, Original), Offer::Refused(Reason::QueueFull));
     assert!(b.engine.slots(&conn).is_empty());
     assert_eq!(b.engine.ports()[0].reasons, [(Reason::QueueFull, 1)]);
+}
+
+#[test]
+fn a_connection_that_there_is_no_room_for_is_counted_where_it_was_seen() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::with_limits(&[&dummy], Limits { connections: 1, ..Limits::default() });
+    b.port(1);
+    let first = b.conn(1);
+    let original = "tcp 192.0.2.9:9 > 198.51.100.1:80".parse().unwrap();
+    let key = ConnKey { zone: Zone(0), original };
+    assert!(b.engine.conn_create(key, original.inverted(), 9).is_none());
+    b.engine.worker().port(ifindex(1)).unwrap().conn_table_full();
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::ConnTableFull, 1)]);
+    // The bound is on those that live.
+    b.engine.conn_del(&first);
+    assert!(b.engine.conn_create(key, original.inverted(), 9).is_some());
 }
 
 #[test]

@@ -1,13 +1,19 @@
-//! A model of the engine: random operations on several workers and ports, and the invariants that
-//! hold whatever their order.
+//! A model of the engine: random operations on several workers, ports and providers, and the
+//! invariants that hold whatever their order.
+//!
+//! What the engine does is compared with a reference that knows nothing of states: which slots were
+//! sighted, which of them may be sighted again, and which connections and ports live. Every rule must
+//! stand for a sight, every sight must end in a rule, in a permanent refusal, or in its being re-armed.
 
-use std::collections::HashMap as StdHashMap;
+use std::collections::{HashMap as StdHashMap, HashSet};
 
 use proptest::prelude::*;
 
 use super::*;
 
 const WORKERS: usize = 2;
+/// Classes: the first serves ports 1 and 2, the second port 3.
+const PROVIDERS: usize = 2;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -22,11 +28,13 @@ enum Step {
     /// While it waits for the workers they go on offering on what they see.
     PortDel(u32, [(u32, u16, bool); WORKERS]),
     PortAdd(u32),
-    Release(usize),
-    ReleaseAll,
-    FailNext(Reason),
-    Capacity(usize),
-    Delay(bool),
+    // Of one of the providers:
+    Release(usize, usize),
+    ReleaseAll(usize),
+    Lose(usize, usize),
+    FailNext(usize, Reason),
+    Capacity(usize, usize),
+    Delay(usize, bool),
     Tick(u64),
     /// Packets on the rule of port and connection.
     Carry(u32, u16, bool),
@@ -36,6 +44,8 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let (port, conn, worker) = (1u32..4, 0u16..6, 0..WORKERS);
     let sight = (port.clone(), conn.clone(), any::<bool>());
+    let provider = 0..PROVIDERS;
+    let failure = prop_oneof![Just(Reason::Busy), Just(Reason::Refused), Just(Reason::TableFull)];
     prop_oneof![
         10 => (worker.clone(), sight.clone()).prop_map(|(w, (p, c, r))| Step::Offer(w, p, c, r)),
         2 => worker.clone().prop_map(Step::Quiescent),
@@ -46,12 +56,12 @@ fn step() -> impl Strategy<Value = Step> {
         1 => port.clone().prop_map(Step::FlushPort),
         1 => (port.clone(), [sight.clone(), sight.clone()]).prop_map(|(p, s)| Step::PortDel(p, s)),
         2 => port.prop_map(Step::PortAdd),
-        3 => (0usize..4).prop_map(Step::Release),
-        2 => Just(Step::ReleaseAll),
-        1 => prop_oneof![Just(Reason::Busy), Just(Reason::Refused), Just(Reason::TableFull)]
-            .prop_map(Step::FailNext),
-        1 => (0usize..6).prop_map(Step::Capacity),
-        2 => any::<bool>().prop_map(Step::Delay),
+        3 => (provider.clone(), 0usize..4).prop_map(|(c, n)| Step::Release(c, n)),
+        2 => provider.clone().prop_map(Step::ReleaseAll),
+        1 => (provider.clone(), 0usize..4).prop_map(|(c, n)| Step::Lose(c, n)),
+        1 => (provider.clone(), failure).prop_map(|(c, r)| Step::FailNext(c, r)),
+        1 => (provider.clone(), 0usize..6).prop_map(|(c, n)| Step::Capacity(c, n)),
+        2 => (provider, any::<bool>()).prop_map(|(c, on)| Step::Delay(c, on)),
         1 => (1u64..40_000).prop_map(Step::Tick),
         4 => sight.prop_map(|(p, c, r)| Step::Carry(p, c, r)),
         2 => Just(Step::Sweep),
@@ -60,11 +70,15 @@ fn step() -> impl Strategy<Value = Step> {
 
 struct Model {
     b: Bench,
-    dummy: DummyClass,
+    providers: [DummyClass; PROVIDERS],
     workers: Vec<(Worker, bool)>,
     strays: Strays,
     /// When each rule last carried a packet.
     carried: StdHashMap<(u32, [u8; 16]), u64>,
+    /// Every slot that an offer was queued for: port, its generation, epoch, reply.
+    sighted: HashSet<(u32, Generation, u64, bool)>,
+    /// What may be sighted again: port, connection, reply.
+    rearmed: HashSet<(u32, u64, bool)>,
 }
 
 fn direction(reply: bool) -> Direction {
@@ -73,24 +87,75 @@ fn direction(reply: bool) -> Direction {
 
 impl Model {
     fn new() -> Self {
-        let dummy = DummyClass::new("dummy");
-        let b = Bench::new(&[&dummy]);
+        let providers = ["first", "second"].map(DummyClass::new);
+        providers[0].decline(Some(ifindex(3)), "the other's");
+        let b = Bench::new(&[&providers[0], &providers[1]]);
         let workers = (0..WORKERS).map(|_| (b.engine.worker(), true)).collect();
-        Self { b, dummy, workers, strays: Strays::default(), carried: StdHashMap::new() }
-    }
-
-    fn offer(&self, w: usize, p: u32, c: u16, reply: bool) {
-        if let Some(port) = self.workers[w].0.port(ifindex(p)) {
-            let conn = self.b.conn(c);
-            let path = PathSpec::Resolve(PathHint::default());
-            let _ = port.conn_seen(&conn, direction(reply), path);
+        Self {
+            b,
+            providers,
+            workers,
+            strays: Strays::default(),
+            carried: StdHashMap::new(),
+            sighted: HashSet::new(),
+            rearmed: HashSet::new(),
         }
     }
 
-    /// A flush waits for what is with the provider: let it come back.
+    fn provider(&self, p: u32) -> &DummyClass {
+        &self.providers[usize::from(p == 3)]
+    }
+
+    fn rules(&self, p: u32) -> Vec<DummyRule> {
+        self.provider(p).rules(ifindex(p))
+    }
+
+    fn offer(&mut self, w: usize, p: u32, c: u16, reply: bool) {
+        let Some(port) = self.workers[w].0.port(ifindex(p)) else { return };
+        let conn = self.b.conn(c);
+        let path = PathSpec::Resolve(PathHint::default());
+        let before = self.b.rearmed();
+        let offer = port.conn_seen(&conn, direction(reply), path);
+        let generation = port.generation();
+        self.note_rearmed(before);
+        if offer == Offer::Queued {
+            self.sighted.insert((p, generation, conn.epoch().0, reply));
+            self.rearmed.remove(&(p, u64::from(c), reply));
+        }
+    }
+
+    fn note_rearmed(&mut self, sights: Vec<(Ifindex, u64, Direction)>) {
+        self.rearmed.extend(sights.into_iter().map(|(i, tag, d)| (i.get(), tag, d == Reply)));
+    }
+
+    /// A flush waits for what is with the providers: let it come back.
     fn undelay(&self) {
-        self.dummy.set_latency(None);
-        self.dummy.release_pending();
+        for p in &self.providers {
+            p.set_latency(None);
+            p.release_pending();
+        }
+    }
+
+    /// I1, at any moment: a rule stands for a sight on this very port, of a tuple of this very
+    /// connection. A netdev that never saw a connection has nothing of it.
+    fn check_rules(&self) -> Result<(), TestCaseError> {
+        for p in 1..4 {
+            let generation = self.b.engine.port(ifindex(p)).map(|(netdev, _)| netdev.generation);
+            for rule in self.rules(p) {
+                let Cookie { epoch, direction, .. } = rule.cookie;
+                let Some(generation) = generation else {
+                    return Err(TestCaseError::fail(format!("I1: a rule on p{p}, which is gone")));
+                };
+                let sight = (p, generation, epoch.0, direction == Reply);
+                prop_assert!(self.sighted.contains(&sight), "I1: a rule for no sight: {rule:?}");
+                if let Some(conn) = self.b.engine.conns().into_iter().find(|c| c.epoch() == epoch) {
+                    let flow = &rule.flow;
+                    prop_assert_eq!(flow.matches.tuple, *conn.arriving(direction));
+                    prop_assert_eq!(flow.forward.tuple, conn.leaving(direction));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn take(&mut self, step: Step) -> Result<(), TestCaseError> {
@@ -138,41 +203,41 @@ impl Model {
                             worker.quiescent();
                         }
                     }
-                    self.dummy.release_pending();
+                    self.undelay();
                     std::thread::yield_now();
                 }
                 if let Ok(deleted) = deleting.join().unwrap() {
                     prop_assert!(deleted.faults.is_empty(), "{:?}", deleted.faults);
                 }
-                prop_assert!(
-                    self.dummy.rules(ifindex(p)).is_empty(),
-                    "I1: rules of a port that is gone"
-                );
+                prop_assert!(self.rules(p).is_empty(), "I1: rules of a port that is gone");
                 prop_assert!(self.workers.iter().all(|(w, _)| w.port(ifindex(p)).is_none()));
             }
             Step::PortAdd(p) => {
                 let _ = engine.port_add(new_port(p));
             }
-            Step::Release(n) => {
-                self.dummy.release_nth(n);
+            Step::Release(c, n) => {
+                self.providers[c].release_nth(n);
             }
-            Step::ReleaseAll => {
-                self.dummy.release_pending();
+            Step::ReleaseAll(c) => {
+                self.providers[c].release_pending();
             }
-            Step::FailNext(reason) => self.dummy.fail_next(1, reason),
-            Step::Capacity(n) => self.dummy.set_capacity(n),
-            Step::Delay(on) => self.dummy.set_latency(on.then_some(Duration::MAX)),
+            Step::Lose(c, n) => {
+                self.providers[c].lose_nth(n);
+            }
+            Step::FailNext(c, reason) => self.providers[c].fail_next(1, reason),
+            Step::Capacity(c, n) => self.providers[c].set_capacity(n),
+            Step::Delay(c, on) => self.providers[c].set_latency(on.then_some(Duration::MAX)),
             Step::Tick(ms) => {
                 self.b.clock.fetch_add(ms, Ordering::SeqCst);
             }
             Step::Carry(p, c, reply) => {
                 let epoch = self.b.conn(c).epoch();
-                let rule =
-                    self.dummy.rules(ifindex(p)).into_iter().find(|r| {
-                        r.cookie.epoch == epoch && r.cookie.direction == direction(reply)
-                    });
+                let rule = self
+                    .rules(p)
+                    .into_iter()
+                    .find(|r| r.cookie.epoch == epoch && r.cookie.direction == direction(reply));
                 if let Some(rule) = rule {
-                    self.dummy.carry(ifindex(p), rule.cookie, 1, 100);
+                    self.provider(p).carry(ifindex(p), rule.cookie, 1, 100);
                     let key = (p, rule.cookie.to_bytes());
                     self.carried.insert(key, self.b.engine.now_ms());
                 }
@@ -191,7 +256,7 @@ impl Model {
         for conn in self.b.engine.conns() {
             for slot in self.b.engine.slots(&conn) {
                 let key = (slot.netdev.ifindex.get(), slot.cookie.to_bytes());
-                let still_there = self.dummy.rules(slot.netdev.ifindex).iter().any(|r| {
+                let still_there = self.rules(slot.netdev.ifindex.get()).iter().any(|r| {
                     r.cookie == slot.cookie && Some(r.rule) == slot.rule && r.counters.packets > 0
                 });
                 if slot.state != SlotState::Installed || !still_there {
@@ -212,20 +277,22 @@ impl Model {
 
     /// Nothing delayed, nothing failing, every retry due.
     fn quiet(&mut self) {
-        self.dummy.set_latency(None);
         for (worker, online) in &mut self.workers {
             worker.online();
             *online = true;
         }
         for _ in 0..20 {
-            self.dummy.release_pending();
+            self.undelay();
             self.b.clock.fetch_add(60_000, Ordering::SeqCst);
             self.b.settle();
         }
     }
 
-    /// I1 and I2, and the promises of the contract.
-    fn check_quiet(&self) -> Result<(), TestCaseError> {
+    /// I1, I2 and I4, and the promises of the contract.
+    fn check_quiet(&mut self) -> Result<(), TestCaseError> {
+        self.check_rules()?;
+        let sights = self.b.rearmed();
+        self.note_rearmed(sights);
         let mut expected = Vec::new();
         for conn in self.b.engine.conns() {
             for slot in self.b.engine.slots(&conn) {
@@ -237,19 +304,34 @@ impl Model {
                 if slot.state == SlotState::Installed {
                     expected.push((slot.netdev.ifindex.get(), slot.cookie.to_bytes()));
                 }
+                if let Some(r) = &slot.rejection {
+                    prop_assert_eq!(r.reason.permanence(), Permanence::Permanent, "{}", r);
+                }
+            }
+            for &(p, generation, epoch, reply) in &self.sighted {
+                let lives = self.b.engine.port(ifindex(p)).map(|(n, _)| n.generation);
+                if epoch == conn.epoch().0 && lives == Some(generation) {
+                    prop_assert!(
+                        self.b.state(p, &conn, direction(reply)).is_some()
+                            || self.rearmed.contains(&(p, conn.tag(), reply)),
+                        "I4: the sight of {conn} on p{p}, reply {reply}, is lost"
+                    );
+                }
             }
         }
         let mut actual: Vec<_> = (1..4)
             .flat_map(|p| {
-                let rules = self.dummy.rules(ifindex(p));
+                let rules = self.rules(p);
                 rules.into_iter().map(move |r| (p, r.cookie.to_bytes()))
             })
             .collect();
         expected.sort_unstable();
         actual.sort_unstable();
         prop_assert_eq!(expected, actual, "I2: the engine's rules, and the backend's");
-        let violations = self.dummy.violations();
-        prop_assert!(violations.is_empty(), "{violations:?}");
+        for provider in &self.providers {
+            let violations = provider.violations();
+            prop_assert!(violations.is_empty(), "{violations:?}");
+        }
         let faults: Vec<_> = self.b.engine.ports().into_iter().filter_map(|p| p.fault).collect();
         prop_assert!(faults.is_empty(), "{faults:?}");
         Ok(())
@@ -259,8 +341,8 @@ impl Model {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever happens, on several workers and ports, with a provider that fails, delays,
-    /// reorders and fills up: no rule contradicts a live connection or port (I1); when quiet,
+    /// Whatever happens, on several workers and ports, with providers that fail, delay, reorder,
+    /// lose operations and fill up: no rule contradicts a live connection or port (I1); when quiet,
     /// the engine's rules are the backend's (I2); the last use is right within one sweep (I3);
     /// what could not be offloaded can be offered again, and nothing of it is left (I4).
     #[test]
@@ -268,16 +350,17 @@ proptest! {
         let mut m = Model::new();
         for step in steps {
             m.take(step)?;
+            m.check_rules()?;
         }
         m.quiet();
         m.check_quiet()?;
         // I4: with a healthy backend, and once the failures asked for above are used up,
         // everything can be offloaded.
-        m.dummy.set_capacity(usize::MAX);
+        m.providers.iter().for_each(|p| p.set_capacity(usize::MAX));
         let ports: Vec<u32> =
             (1..4).filter(|p| m.b.engine.port(ifindex(*p)).is_some()).collect();
         let all_offloaded =
-            |m: &Model| ports.iter().all(|p| m.dummy.rules(ifindex(*p)).len() == 6);
+            |m: &Model| ports.iter().all(|p| m.rules(*p).len() == 6);
         for _ in 0..40 {
             m.b.engine.flush(&FlushFilter::default()).unwrap();
             m.workers[0].0.quiescent();
@@ -294,6 +377,6 @@ proptest! {
         m.check_quiet()?;
         m.workers.clear();
         m.b.engine.close();
-        prop_assert!((1..4).all(|p| m.dummy.rules(ifindex(p)).is_empty()));
+        prop_assert!((1..4).all(|p| m.rules(p).is_empty()));
     }
 }
