@@ -74,6 +74,12 @@ enum DaemonError {
     },
     #[error("control group '{0}' does not exist")]
     NoGroup(String),
+    #[error("'{filter}' is not a log filter")]
+    LogFilter {
+        filter: String,
+        #[source]
+        source: tracing_subscriber::filter::ParseError,
+    },
     #[error("this needs CAP_NET_ADMIN: run it as root")]
     NotRoot,
     #[error(transparent)]
@@ -89,9 +95,14 @@ enum DaemonError {
 impl DaemonError {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Pattern { .. } | Self::NoGroup(_) => 2,
-            Self::Server(ServerError::AlreadyRunning { .. }) => 3,
-            Self::NotRoot => 4,
+            Self::Config(_) | Self::Pattern { .. } | Self::NoGroup(_) | Self::LogFilter { .. } => 2,
+            Self::Server(ServerError::AlreadyRunning { .. })
+            | Self::Datapath(DatapathError::Ledger(LedgerError::AlreadyOwned { .. })) => 3,
+            // Root without the capability, as in a container.
+            Self::NotRoot
+            | Self::Datapath(DatapathError::Ledger(LedgerError::NotPermitted))
+            | Self::Datapath(DatapathError::Nflog(NflogError::NotPermitted))
+            | Self::Datapath(DatapathError::Conntrack(ConntrackError::NotPermitted)) => 4,
             Self::Datapath(DatapathError::Ledger(LedgerError::Unsupported { .. }))
             | Self::Datapath(DatapathError::Nflog(NflogError::Unsupported(_)))
             | Self::Datapath(DatapathError::Conntrack(ConntrackError::Unsupported(_))) => 5,
@@ -121,7 +132,7 @@ pub fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), DaemonError> {
     let filter = tracing_subscriber::EnvFilter::try_new(&args.log)
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .map_err(|source| DaemonError::LogFilter { filter: args.log.clone(), source })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -243,5 +254,22 @@ fn new_instance() -> Result<NonZeroU32, DaemonError> {
         if let Some(n) = NonZeroU32::new(n) {
             return Ok(n);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_tell_privilege_from_a_second_daemon_and_from_what_the_kernel_lacks() {
+        let code = |e: DatapathError| DaemonError::from(e).exit_code();
+        assert_eq!(code(LedgerError::NotPermitted.into()), 4);
+        assert_eq!(code(NflogError::NotPermitted.into()), 4);
+        assert_eq!(code(ConntrackError::NotPermitted.into()), 4);
+        assert_eq!(DaemonError::NotRoot.exit_code(), 4);
+        assert_eq!(code(LedgerError::AlreadyOwned { table: "ctoffload".into() }.into()), 3);
+        assert_eq!(code(LedgerError::TableExists { table: "ctoffload".into() }.into()), 1);
+        assert_eq!(DaemonError::NoGroup("readers".into()).exit_code(), 2);
     }
 }

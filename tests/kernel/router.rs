@@ -352,6 +352,20 @@ fn what_cannot_be_started_says_why_and_changes_nothing() {
     assert_eq!(r.run("nft list tables; tc qdisc show dev lan clsact"), "");
     let down = r.cli(&["stats"]);
     assert_eq!(down.status.code(), Some(3), "{}", text(&down));
+    let filter = daemon(&["--log", "info=debug=trace"]);
+    assert_eq!(filter.status.code(), Some(2), "{}", text(&filter));
+    // Root, as in a container, and nobody.
+    for user in ["--bounding-set -net_admin --inh-caps -net_admin", "--reuid 65534 --clear-groups"]
+    {
+        let weak = Command::new("setpriv")
+            .args(user.split(' '))
+            .args([env!("CARGO_BIN_EXE_ctoffloadd"), "--port", "lan"])
+            .output()
+            .expect("setpriv");
+        assert_eq!(weak.status.code(), Some(4), "{user}: {}", text(&weak));
+        assert!(text(&weak).contains("CAP_NET_ADMIN"), "{user}: {}", text(&weak));
+    }
+    assert_eq!(r.run("nft list tables; tc qdisc show dev lan clsact"), "");
 
     r.start(&["--port", "lan"]);
     let second = daemon(&["--port", "wan"]);
