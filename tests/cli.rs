@@ -462,9 +462,16 @@ fn json_and_text_tell_the_same_facts() {
         }
     }
     let bed = Bed::new();
-    for line in
-        ["port show", "port show eth0", "conn show", "provider show", "stats", "flush --all"]
-    {
+    for line in [
+        "port show",
+        "port show eth0",
+        "conn show",
+        "provider show",
+        "stats",
+        "flush --all",
+        "explain tcp 10.0.0.1:1234 10.9.0.2:80",
+        "port add eth7 --provider tc-flower --offload skip-sw",
+    ] {
         let human = bed.ok(&format!("-s {line}"));
         let json = bed.json(line);
         let mut facts = Vec::new();

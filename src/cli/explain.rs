@@ -84,13 +84,14 @@ fn place(
         if let Some(egress) = &s.egress {
             let mac = s.dst_mac.as_ref().map_or(String::new(), |m| format!(", next hop {m}"));
             let nat = if s.nat { ", addresses or ports rewritten" } else { "" };
-            line("sent on", format!("{egress}{mac}{nat}"));
+            let index = s.egress_ifindex.map_or(String::new(), |i| format!(" (ifindex {i})"));
+            line("sent on", format!("{egress}{index}{mac}{nat}"));
         }
         if s.state == "installed" || s.packets > 0 {
             let last =
                 s.idle_ms.map_or(String::new(), |i| format!(", the last {} ago", duration(i)));
             let packets = count(s.packets, "packet", "packets");
-            line("forwarded", format!("{packets}, {}{last}", bytes(s.bytes)));
+            line("forwarded", format!("{packets}, {} ({} bytes){last}", bytes(s.bytes), s.bytes));
         }
         if let Some(rule) = &s.rule {
             let cookie = s.cookie.as_ref().map_or(String::new(), |c| format!(", cookie {c}"));
@@ -111,7 +112,7 @@ fn state(s: &SlotInfo) -> String {
         Some(false) => ", in software only",
         None => "",
     };
-    format!("{}{place} (generation {} of the port)", s.state, s.generation)
+    format!("{}{place} (ifindex {}, generation {} of the port)", s.state, s.ifindex, s.generation)
 }
 
 fn in_words(s: &SlotInfo) -> String {
@@ -134,7 +135,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::NotInHardware => {
             "check `ethtool -k PORT | grep hw-tc-offload`; or let rules live in software: --offload both"
         }
-        Reason::TableFull => "fewer connections (admission policy), or a larger table in the NIC",
+        Reason::TableFull => {
+            "a larger table in the NIC, or another port to take some of the connections"
+        }
         Reason::QueueFull => {
             "wait; if it stays: connections come faster than this backend takes rules"
         }

@@ -131,7 +131,7 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
         }
         Action::PortAdd(request) => {
             let port = client.port_add(request).map_err(at)?;
-            print(show, &port, |out| text::port_added(out, &port))?;
+            print(show, &port, |out| text::port_added(out, &port, show.detail))?;
         }
         Action::PortDel(request) => {
             client.port_del(request).map_err(at)?;

@@ -200,7 +200,7 @@ fn microseconds(us: u64) -> String {
     if us < 1000 { format!("{us}us") } else { duration(us / 1000) }
 }
 
-pub(super) fn port_added(out: &mut String, p: &PortInfo) {
+pub(super) fn port_added(out: &mut String, p: &PortInfo, detail: bool) {
     match &p.provider {
         Some(provider) => {
             let _ = writeln!(out, "{} is a port, bound to {provider}", p.name);
@@ -214,6 +214,9 @@ pub(super) fn port_added(out: &mut String, p: &PortInfo) {
     }
     for r in &p.refusals {
         let _ = writeln!(out, "    {} declined: {}", r.class, r.why);
+    }
+    if detail {
+        port(out, p);
     }
 }
 
