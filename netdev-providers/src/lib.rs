@@ -14,6 +14,16 @@
 //! | [`netlink`] | what the kernel backends share: messages, requests, batches, extended ACKs |
 //!
 //! This crate knows nothing of the engine: a vendor can implement a provider against it alone.
+//!
+//! Values of the contract own what they hold, and can be sent to and shared between threads; who
+//! calls what, on which thread, is said in the [traits](contract::provider).
+//!
+//! # Unsafe code
+//! One file, `tc_flower/bpf.rs`, which calls `bpf(2)`: nothing but a pointer handed to the kernel and
+//! a descriptor taken from it, so that there is nothing for Miri to interpret. Everywhere else it is
+//! denied.
+
+#![deny(unsafe_code)]
 
 pub mod contract;
 pub mod dummy;

@@ -39,6 +39,7 @@
 //! netdev, `probe` what bind does, `handles`, `provider`, `class`.
 
 mod actions;
+#[allow(unsafe_code, reason = "calls bpf(2), and takes the descriptor that it returns")]
 mod bpf;
 mod class;
 mod encode;
