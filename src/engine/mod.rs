@@ -17,8 +17,35 @@
 //! * [`usage`]: what rules carried, and when a connection was last used.
 //!
 //! # Threads
-//! [`Engine`] is `Send + Sync` and cheap to clone. [`Engine::port_add`], [`Engine::port_del`] and
-//! the flushes block; they are for threads that administer, not for workers.
+//! [`Engine`] and [`ConnHandle`] are `Send + Sync` and cheap to clone; a [`Worker`] is `Send` and
+//! belongs to one thread at a time; a [`PortRef`](worker::PortRef) lives on the worker's thread from
+//! one quiescent state to the next.
+//!
+//! | call | thread | cost |
+//! |---|---|---|
+//! | [`PortRef::is_decided`](worker::PortRef::is_decided) | packet thread | one atomic load, one more for each further port of the direction |
+//! | [`Worker::quiescent`], [`Worker::port`] | packet thread, once per batch | one atomic load; a search in a sorted array |
+//! | [`PortRef::conn_add`](worker::PortRef::conn_add), [`conn_seen`](worker::PortRef::conn_seen), [`conn_established`](worker::PortRef::conn_established) | packet thread | no lock; a compare-and-exchange, a push; a system call when the port's thread sleeps |
+//! | [`PortRef::can_offload`](worker::PortRef::can_offload) | any | a call of the provider's, two short locks |
+//! | [`Engine::conn_create`], [`conn`](Engine::conn), [`conn_del`](Engine::conn_del), [`conn_retract`](Engine::conn_retract), [`slot_retract`](Engine::slot_retract) | any | a lock of one shard of the index, one of each slot that holds something; never waits for a provider |
+//! | [`Engine::conn_update`], [`slots`](Engine::slots) | any, not on the way of packets | a lock of each slot |
+//! | [`Engine::ports`], [`conns`](Engine::conns), [`classes`](Engine::classes) | any, not on the way of packets | as much as there is to tell of |
+//! | [`Engine::port_add`], [`port_del`](Engine::port_del), [`register`](Engine::register), [`unregister`](Engine::unregister), [`close`](Engine::close) | administration: one at a time, others wait | **blocks**, bounded by [`Limits`] where it waits for workers and providers |
+//! | [`Engine::flush`], [`retract_egress`](Engine::retract_egress), [`sweep`](Engine::sweep) | administration | **blocks**, bounded by [`Limits`] |
+//!
+//! Nothing that blocks may be called by a worker that is online: it would wait for itself. Nor may
+//! the callbacks of a [`Datapath`].
+//!
+//! # Ownership
+//! The engine owns ports, providers and, in its index, a handle of every living connection. A
+//! datapath that keeps a [`ConnHandle`] keeps the connection's memory, but not its life:
+//! [`Engine::conn_del`] ends it for all. Everything that is returned (views, filters, reports, errors)
+//! is a value of the caller's own, taken at one moment.
+//!
+//! # Errors
+//! An error means that nothing has changed. What a provider refuses is no error of a call: it is kept
+//! by the slot ([`view::SlotView::rejection`]), and packets take the slow path. What a provider does
+//! wrong is kept by the port ([`view::PortView::fault`]). No call panics.
 
 pub mod clock;
 pub mod conn;

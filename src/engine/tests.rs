@@ -7,7 +7,7 @@ use std::sync::Mutex as StdMutex;
 use std::time::Duration;
 
 use netdev_providers::dummy::{Call, DummyClass, DummyRule};
-use netdev_providers::{Forward, MacAddr, MacRewrite, Permanence, Reason, Rejection};
+use netdev_providers::{Forward, MacAddr, MacRewrite, Permanence, Reason, Rejection, Request};
 
 use super::datapath::{Path, PathHint, PathSpec, Sight};
 use super::slot::SlotState;
@@ -713,6 +713,58 @@ fn a_port_delete_is_bounded_even_if_a_worker_never_passes_a_quiescent_state() {
 }
 
 #[test]
+fn a_port_delete_does_not_wait_for_a_worker_that_is_offline() {
+    let dummy = DummyClass::new("dummy");
+    let limits = Limits { port_del: Duration::from_secs(60), ..Limits::default() };
+    let b = Bench::with_limits(&[&dummy], limits);
+    b.port(1);
+    let mut worker = b.engine.worker();
+    worker.offline();
+    assert!(worker.port(ifindex(1)).is_none(), "it has nothing to offer on");
+    let started = Instant::now();
+    b.engine.port_del(ifindex(1)).unwrap();
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+    b.port(1);
+    worker.online();
+    assert!(worker.port(ifindex(1)).is_some());
+    drop(worker);
+    b.engine.port_del(ifindex(1)).unwrap();
+    assert!(started.elapsed() < Duration::from_secs(30), "nor for one that is gone");
+}
+
+/// Offers towards the port go on until the workers have seen that it goes: behind the first look for
+/// rules that forward into it.
+#[test]
+fn no_rule_into_a_port_outlives_it_however_late_it_was_offered() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.port(2);
+    *b.datapath.egress.lock().unwrap() = Some(ifindex(2));
+    let mut worker = b.engine.worker();
+    let deleting = std::thread::spawn({
+        let engine = b.engine.clone();
+        move || engine.port_del(ifindex(2)).unwrap()
+    });
+    // It is unpublished, and the first retraction has been carried out: it found nothing.
+    wait_for(|| b.engine.port(ifindex(2)).is_none());
+    let table = b.engine.0.publication.table();
+    let port = table.get(ifindex(1)).unwrap();
+    collect(vec![ask(port, Command::Barrier)], Duration::from_secs(6));
+    let conn = b.conn(1);
+    let offer = worker.port(ifindex(1)).unwrap().conn_seen(
+        &conn,
+        Original,
+        PathSpec::Resolve(PathHint::default()),
+    );
+    assert_eq!(offer, Offer::Queued);
+    wait_for(|| dummy.rules(ifindex(1)).len() == 1);
+    worker.quiescent();
+    assert_eq!(deleting.join().unwrap().retracted, 1);
+    assert!(dummy.rules(ifindex(1)).is_empty());
+}
+
+#[test]
 fn flush_removes_all_or_one_port_or_what_matches_and_says_how_many() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
@@ -820,6 +872,12 @@ fn a_flush_by_filter_returns_when_what_was_in_flight_is_gone_too() {
     // Time enough for it to find the add in flight.
     std::thread::sleep(Duration::from_millis(50));
     assert!(!flush.is_finished());
+    assert!(dummy.release_nth(0));
+    wait_for(
+        || matches!(dummy.pending().first(), Some(p) if matches!(p.request, Request::Delete { .. })),
+    );
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!flush.is_finished(), "the delete that follows the add is still to come");
     dummy.set_latency(None);
     dummy.release_pending();
     assert_eq!(flush.join().unwrap()[0].1, 1);
@@ -870,6 +928,8 @@ fn the_last_use_is_the_latest_over_all_slots_and_counts_from_install() {
     b.clock.store(20_000, Ordering::SeqCst);
     assert!(b.engine.sweep(&mut strays).used.is_empty(), "nothing moved");
     assert_eq!(last(&b), (9000, 3));
+    b.clock.store(7000, Ordering::SeqCst);
+    assert_eq!(last(&b), (7000, 3), "never in the future, whatever the clock does");
 }
 
 #[test]

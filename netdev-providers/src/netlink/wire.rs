@@ -120,6 +120,9 @@ impl<'a> Message<'a> {
     }
 
     /// Writes the length and ends the message.
+    ///
+    /// # Panics
+    /// When the message is longer than 4 GB.
     pub fn finish(self) {
         #[expect(clippy::expect_used, reason = "a defect of the caller, not input")]
         let len = u32::try_from(self.buf.len() - self.start).expect("message too long");
