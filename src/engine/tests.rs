@@ -705,6 +705,7 @@ fn a_port_delete_is_bounded_even_if_a_worker_never_passes_a_quiescent_state() {
         PathSpec::Resolve(PathHint::default()),
     );
     assert_eq!(offer, Offer::Queued);
+    assert_eq!(b.engine.conn_update(&conn), Usage::NotOffloaded, "nothing keeps it alive");
     stuck.quiescent();
     assert!(stuck.port(ifindex(1)).is_none());
     b.port(1);

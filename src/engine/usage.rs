@@ -213,7 +213,13 @@ impl Engine {
     #[must_use]
     pub fn conn_update(&self, conn: &ConnHandle) -> Usage {
         let mut usage = Usage::NotOffloaded;
-        for (_, _, slot) in conn.all_slots() {
+        let table = self.0.publication.table();
+        for (_, generation, slot) in conn.all_slots() {
+            // What a worker that was late has offered on a port that is gone stays as it is, for
+            // ever: it must not keep the connection from expiring.
+            if table.by_generation(generation).is_none() {
+                continue;
+            }
             let detail = slot.detail();
             match slot.word.load().state() {
                 SlotState::Installed => {
