@@ -550,19 +550,19 @@ impl Engine {
     ) -> bool {
         // The slots of a port that is gone have been reset by its flush.
         let Some(port) = table.by_generation(generation) else { return false };
-        let had = conn.slot(generation, d).map(|s| s.word.load().state());
         match writer::unwind(port, conn, d) {
             Unwind::Delete => {
                 port.queue.push(Command::Delete(conn.clone(), d));
                 true
             }
             Unwind::Cancelling => true,
-            Unwind::Nothing => {
-                if had == Some(slot::SlotState::Rejected) && !conn.is_dead() {
+            Unwind::Reopened => {
+                if !conn.is_dead() {
                     port.queue.push(Command::Rearm(conn.clone(), d));
                 }
                 false
             }
+            Unwind::Nothing => false,
         }
     }
 

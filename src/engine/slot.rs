@@ -168,6 +168,8 @@ pub enum Claim {
 pub enum Unwind {
     /// Nothing was installed or pending.
     Nothing,
+    /// It was Rejected and is Empty now: it may be offered again.
+    Reopened,
     /// The pending add will be taken back by whoever holds it.
     Cancelling,
     /// The caller must queue the delete.
@@ -288,7 +290,7 @@ impl SlotWord {
     pub fn unwind(&self) -> Unwind {
         self.update(|s| match s.state() {
             SlotState::Empty | SlotState::Deleting => (None, Unwind::Nothing),
-            SlotState::Rejected => (Some(s.empty()), Unwind::Nothing),
+            SlotState::Rejected => (Some(s.empty()), Unwind::Reopened),
             SlotState::Pending => (Some(s.set(CANCEL)), Unwind::Cancelling),
             // The provider is being told of the reply: the delete follows.
             SlotState::Installed if s.has(IN_FLIGHT) => (Some(s.set(CANCEL)), Unwind::Cancelling),

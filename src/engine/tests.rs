@@ -421,6 +421,28 @@ fn a_tuple_that_comes_back_is_another_connection() {
 }
 
 #[test]
+fn operations_of_one_match_are_carried_out_in_the_order_they_were_asked_for() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let mut present = b.conn(1);
+    b.install(1, &present, Original);
+    // The port's thread is kept busy, so that what follows comes to it as one batch.
+    dummy.hang(Call::Submit);
+    assert_eq!(b.offer(1, &b.conn(2), Original), Offer::Queued);
+    for tag in 100..104 {
+        present = b.engine.conn_create(*present.key(), *present.reply(), tag).unwrap();
+        assert_eq!(b.offer(1, &present, Original), Offer::Queued);
+    }
+    dummy.let_go();
+    b.settle();
+    assert_eq!(b.state(1, &present, Original), Some(SlotState::Installed));
+    assert_eq!(dummy.rules(ifindex(1)).len(), 2);
+    assert!(b.engine.ports()[0].reasons.is_empty(), "{:?}", b.engine.ports()[0].reasons);
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
 fn a_port_added_again_is_a_new_generation_that_inherits_nothing() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
@@ -944,6 +966,14 @@ fn a_pending_connection_is_unknown_so_that_it_does_not_expire() {
     b.drained(&dummy, 1);
     assert_eq!(b.engine.conn_update(&conn), Usage::Unknown);
     dummy.release_pending();
+    b.settle();
+    // Nor while its rule is on the way out: it may have carried something since the last sweep.
+    b.engine.conn_retract(&conn);
+    b.drained(&dummy, 1);
+    assert_eq!(b.engine.conn_update(&conn), Usage::Unknown);
+    dummy.release_pending();
+    b.settle();
+    assert_eq!(b.engine.conn_update(&conn), Usage::NotOffloaded);
 }
 
 #[test]

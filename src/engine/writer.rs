@@ -410,7 +410,7 @@ impl Writer {
                     self.stage_delete(&conn, d, staged);
                 }
                 Unwind::Cancelling => n += 1,
-                Unwind::Nothing => self.push_rearm(conn, d),
+                Unwind::Reopened | Unwind::Nothing => self.push_rearm(conn, d),
             }
         }
         self.submit(staged);
@@ -454,7 +454,7 @@ impl Writer {
                 // Its add did not complete in time: the delete follows it.
                 Unwind::Cancelling => {}
                 // It was rejected, and may be offered again like all others.
-                Unwind::Nothing => self.push_rearm(conn, d),
+                Unwind::Reopened | Unwind::Nothing => self.push_rearm(conn, d),
             }
         }
         self.submit(&mut staged);
@@ -527,9 +527,8 @@ fn forget(port: &Port, conn: &ConnHandle, d: Direction, detail: &mut super::conn
 pub(super) fn unwind(port: &Port, conn: &ConnHandle, d: Direction) -> Unwind {
     let Some(slot) = conn.slot(port.generation(), d) else { return Unwind::Nothing };
     let mut detail = slot.detail();
-    let rejected = slot.word.load().state() == SlotState::Rejected;
     let left = slot.word.unwind();
-    if rejected && left == Unwind::Nothing {
+    if left == Unwind::Reopened {
         forget(port, conn, d, &mut detail);
     }
     left

@@ -206,3 +206,18 @@ fn a_provider_is_released_behind_a_sweep_that_asks_it() {
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
     assert!(b.engine.sweep(&mut Strays::default()).faults.is_empty());
 }
+
+#[test]
+fn a_port_that_is_being_deleted_is_not_swept_any_more() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    // As a sweep finds it that has read the list of ports before.
+    let port = Arc::clone(b.engine.0.publication.table().get(ifindex(1)).unwrap());
+    port.draining.store(true, Ordering::SeqCst);
+    dummy.panic_after(Call::Usage, 0);
+    assert!(b.engine.sweep(&mut Strays::default()).faults.is_empty());
+    assert!(!port.swept.load(Ordering::SeqCst));
+    port.draining.store(false, Ordering::SeqCst);
+    assert_eq!(b.engine.sweep(&mut Strays::default()).faults.len(), 1);
+}
