@@ -77,15 +77,5 @@ fn main() -> ExitCode {
     if wanted("flush") {
         flush::flushes(&mut report, rounds(40), million);
     }
-    if let Err(e) = report.print(&mut std::io::stdout()) {
-        eprintln!("{e}");
-        return ExitCode::FAILURE;
-    }
-    if let Some(out) = out
-        && let Err(e) = report.write(&out)
-    {
-        eprintln!("{}: {e}", out.display());
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    report::finish(&report, out.as_deref())
 }

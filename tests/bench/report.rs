@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
@@ -168,6 +169,21 @@ impl Report {
         text.push('\n');
         std::fs::write(path, text)
     }
+}
+
+/// What a suite ends with: the table to stdout, and the JSON where it is wanted.
+pub(crate) fn finish(report: &Report, out: Option<&Path>) -> ExitCode {
+    if let Err(e) = report.print(&mut io::stdout()) {
+        eprintln!("{e}");
+        return ExitCode::FAILURE;
+    }
+    if let Some(out) = out
+        && let Err(e) = report.write(out)
+    {
+        eprintln!("{}: {e}", out.display());
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
 
 /// Three significant digits after the point where it matters.
