@@ -9,6 +9,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`contract`] | the traits and values of the contract: start at [`contract::provider`] |
+//! | [`nf_flowtable`] | the kernel's flowtable of nf_tables, in software or in hardware |
 //! | [`tc_flower`] | rules of the Linux TC flower classifier, in software or in NIC hardware |
 //! | [`dummy`] | in memory, with capacity, latency and failures on demand |
 //! | [`netlink`] | what the kernel backends share: messages, requests, batches, extended ACKs |
@@ -28,6 +29,7 @@
 pub mod contract;
 pub mod dummy;
 pub mod netlink;
+pub mod nf_flowtable;
 pub mod tc_flower;
 
 pub use contract::{

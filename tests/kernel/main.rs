@@ -3,6 +3,7 @@
 //! of its own.
 
 mod flower;
+mod flowtable;
 mod netfilter;
 mod netns;
 mod router;

@@ -6,6 +6,7 @@
 //! written seldom goes through `netlink-packet-route` (in the engine's crate).
 
 pub mod error;
+pub mod link;
 pub mod netfilter;
 pub mod socket;
 pub mod wire;

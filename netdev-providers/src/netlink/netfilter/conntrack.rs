@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use super::{SUBSYS_CTNETLINK, msg_type, nfgenmsg};
+use crate::contract::provider::Counters;
 use crate::contract::types::{Direction, L4Proto, Tuple, Zone};
 use crate::netlink::socket::REQUEST;
 use crate::netlink::wire::{Message, Nested};
@@ -27,9 +28,12 @@ const CTA_HELP: u16 = 5;
 /// `CTA_TIMEOUT`, in seconds.
 pub const CTA_TIMEOUT: u16 = 7;
 const CTA_MARK: u16 = 8;
+const CTA_COUNTERS_ORIG: u16 = 9;
+const CTA_COUNTERS_REPLY: u16 = 10;
 /// `CTA_ID`.
 pub const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
+const CTA_STATUS_MASK: u16 = 26;
 // enum ctattr_tuple, ctattr_ip, ctattr_l4proto
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
@@ -41,6 +45,9 @@ const CTA_IP_V6_DST: u16 = 4;
 const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
+// enum ctattr_counters
+const CTA_COUNTERS_PACKETS: u16 = 1;
+const CTA_COUNTERS_BYTES: u16 = 2;
 // enum ctattr_protoinfo, ctattr_protoinfo_tcp
 /// `CTA_PROTOINFO_TCP`.
 pub const CTA_PROTOINFO_TCP: u16 = 1;
@@ -237,6 +244,9 @@ pub struct CtEntry {
     pub mark: u32,
     /// A helper looks into it: the status bit, or a helper that came with the expectation.
     pub helper: bool,
+    /// What each direction carried, original and reply; only where conntrack counts
+    /// (`net.netfilter.nf_conntrack_acct` was on when the entry was made).
+    pub counters: Option<[Counters; 2]>,
 }
 
 impl CtEntry {
@@ -253,6 +263,7 @@ impl CtEntry {
         let mut mark = 0;
         let mut helper = false;
         let mut protoinfo = None;
+        let mut counters = [None; 2];
         for a in attrs {
             match a.ty {
                 CTA_TUPLE_ORIG => {
@@ -266,6 +277,8 @@ impl CtEntry {
                 CTA_TIMEOUT => timeout = a.be32().map(|s| Duration::from_secs(s.into())),
                 CTA_MARK => mark = a.be32()?,
                 CTA_HELP => helper = true,
+                CTA_COUNTERS_ORIG => counters[0] = parse_counters(a.nested()),
+                CTA_COUNTERS_REPLY => counters[1] = parse_counters(a.nested()),
                 CTA_PROTOINFO => protoinfo = a.nested().find_type(CTA_PROTOINFO_TCP),
                 _ => {}
             }
@@ -296,6 +309,7 @@ impl CtEntry {
             timeout,
             mark,
             helper,
+            counters: counters[0].zip(counters[1]).map(<[_; 2]>::from),
         })
     }
 
@@ -321,6 +335,11 @@ impl CtEntry {
         let (i, o) = (self.incoming(direction), self.outgoing(direction));
         Tuple::new(i.proto(), i.src(), i.sport(), o.dst(), o.dport())
     }
+}
+
+fn parse_counters(attrs: Nested<'_>) -> Option<Counters> {
+    let number = |ty| attrs.find_type(ty)?.be64();
+    Some(Counters { packets: number(CTA_COUNTERS_PACKETS)?, bytes: number(CTA_COUNTERS_BYTES)? })
 }
 
 fn parse_tuple(family: u8, attrs: Nested<'_>) -> Option<Tuple> {
@@ -388,4 +407,9 @@ pub fn about<'b>(
         m.be16(CTA_ZONE, zone.0);
     }
     m
+}
+
+/// Asks a dump for connections that are in a flowtable, and no others (kernels since 5.17).
+pub fn offloaded_only(m: &mut Message<'_>) {
+    m.be32(CTA_STATUS, CtStatus::OFFLOAD).be32(CTA_STATUS_MASK, CtStatus::OFFLOAD);
 }

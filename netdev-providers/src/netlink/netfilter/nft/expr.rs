@@ -4,6 +4,7 @@
 //! the packet or the kernel has it.
 
 use super::{NFTA_DATA_VALUE, NFTA_LIST_ELEM};
+use crate::contract::types::Direction;
 use crate::netlink::wire::Message;
 
 // enum nft_expr_attributes
@@ -12,12 +13,17 @@ const NFTA_EXPR_DATA: u16 = 2;
 // enum nft_data_attributes, nft_verdict_attributes
 const NFTA_DATA_VERDICT: u16 = 2;
 const NFTA_VERDICT_CODE: u16 = 1;
+const NFTA_VERDICT_CHAIN: u16 = 2;
+/// `NFT_GOTO` (-4).
+const NFT_GOTO: u32 = 0xffff_fffc;
 const NF_ACCEPT: u32 = 1; // linux/netfilter.h
 // enum nft_registers: the verdict, the first of 16 bytes, and the second and third of 4 bytes
 // (NFT_REG32_01 and 02 are bytes 4..8 and 8..12 of NFT_REG_1).
 const NFT_REG_VERDICT: u32 = 0;
 /// `NFT_REG_1`.
 pub const NFT_REG_1: u32 = 1;
+/// `NFT_REG32_00`: the first 4 bytes of `NFT_REG_1`. Fifteen more follow.
+pub const NFT_REG32_00: u32 = 8;
 /// `NFT_REG32_01`.
 pub const NFT_REG32_01: u32 = 9;
 /// `NFT_REG32_02`.
@@ -25,6 +31,8 @@ pub const NFT_REG32_02: u32 = 10;
 // enum nft_meta_keys
 /// `NFT_META_IIF`.
 pub const NFT_META_IIF: u32 = 4;
+/// `NFT_META_OIF`.
+pub const NFT_META_OIF: u32 = 5;
 /// `NFT_META_NFPROTO`.
 pub const NFT_META_NFPROTO: u32 = 15;
 /// `NFT_META_L4PROTO`.
@@ -38,6 +46,20 @@ pub const NFT_META_SECPATH: u32 = 25;
 pub const NFT_CT_DIRECTION: u32 = 1;
 /// `NFT_CT_STATUS`.
 pub const NFT_CT_STATUS: u32 = 2;
+/// `NFT_CT_PROTO_SRC`.
+pub const NFT_CT_PROTO_SRC: u32 = 11;
+/// `NFT_CT_PROTO_DST`.
+pub const NFT_CT_PROTO_DST: u32 = 12;
+/// `NFT_CT_ZONE`.
+pub const NFT_CT_ZONE: u32 = 17;
+/// `NFT_CT_SRC_IP`.
+pub const NFT_CT_SRC_IP: u32 = 19;
+/// `NFT_CT_DST_IP`.
+pub const NFT_CT_DST_IP: u32 = 20;
+/// `NFT_CT_SRC_IP6`.
+pub const NFT_CT_SRC_IP6: u32 = 21;
+/// `NFT_CT_DST_IP6`.
+pub const NFT_CT_DST_IP6: u32 = 22;
 /// `NFT_CT_ID`.
 pub const NFT_CT_ID: u32 = 23;
 // enum nft_rt_keys
@@ -82,6 +104,14 @@ pub fn meta(m: &mut Message<'_>, key: u32, dreg: u32) {
 /// `ct KEY` into a register.
 pub fn ct(m: &mut Message<'_>, key: u32, dreg: u32) {
     load(m, "ct", key, dreg);
+}
+
+/// `ct original KEY` or `ct reply KEY` into a register.
+pub fn ct_of(m: &mut Message<'_>, key: u32, direction: Direction, dreg: u32) {
+    expr(m, "ct", |m| {
+        // NFTA_CT_KEY, _DREG, _DIRECTION
+        m.be32(2, key).be32(1, dreg).u8(3, direction as u8);
+    });
 }
 
 /// `rt KEY` into a register.
@@ -129,6 +159,34 @@ pub fn lookup_not(m: &mut Message<'_>, set: &str, set_id: u32) {
     expr(m, "lookup", |m| {
         // NFTA_LOOKUP_SREG, _SET, _SET_ID, _FLAGS
         m.be32(2, NFT_REG_1).str(1, set).be32(4, set_id).be32(5, NFT_LOOKUP_F_INV);
+    });
+}
+
+/// The rule goes on when what stands in the registers from the first on is in the set.
+pub fn lookup(m: &mut Message<'_>, set: &str, set_id: u32) {
+    expr(m, "lookup", |m| {
+        // NFTA_LOOKUP_SREG, _SET, _SET_ID
+        m.be32(2, NFT_REG_1).str(1, set).be32(4, set_id);
+    });
+}
+
+/// `goto chain`.
+pub fn goto(m: &mut Message<'_>, chain: &str) {
+    expr(m, "immediate", |m| {
+        // NFTA_IMMEDIATE_DREG, _DATA
+        m.be32(1, NFT_REG_VERDICT).nested(2, |m| {
+            m.nested(NFTA_DATA_VERDICT, |m| {
+                m.be32(NFTA_VERDICT_CODE, NFT_GOTO).str(NFTA_VERDICT_CHAIN, chain);
+            });
+        });
+    });
+}
+
+/// `flow add @flowtable`.
+pub fn flow_offload(m: &mut Message<'_>, flowtable: &str) {
+    expr(m, "flow_offload", |m| {
+        // NFTA_FLOW_TABLE_NAME
+        m.str(1, flowtable);
     });
 }
 

@@ -111,6 +111,29 @@ pub const NFTA_RULE_TABLE: u16 = 1;
 pub const NFTA_RULE_CHAIN: u16 = 2;
 /// `NFTA_RULE_EXPRESSIONS`.
 pub const NFTA_RULE_EXPRESSIONS: u16 = 4;
+// enum nft_flowtable_attributes, nft_flowtable_hook_attributes, nft_devices_attributes
+/// `NFTA_FLOWTABLE_TABLE`.
+pub const NFTA_FLOWTABLE_TABLE: u16 = 1;
+/// `NFTA_FLOWTABLE_NAME`.
+pub const NFTA_FLOWTABLE_NAME: u16 = 2;
+/// `NFTA_FLOWTABLE_HOOK`.
+pub const NFTA_FLOWTABLE_HOOK: u16 = 3;
+/// `NFTA_FLOWTABLE_FLAGS`.
+pub const NFTA_FLOWTABLE_FLAGS: u16 = 7;
+/// `NFTA_FLOWTABLE_HOOK_NUM`.
+pub const NFTA_FLOWTABLE_HOOK_NUM: u16 = 1;
+/// `NFTA_FLOWTABLE_HOOK_PRIORITY`.
+pub const NFTA_FLOWTABLE_HOOK_PRIORITY: u16 = 2;
+/// `NFTA_FLOWTABLE_HOOK_DEVS`.
+pub const NFTA_FLOWTABLE_HOOK_DEVS: u16 = 3;
+/// `NFTA_DEVICE_NAME`.
+pub const NFTA_DEVICE_NAME: u16 = 1;
+/// `NFT_FLOWTABLE_HW_OFFLOAD`: entries go to the netdevs' drivers too.
+pub const NFT_FLOWTABLE_HW_OFFLOAD: u32 = 1;
+/// `NFT_FLOWTABLE_COUNTER`: packets count in conntrack, where it counts.
+pub const NFT_FLOWTABLE_COUNTER: u32 = 2;
+/// `NF_NETDEV_INGRESS` (`linux/netfilter.h`).
+pub const NF_NETDEV_INGRESS: u32 = 0;
 // enum nft_list_attributes, nft_data_attributes
 /// `NFTA_LIST_ELEM`.
 pub const NFTA_LIST_ELEM: u16 = 1;

@@ -1,0 +1,248 @@
+//! The provider class: options, the table that all its ports share, and
+//! [`bind`](ProviderClass::bind).
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use tracing::{debug, info, warn};
+
+use super::key::ConnId;
+use super::provider::NfFlowtable;
+use super::readback::Readback;
+use super::table::{Table, TableError};
+use crate::contract::class::{BindError, ProviderClass};
+use crate::contract::provider::{Fault, Provider};
+use crate::contract::types::{HwFlags, Instance, Netdev};
+use crate::netlink::link::{Link, Links};
+use crate::netlink::{Family, Socket};
+
+/// `ARPHRD_ETHER` (`linux/if_arp.h`).
+const ARPHRD_ETHER: u16 = 1;
+/// Whether conntrack counts, in the network namespace of the thread that opens it.
+const ACCOUNTING: &str = "/proc/sys/net/netfilter/nf_conntrack_acct";
+
+/// Options of the class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NfFlowtableConfig {
+    /// Name of the table in family `inet`.
+    pub table: String,
+    /// Connections selected on one port at most.
+    pub max_rules: usize,
+    /// Whether conntrack's accounting is switched on while a port is bound, and put back afterwards.
+    /// Without it there are no counters.
+    pub accounting: bool,
+}
+
+impl Default for NfFlowtableConfig {
+    fn default() -> Self {
+        Self { table: "ctoffload_flow".to_owned(), max_rules: 1 << 20, accounting: true }
+    }
+}
+
+/// The class `nf-flowtable`: the kernel's flowtable. See the [module](super).
+#[derive(Debug, Default)]
+pub struct NfFlowtableClass(Arc<Shared>);
+
+/// What the ports share.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    pub(super) config: NfFlowtableConfig,
+    state: Mutex<State>,
+    readback: Mutex<Option<Readback>>,
+    /// The netlink port of the table's socket, 0 when there was none yet.
+    port_id: AtomicU32,
+    next_rule: AtomicU64,
+}
+
+/// What changes with every port and every element.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) table: Option<Table>,
+    /// How many elements of all ports each connection has.
+    pub(super) selected: HashMap<ConnId, u32>,
+    /// Accounting was off, and we switched it on.
+    switched_on: bool,
+}
+
+impl NfFlowtableClass {
+    /// A class with these options.
+    #[must_use]
+    pub fn new(config: NfFlowtableConfig) -> Self {
+        Self(Arc::new(Shared { config, ..Shared::default() }))
+    }
+
+    /// Whether a change of nf_tables that is announced with this netlink port id was made by this
+    /// class.
+    #[must_use]
+    pub fn is_own_change(&self, port_id: u32) -> bool {
+        port_id != 0 && self.0.port_id.load(Ordering::Acquire) == port_id
+    }
+}
+
+impl Shared {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        // Every change of it is whole before anything that could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `f` on the reader of conntrack.
+    pub(super) fn read_back<R>(
+        &self,
+        f: impl FnOnce(&mut Readback) -> Result<R, crate::netlink::NetlinkError>,
+    ) -> Result<R, Fault> {
+        let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *readback {
+            Some(r) => f(r).map_err(|e| e.into_fault("reading conntrack")),
+            None => Err(Fault::new("no port is bound")),
+        }
+    }
+
+    pub(super) fn new_rule(&self) -> u64 {
+        self.next_rule.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Adds the port to the table, which is made when there is none.
+    fn attach(&self, link: &Link, wants_hardware: bool) -> Result<(), TableError> {
+        let mut state = self.state();
+        let Some(table) = &mut state.table else {
+            let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
+            let made = |hardware| {
+                let socket = Socket::open(Family::Netfilter)?;
+                // Before anything is announced.
+                self.port_id.store(socket.port_id()?, Ordering::Release);
+                Table::install(socket, &self.config.table, Links::open()?, link, hardware)
+            };
+            let table = match made(wants_hardware) {
+                Err(e) if wants_hardware && e.errno() == Some(Errno::EOPNOTSUPP) => made(false)?,
+                other => other?,
+            };
+            *readback = Some(Readback::open()?);
+            state.table = Some(table);
+            state.switched_on = self.config.accounting && switch_accounting_on();
+            return Ok(());
+        };
+        if !table.is_hardware() {
+            return table.add_port(link);
+        }
+        if wants_hardware {
+            match table.add_port(link) {
+                Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => {}
+                other => return other,
+            }
+        }
+        info!(
+            port = link.name,
+            "the flowtable goes on without its offload flag, which holds for all its ports or for none"
+        );
+        table.renew_as(false)?;
+        table.add_port(link)
+    }
+
+    /// Takes the port out again, and with the last one the table.
+    pub(super) fn detach(&self, netdev: &Netdev) -> Result<(), Fault> {
+        let mut state = self.state();
+        let Some(mut table) = state.table.take() else { return Ok(()) };
+        let fault = |e: TableError| Fault {
+            what: "taking the port out of the flowtable".into(),
+            errno: e.errno(),
+            detail: Some(e.to_string()),
+        };
+        if table.ports().iter().any(|p| *p != netdev.ifindex) {
+            let removed = table.remove_port(netdev.ifindex).map_err(fault);
+            state.table = Some(table);
+            return removed;
+        }
+        if std::mem::take(&mut state.switched_on)
+            && let Err(e) = std::fs::write(ACCOUNTING, "0")
+        {
+            warn!("{ACCOUNTING} stays on: {e}");
+        }
+        *self.readback.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        table.remove().map_err(fault)
+    }
+}
+
+/// True when it was off.
+fn switch_accounting_on() -> bool {
+    let off = is_accounting().is_some_and(|on| !on);
+    if off && let Err(e) = std::fs::write(ACCOUNTING, "1") {
+        debug!("{ACCOUNTING}: {e}");
+        return false;
+    }
+    off
+}
+
+/// Whether conntrack counts; `None` when that cannot be read.
+pub(super) fn is_accounting() -> Option<bool> {
+    let text = std::fs::read_to_string(Path::new(ACCOUNTING)).ok()?;
+    Some(text.trim() != "0")
+}
+
+impl ProviderClass for NfFlowtableClass {
+    fn name(&self) -> &'static str {
+        "nf-flowtable"
+    }
+
+    fn init(&self) -> Result<(), Fault> {
+        let name = &self.0.config.table;
+        if name.is_empty() || name.len() > 127 || name.contains('\0') {
+            return Err(Fault::new("the table's name: 1 to 127 bytes"));
+        }
+        Ok(())
+    }
+
+    fn bind(&self, netdev: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        let link = Links::open()
+            .and_then(|mut links| links.get(netdev.ifindex))
+            .map_err(|e| BindError::Failed(e.into_fault("reading the netdev")))?
+            .ok_or_else(|| {
+                BindError::Failed(Fault {
+                    what: "reading the netdev".into(),
+                    errno: Some(Errno::ENODEV),
+                    detail: None,
+                })
+            })?;
+        if link.hardware_type != ARPHRD_ETHER {
+            return Err(BindError::Declined(format!(
+                "not an Ethernet netdev (ARPHRD {})",
+                link.hardware_type
+            )));
+        }
+        if netdev.hw_flags == HwFlags::SkipSw {
+            return Err(BindError::Declined(
+                "a flowtable forwards in software whatever hardware has not: it cannot be kept to \
+                 hardware (skip_sw)"
+                    .into(),
+            ));
+        }
+        self.0
+            .attach(&link, netdev.hw_flags == HwFlags::Both)
+            .map_err(|e| BindError::Declined(e.to_string()))
+            .inspect_err(|e| debug!(%netdev, "nf-flowtable not bound: {e}"))?;
+        let provider = NfFlowtable::new(Arc::clone(&self.0), netdev.clone());
+        info!(%netdev, "nf-flowtable bound: {}", provider.describe());
+        Ok(Arc::new(provider))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_cannot_work_are_refused_at_registration() {
+        assert!(NfFlowtableClass::default().init().is_ok());
+        for table in ["", "a\0b", &"x".repeat(128)] {
+            let config = NfFlowtableConfig { table: table.to_owned(), ..Default::default() };
+            assert!(NfFlowtableClass::new(config).init().is_err());
+        }
+    }
+
+    #[test]
+    fn nobodys_changes_are_not_ours() {
+        assert!(!NfFlowtableClass::default().is_own_change(0));
+    }
+}

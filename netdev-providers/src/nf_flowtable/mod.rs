@@ -1,0 +1,80 @@
+//! The kernel's flowtable (`nf_flow_table`): packets of a connection go from the ingress hook of one
+//! netdev to the next, past conntrack, routing and the firewall; in hardware where the driver takes
+//! the table.
+//!
+//! ```text
+//! table inet ctoffload_flow {                    # owned by our socket: gone when it closes
+//!   flowtable f0 { hook ingress priority 1000; devices = { <ports> }; counter; }
+//!   set ports  { type iface_index; }
+//!   set orig4  { iif . oif . l4proto . zone . ports . addresses; }   # and reply4, orig6, reply6
+//!   chain select { type filter hook forward priority 1000; policy accept;
+//!     iif != @ports accept
+//!     ct direction original  oif != @ports  <iif . oif . ct original ...> @orig4  goto offload
+//!     ct direction original  <iif . oif . ...> @orig4  <oif . iif . ...> @reply4  goto offload
+//!     ...                                        # the same for replies, and for IPv6
+//!   }
+//!   chain offload { flow add @f0; }
+//! }
+//! ```
+//! What is a rule to the engine is an **element** here, of the set of its direction: "the port with
+//! this ifindex has seen this direction of this connection, leaving by that netdev". Only the
+//! provider writes the sets; it knows nothing but its own port.
+//!
+//! # Which netdev is offloaded, and when
+//! A flowtable is coarser than a rule of tc. `flow add` makes **one** entry with both directions, each
+//! keyed by its ingress netdev; a connection can be in one flowtable at a time (`IPS_OFFLOAD` is
+//! tested and set), and a packet is looked up on the netdevs of that flowtable only. So all ports that
+//! use this class share one flowtable, and an entry serves both of the connection's netdevs at once.
+//! That a netdev offloads only what it has seen is kept by **the condition of the rule**: a packet that
+//! goes from port A to
+//! * a netdev that is no port of this class (of another provider, or of none) makes the entry as soon
+//!   as A has its element: the entry's other direction is never looked up there;
+//! * a port B of this class makes the entry once B has its element for the other direction too, and
+//!   leads back to A. Until then both stay on the slow path.
+//!
+//! The element names the egress, so an entry is never made for a path that no port has sighted. Where
+//! the two directions take different netdevs of this class the rule holds for neither, and the
+//! connection stays on the slow path: the kernel's entry would bend one direction to the other's path.
+//!
+//! # How a deletion takes effect
+//! The kernel lets nobody delete an entry. It ends by itself when its connection ends (FIN, RST, or an
+//! entry of conntrack that dies), when its route is replaced, when a netdev of it goes down, or after
+//! `nf_flowtable_tcp_timeout` or `_udp_timeout` (30 s) without a packet. A delete removes the element,
+//! and then looks (`IPS_OFFLOAD`) whether the entry has ended. If it has not, and the connection is not
+//! closing anyway, the flowtable is **renewed**: one transaction puts a new one in the place of the
+//! old, and all entries end with that. The other connections' elements still stand, so that each is
+//! back after one packet on the slow path (a driver that takes one flowtable at a time sees the old
+//! one go first). Deletes of one batch share a renewal. A delete whose
+//! evaluation overlaps with a packet on another processor is caught by the next usage sweep.
+//!
+//! # What can be read back
+//! That an element is in is acknowledged by the kernel. Whether its connection is in the flowtable is
+//! `IPS_OFFLOAD`, and whether hardware has it `IPS_HW_OFFLOAD`: read by every sweep, with the counters.
+//! Those are conntrack's (`net.netfilter.nf_conntrack_acct`, which is switched on while a port is
+//! bound, unless it is configured otherwise): of connections that began before there are none.
+//! While an entry lives the kernel keeps the timeouts of conntrack up by itself.
+//!
+//! # What to know
+//! * **Packets too long** for the path, fragments, options, TTL 1, FIN and RST take the slow path: told
+//!   apart by the kernel, so no MTU is refused.
+//! * **MAC addresses** are the neighbour's at the time of each packet, in software. The destination
+//!   address on arrival is not looked at: a frame that was flooded to a port is forwarded.
+//! * **`flush ruleset`** passes the table over, as it does every table that has an owner; so no other
+//!   process can remove or change it.
+//! * **Hardware.** The `offload` flag holds for a flowtable with all its netdevs: it is on while every
+//!   port wants it and its driver takes it, and off from the first that does not. A port asked to be
+//!   in hardware only is declined: a flowtable forwards in software whatever hardware has not.
+//!
+//! # How the code is cut
+//! `key` elements, `table` the table and its transactions, `readback` conntrack, `provider`, `class`.
+
+mod class;
+mod key;
+mod provider;
+mod readback;
+mod table;
+
+pub use class::{NfFlowtableClass, NfFlowtableConfig};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,451 @@
+//! The table: what it is made of, and the transactions that change it.
+
+use nix::errno::Errno;
+use tracing::debug;
+
+use super::key::{Key, SetOf, load, load_opposite};
+use crate::contract::types::{Direction, Ifindex};
+use crate::netlink::error::{KernelError, NetlinkError};
+use crate::netlink::link::{Link, Links};
+use crate::netlink::netfilter::nft::expr::{self, Cmp};
+use crate::netlink::netfilter::nft::set::elements;
+use crate::netlink::netfilter::nft::*;
+use crate::netlink::socket::{CREATE, EXCL, Socket};
+use crate::netlink::wire::Message;
+
+const PORTS: &str = "ports";
+const PORTS_ID: u32 = 1;
+const SELECT: &str = "select";
+const OFFLOAD: &str = "offload";
+/// In the forward hook: behind every filter of others, so that what they drop makes no entry. On
+/// ingress: behind their ingress filters.
+const PRIORITY: u32 = 1000;
+/// What `nft` calls the key types (its `enum datatypes`): `iface_index`; and `integer` for keys of
+/// more parts than it has room to name.
+const NFT_TYPE_IFINDEX: u32 = 20;
+const NFT_TYPE_INTEGER: u32 = 4;
+/// What `nft` 1.0.6 stores beside a set so that it can list it: the byte order of the key, host
+/// and network.
+const HOST_ORDER: &[u8] = &[0x00, 0x04, 0x01, 0x00, 0x00, 0x00];
+const NETWORK_ORDER: &[u8] = &[0x00, 0x04, 0x02, 0x00, 0x00, 0x00];
+
+/// Elements that one message of a flush names (some 70 bytes each; an attribute holds 64 kB).
+const KEYS_PER_MESSAGE: usize = 700;
+/// Elements changed in one transaction, each by a message of its own (about 160 bytes; the default
+/// send buffer holds 212 kB).
+pub(super) const CHANGES_PER_TRANSACTION: usize = 512;
+
+const NEEDS_NFT: &str = "nf_tables and its family inet (CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET)";
+const NEEDS_FLOWTABLE: &str =
+    "nf_flow_table_inet and ingress hooks (CONFIG_NF_FLOW_TABLE_INET, CONFIG_NETFILTER_INGRESS)";
+const NEEDS_FLOW: &str = "nft_flow_offload (CONFIG_NFT_FLOW_OFFLOAD)";
+const NEEDS_CT: &str = "nft_ct and conntrack zones (CONFIG_NFT_CT, CONFIG_NF_CONNTRACK_ZONES)";
+
+/// Why the table could not be made or changed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TableError {
+    #[error("table inet {table} belongs to another process: is another daemon running here?")]
+    AlreadyOwned { table: String },
+    #[error("table inet {table} exists and is not ours: rename or delete it")]
+    TableExists { table: String },
+    #[error("the kernel lacks what {what} needs, {needs}: {source}")]
+    Unsupported { what: &'static str, needs: &'static str, source: KernelError },
+    #[error("nf_tables refused {what}: {source}")]
+    Refused { what: &'static str, source: KernelError },
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
+impl TableError {
+    pub(super) fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Unsupported { source, .. } | Self::Refused { source, .. } => Some(source.errno),
+            Self::Netlink(e) => e.errno(),
+            Self::AlreadyOwned { .. } | Self::TableExists { .. } => None,
+        }
+    }
+}
+
+/// A change of one element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    Add(Key),
+    Delete(Key),
+}
+
+/// The table, for as long as this value lives: it belongs to the socket inside.
+#[derive(Debug)]
+pub(super) struct Table {
+    socket: Socket,
+    links: Links,
+    name: String,
+    /// The ports, in the order in which they came.
+    ports: Vec<Ifindex>,
+    /// Counts the flowtables: their names differ.
+    generation: u32,
+    /// With the `offload` flag.
+    hardware: bool,
+    /// The flowtable is gone, and was not made again yet.
+    without_flowtable: bool,
+}
+
+impl Table {
+    /// Makes the table with its first port.
+    pub(super) fn install(
+        mut socket: Socket,
+        name: &str,
+        links: Links,
+        port: &Link,
+        hardware: bool,
+    ) -> Result<Self, TableError> {
+        let mut t = Transaction::new(&mut socket);
+        describe(&mut t, name, port, hardware);
+        done(t, name)?;
+        debug!(table = name, port = port.name, hardware, "flowtable made");
+        let ports = vec![port.ifindex];
+        Ok(Self {
+            socket,
+            links,
+            name: name.to_owned(),
+            ports,
+            generation: 0,
+            hardware,
+            without_flowtable: false,
+        })
+    }
+
+    pub(super) fn is_hardware(&self) -> bool {
+        self.hardware
+    }
+
+    /// The flowtable's name now.
+    pub(super) fn flowtable(&self) -> String {
+        flowtable_name(self.generation)
+    }
+
+    pub(super) fn ports(&self) -> &[Ifindex] {
+        &self.ports
+    }
+
+    /// Adds a port. Entries of others stay.
+    pub(super) fn add_port(&mut self, port: &Link) -> Result<(), TableError> {
+        if self.without_flowtable {
+            self.renew()?;
+        }
+        let mut t = Transaction::new(&mut self.socket);
+        put_port(&mut t, &self.name, NFT_MSG_NEWSETELEM, CREATE, port.ifindex);
+        let flowtable = flowtable_name(self.generation);
+        t.add(
+            Step::new("the port in the flowtable", NEEDS_FLOWTABLE),
+            NFT_MSG_NEWFLOWTABLE,
+            CREATE,
+            |m| {
+                put_flowtable(m, &self.name, &flowtable, self.hardware, [&*port.name]);
+            },
+        );
+        done(t, &self.name)?;
+        self.ports.push(port.ifindex);
+        Ok(())
+    }
+
+    /// Takes a port out: from now on no packet that comes in there is looked up. Entries that other
+    /// ports are served by stay. A netdev that is gone has been taken out by the kernel.
+    pub(super) fn remove_port(&mut self, port: Ifindex) -> Result<(), TableError> {
+        self.ports.retain(|p| *p != port);
+        let link = self.links.get(port)?;
+        let mut t = Transaction::new(&mut self.socket);
+        put_port(&mut t, &self.name, NFT_MSG_DELSETELEM, 0, port);
+        if let Some(link) = &link
+            && !self.without_flowtable
+        {
+            let flowtable = flowtable_name(self.generation);
+            t.add(
+                Step::new("taking the port out of the flowtable", NEEDS_FLOWTABLE),
+                NFT_MSG_DELFLOWTABLE,
+                0,
+                |m| {
+                    put_flowtable(m, &self.name, &flowtable, self.hardware, [&*link.name]);
+                },
+            );
+        }
+        match done(t, &self.name) {
+            // The netdev went, or got another name, since it was looked up.
+            Err(e) if link.is_some() && e.errno() == Some(Errno::ENOENT) => self.renew().map(drop),
+            other => other,
+        }
+    }
+
+    /// Puts a new flowtable in the place of the old: all entries of the old one end. Netdevs that are
+    /// gone are left out.
+    pub(super) fn renew(&mut self) -> Result<(), TableError> {
+        self.renew_as(self.hardware)
+    }
+
+    /// The same, with or without the `offload` flag.
+    pub(super) fn renew_as(&mut self, hardware: bool) -> Result<(), TableError> {
+        let mut tries = 0;
+        loop {
+            let mut names = Vec::with_capacity(self.ports.len());
+            for port in &self.ports {
+                names.extend(self.links.get(*port)?.map(|l| l.name));
+            }
+            match self.try_renew(&names, hardware) {
+                // A driver that takes one flowtable at a time.
+                Err(e) if e.errno() == Some(Errno::EBUSY) && !self.without_flowtable => {
+                    self.remove_flowtable()?;
+                }
+                // A name that has changed since it was looked up.
+                Err(e) if e.errno() == Some(Errno::ENOENT) && tries < 3 => tries += 1,
+                other => return other,
+            }
+        }
+    }
+
+    /// Removes the flowtable; the sets stand.
+    fn remove_flowtable(&mut self) -> Result<(), TableError> {
+        let mut t = Transaction::new(&mut self.socket);
+        delete_flowtable(&mut t, &self.name, &flowtable_name(self.generation));
+        done(t, &self.name)?;
+        self.without_flowtable = true;
+        Ok(())
+    }
+
+    fn try_renew(&mut self, names: &[String], hardware: bool) -> Result<(), TableError> {
+        let new = flowtable_name(self.generation + 1);
+        let table = &*self.name;
+        let mut t = Transaction::new(&mut self.socket);
+        if !self.without_flowtable {
+            delete_flowtable(&mut t, table, &flowtable_name(self.generation));
+        }
+        t.add(
+            Step::new("the new flowtable", NEEDS_FLOWTABLE),
+            NFT_MSG_NEWFLOWTABLE,
+            CREATE | EXCL,
+            |m| {
+                put_flowtable(m, table, &new, hardware, names.iter().map(|n| &**n));
+            },
+        );
+        put_offload_rule(&mut t, table, &new);
+        done(t, table)?;
+        self.generation += 1;
+        self.hardware = hardware;
+        self.without_flowtable = false;
+        debug!(table, flowtable = new, hardware, "flowtable renewed");
+        Ok(())
+    }
+
+    /// Changes elements, all of them or none: one answer each, in order. When one is refused, the
+    /// others' answer says whether they would have been taken, and nothing has changed: see
+    /// [`is_whole`].
+    pub(super) fn change(
+        &mut self,
+        changes: &[Change],
+    ) -> Result<Vec<Result<(), KernelError>>, NetlinkError> {
+        let mut t = Transaction::new(&mut self.socket);
+        for change in changes {
+            let (msg, flags, key) = match change {
+                Change::Add(key) => (NFT_MSG_NEWSETELEM, CREATE, key),
+                Change::Delete(key) => (NFT_MSG_DELSETELEM, 0, key),
+            };
+            t.add(Step::new("an element", NEEDS_NFT), msg, flags, |m| {
+                elements(m, &self.name, key.set.name(), [key].into_iter());
+            });
+        }
+        Ok(t.commit()?.into_iter().map(|(_, ack)| ack).collect())
+    }
+
+    /// Deletes elements that are there, in few messages.
+    pub(super) fn delete_all(&mut self, keys: &[Key]) -> Result<(), TableError> {
+        for set in SetOf::ALL {
+            let of_set: Vec<_> = keys.iter().filter(|k| k.set == set).collect();
+            for chunk in of_set.chunks(KEYS_PER_MESSAGE) {
+                let mut t = Transaction::new(&mut self.socket);
+                t.add(Step::new("removing elements", NEEDS_NFT), NFT_MSG_DELSETELEM, 0, |m| {
+                    elements(m, &self.name, set.name(), chunk.iter());
+                });
+                done(t, &self.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the table now (dropping the value removes it too).
+    pub(super) fn remove(mut self) -> Result<(), TableError> {
+        let mut t = Transaction::new(&mut self.socket);
+        t.add(Step::new("deleting the table", NEEDS_NFT), NFT_MSG_DELTABLE, 0, |m| {
+            m.str(NFTA_TABLE_NAME, &self.name);
+        });
+        match done(t, &self.name) {
+            Err(e) if e.errno() == Some(Errno::ENOENT) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// Whether a transaction with these answers took effect.
+pub(super) fn is_whole(answers: &[Result<(), KernelError>]) -> bool {
+    answers.iter().all(Result::is_ok)
+}
+
+fn flowtable_name(generation: u32) -> String {
+    format!("f{generation}")
+}
+
+/// Commits; what was refused becomes words.
+fn done(t: Transaction<'_>, table: &str) -> Result<(), TableError> {
+    let answers = t.commit().map_err(|e| match e {
+        NetlinkError::Kernel(source) if source.errno != Errno::EPERM => {
+            TableError::Unsupported { what: "the table", needs: NEEDS_NFT, source }
+        }
+        e => e.into(),
+    })?;
+    let Some((step, source)) = first_refusal(answers) else { return Ok(()) };
+    let table = || table.to_owned();
+    Err(match source.errno {
+        Errno::EPERM if step.what == THE_TABLE => TableError::AlreadyOwned { table: table() },
+        Errno::EEXIST if step.what == THE_TABLE => TableError::TableExists { table: table() },
+        Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT | Errno::EPROTONOSUPPORT | Errno::EPFNOSUPPORT => {
+            TableError::Unsupported { what: step.what, needs: step.needs, source }
+        }
+        // A module that is not there; but about a port it is the netdev that is not there.
+        Errno::ENOENT if step.needs != NEEDS_NFT && step.what.starts_with("the rule") => {
+            TableError::Unsupported { what: step.what, needs: step.needs, source }
+        }
+        _ => TableError::Refused { what: step.what, source },
+    })
+}
+
+const THE_TABLE: &str = "the table";
+
+fn put_port(t: &mut Transaction<'_>, table: &str, msg: u16, flags: u16, port: Ifindex) {
+    t.add(Step::new("the port in the set of ports", NEEDS_NFT), msg, flags, |m| {
+        elements(m, table, PORTS, [port.get().to_ne_bytes()].iter());
+    });
+}
+
+fn put_flowtable<'n>(
+    m: &mut Message<'_>,
+    table: &str,
+    name: &str,
+    hardware: bool,
+    devices: impl IntoIterator<Item = &'n str>,
+) {
+    let flags = NFT_FLOWTABLE_COUNTER | if hardware { NFT_FLOWTABLE_HW_OFFLOAD } else { 0 };
+    m.str(NFTA_FLOWTABLE_TABLE, table)
+        .str(NFTA_FLOWTABLE_NAME, name)
+        .be32(NFTA_FLOWTABLE_FLAGS, flags)
+        .nested(NFTA_FLOWTABLE_HOOK, |m| {
+            m.be32(NFTA_FLOWTABLE_HOOK_NUM, NF_NETDEV_INGRESS)
+                .be32(NFTA_FLOWTABLE_HOOK_PRIORITY, PRIORITY)
+                .nested(NFTA_FLOWTABLE_HOOK_DEVS, |m| {
+                    for device in devices {
+                        m.str(NFTA_DEVICE_NAME, device);
+                    }
+                });
+        });
+}
+
+fn delete_flowtable(t: &mut Transaction<'_>, table: &str, flowtable: &str) {
+    t.add(Step::new("deleting the old rule", NEEDS_NFT), NFT_MSG_DELRULE, 0, |m| {
+        m.str(NFTA_RULE_TABLE, table).str(NFTA_RULE_CHAIN, OFFLOAD);
+    });
+    t.add(Step::new("deleting the old flowtable", NEEDS_NFT), NFT_MSG_DELFLOWTABLE, 0, |m| {
+        m.str(NFTA_FLOWTABLE_TABLE, table).str(NFTA_FLOWTABLE_NAME, flowtable);
+    });
+}
+
+fn put_offload_rule(t: &mut Transaction<'_>, table: &str, flowtable: &str) {
+    t.add(Step::new("the rule that offloads", NEEDS_FLOW), NFT_MSG_NEWRULE, CREATE | APPEND, |m| {
+        m.str(NFTA_RULE_TABLE, table).str(NFTA_RULE_CHAIN, OFFLOAD);
+        m.nested(NFTA_RULE_EXPRESSIONS, |m| expr::flow_offload(m, flowtable));
+    });
+}
+
+/// The messages that make the table.
+pub(super) fn describe(t: &mut Transaction<'_>, table: &str, port: &Link, hardware: bool) {
+    t.add(Step::new(THE_TABLE, NEEDS_NFT), NFT_MSG_NEWTABLE, CREATE | EXCL, |m| {
+        m.str(NFTA_TABLE_NAME, table).be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER);
+    });
+    let flowtable = flowtable_name(0);
+    t.add(Step::new("the flowtable", NEEDS_FLOWTABLE), NFT_MSG_NEWFLOWTABLE, CREATE | EXCL, |m| {
+        put_flowtable(m, table, &flowtable, hardware, [&*port.name]);
+    });
+    t.add(Step::new("the set of ports", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
+        m.str(NFTA_SET_TABLE, table)
+            .str(NFTA_SET_NAME, PORTS)
+            .be32(NFTA_SET_FLAGS, 0)
+            .be32(NFTA_SET_KEY_TYPE, NFT_TYPE_IFINDEX)
+            .be32(NFTA_SET_KEY_LEN, 4)
+            .be32(NFTA_SET_ID, PORTS_ID)
+            .attr(NFTA_SET_USERDATA, HOST_ORDER);
+    });
+    put_port(t, table, NFT_MSG_NEWSETELEM, CREATE, port.ifindex);
+    for set in SetOf::ALL {
+        t.add(Step::new("a set of connections", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
+            #[expect(clippy::cast_possible_truncation, reason = "32 or 56")]
+            let key_len = set.key_len() as u32;
+            m.str(NFTA_SET_TABLE, table)
+                .str(NFTA_SET_NAME, set.name())
+                .be32(NFTA_SET_FLAGS, 0)
+                .be32(NFTA_SET_KEY_TYPE, NFT_TYPE_INTEGER)
+                .be32(NFTA_SET_KEY_LEN, key_len)
+                .be32(NFTA_SET_ID, set.id())
+                .attr(NFTA_SET_USERDATA, NETWORK_ORDER);
+        });
+    }
+    t.add(Step::new("the chain that offloads", NEEDS_NFT), NFT_MSG_NEWCHAIN, CREATE | EXCL, |m| {
+        m.str(NFTA_CHAIN_TABLE, table).str(NFTA_CHAIN_NAME, OFFLOAD);
+    });
+    put_offload_rule(t, table, &flowtable);
+    t.add(Step::new("the chain that selects", NEEDS_NFT), NFT_MSG_NEWCHAIN, CREATE | EXCL, |m| {
+        m.str(NFTA_CHAIN_TABLE, table)
+            .str(NFTA_CHAIN_NAME, SELECT)
+            .str(NFTA_CHAIN_TYPE, "filter")
+            .be32(NFTA_CHAIN_POLICY, NF_ACCEPT)
+            .nested(NFTA_CHAIN_HOOK, |m| {
+                m.be32(NFTA_HOOK_HOOKNUM, NF_INET_FORWARD).be32(NFTA_HOOK_PRIORITY, PRIORITY);
+            });
+    });
+    let mut rule = |step, fill: &dyn Fn(&mut Message<'_>)| {
+        t.add(step, NFT_MSG_NEWRULE, CREATE | APPEND, |m| {
+            m.str(NFTA_RULE_TABLE, table).str(NFTA_RULE_CHAIN, SELECT);
+            m.nested(NFTA_RULE_EXPRESSIONS, fill);
+        });
+    };
+    rule(Step::new("the rule on other netdevs", NEEDS_NFT), &|m| {
+        expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
+        expr::lookup_not(m, PORTS, PORTS_ID);
+        expr::accept(m);
+    });
+    for set in SetOf::ALL {
+        let of_this_direction = |m: &mut Message<'_>| {
+            let family = if set.ipv6 { NFPROTO_IPV6 } else { NFPROTO_IPV4 };
+            expr::meta(m, expr::NFT_META_NFPROTO, expr::NFT_REG_1);
+            expr::cmp(m, Cmp::Eq, &[family]);
+            expr::ct(m, expr::NFT_CT_DIRECTION, expr::NFT_REG_1);
+            expr::cmp(m, Cmp::Eq, &[set.direction as u8]);
+        };
+        let (one, both) = match set.direction {
+            Direction::Original => {
+                ("the rule on original packets", "the rule on original packets between ports")
+            }
+            Direction::Reply => ("the rule on replies", "the rule on replies between ports"),
+        };
+        rule(Step::new(one, NEEDS_CT), &|m| {
+            of_this_direction(m);
+            expr::meta(m, expr::NFT_META_OIF, expr::NFT_REG_1);
+            expr::lookup_not(m, PORTS, PORTS_ID);
+            load(m, set.ipv6);
+            expr::lookup(m, set.name(), set.id());
+            expr::goto(m, OFFLOAD);
+        });
+        rule(Step::new(both, NEEDS_CT), &|m| {
+            of_this_direction(m);
+            load(m, set.ipv6);
+            expr::lookup(m, set.name(), set.id());
+            load_opposite(m);
+            expr::lookup(m, set.opposite().name(), set.opposite().id());
+            expr::goto(m, OFFLOAD);
+        });
+    }
+}
