@@ -36,7 +36,7 @@
 //! let (p1, p2) = (Ifindex::new(1).unwrap(), Ifindex::new(2).unwrap());
 //! for (ifindex, name) in [(p1, "p1"), (p2, "p2")] {
 //!     let hw_flags = HwFlags::Both;
-//!     engine.port_add(NewPort { ifindex, name: name.into(), hw_flags, providers: None })?;
+//!     engine.port_add(NewPort { ifindex, name: name.into(), hw_flags, providers: None, capacity: None })?;
 //! }
 //!
 //! // 3. One worker per packet thread.

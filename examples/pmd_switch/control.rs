@@ -191,6 +191,7 @@ impl Control {
             name: port.name.clone(),
             hw_flags: HwFlags::Both,
             providers: self.providers.clone(),
+            capacity: None,
         };
         let engine = &self.switch.engine;
         let generation = engine.port_add(new).map_err(io::Error::other)?;

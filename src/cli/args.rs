@@ -144,6 +144,9 @@ pub(super) struct PortAdd {
     /// Where rules may live. Without it: as configured.
     #[arg(long, value_name = "WHERE")]
     pub(super) offload: Option<Offload>,
+    /// How many rules there may be at most. Without it: as configured.
+    #[arg(long, value_name = "RULES", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) capacity: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -80,6 +80,7 @@ impl TryFrom<Args> for Plan {
             Object::Port { verb: Some(PortVerb::Add(add)) } => Action::PortAdd(PortAddRequest {
                 name: add.name,
                 providers: add.providers,
+                capacity: add.capacity,
                 offload: add.offload.map(|o| {
                     match o {
                         Offload::Both => HwFlags::Both,

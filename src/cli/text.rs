@@ -150,6 +150,11 @@ fn port(out: &mut String, p: &PortInfo) {
             p.installed, p.in_hw, p.pending, p.rejected
         ),
     );
+    if let Some(capacity) = p.capacity {
+        let how = if p.capacity_learnt { ", learnt from the NIC or the kernel" } else { "" };
+        let gave_way = count(p.evictions, "rule", "rules");
+        line("capacity", &format!("{capacity} rules{how}; {gave_way} gave way to busier ones"));
+    }
     line(
         "so far",
         &format!(
@@ -237,7 +242,14 @@ pub(super) fn conns(out: &mut String, conns: &[ConnInfo], detail: bool) {
             None => out.push_str("  never used"),
         }
         if detail {
-            let _ = write!(out, "  epoch {}", c.epoch);
+            let _ = write!(
+                out,
+                "  {} {} ({} bytes)  epoch {}",
+                count(c.packets, "packet", "packets"),
+                bytes(c.bytes),
+                c.bytes,
+                c.epoch
+            );
             if let Some(id) = c.ct_id {
                 let _ = write!(out, "  ct-id {id}");
             }
@@ -336,7 +348,15 @@ pub(super) fn stats(out: &mut String, s: &Stats) {
             "conntrack",
             format!("{}, {} lost", count(s.conntrack_events, "event", "events"), s.conntrack_lost),
         ),
-        ("sweeps", format!("{}, the last took {}", s.sweeps, duration(s.last_sweep_ms))),
+        (
+            "sweeps",
+            format!(
+                "{}, the last took {}, the next comes {} later",
+                s.sweeps,
+                duration(s.last_sweep_ms),
+                duration(s.sweep_pause_ms)
+            ),
+        ),
         ("rules", format!("{} added, {} deleted, {} rejected", s.adds, s.deletes, s.add_failures)),
         ("rejections", reasons(&s.reasons)),
     ];

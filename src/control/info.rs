@@ -37,6 +37,12 @@ pub struct PortInfo {
     pub rejected: u64,
     /// Rules that the NIC has taken.
     pub in_hw: u64,
+    /// How many rules there may be, where there is a limit.
+    pub capacity: Option<u64>,
+    /// The limit was not configured: the provider said that it is full.
+    pub capacity_learnt: bool,
+    /// Rules that gave way to those of busier connections.
+    pub evictions: u64,
     /// First packets of a direction of a connection seen here.
     pub sights: u64,
     /// Rules installed so far.
@@ -103,6 +109,11 @@ pub struct ConnInfo {
     /// How long ago a packet was last seen, in any direction on any port; `None`: never since it
     /// was offloaded.
     pub idle_ms: Option<u64>,
+    /// Packets that its rules have forwarded, past and present, on all ports: never less than
+    /// before.
+    pub packets: u64,
+    /// Bytes that they have forwarded.
+    pub bytes: u64,
     /// One for each port and direction that has seen it.
     pub slots: Vec<SlotInfo>,
 }
@@ -193,6 +204,8 @@ pub struct Stats {
     pub sweeps: u64,
     /// How long the last one took.
     pub last_sweep_ms: u64,
+    /// How long after it the next one comes.
+    pub sweep_pause_ms: u64,
     /// Rules installed so far.
     pub adds: u64,
     /// Rules removed so far.
@@ -290,6 +303,8 @@ pub struct PortAddRequest {
     pub providers: Vec<String>,
     /// Where rules may live (`both`, `skip_sw`, `skip_hw`); `None`: as configured.
     pub offload: Option<String>,
+    /// How many rules there may be at most; `None`: as configured.
+    pub capacity: Option<u32>,
 }
 
 /// Which port is to go.
@@ -428,13 +443,14 @@ attributes! {
         ifindex = 1, name = 2, generation = 3, provider = 4, about = 5, offload = 6, state = 7,
         fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
         sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
-        latency = 20,
+        latency = 20, capacity = 21, capacity_learnt = 22, evictions = 23,
     }
     LatencyCount { op = 1, below_us = 2, count = 3 }
     Refusal { class = 1, why = 2 }
     ReasonCount { reason = 1, count = 2 }
     ConnInfo {
         epoch = 1, zone = 2, ct_id = 3, original = 4, reply = 5, age_ms = 6, idle_ms = 7, slots = 8,
+        packets = 9, bytes = 10,
     }
     SlotInfo {
         port = 1, ifindex = 2, generation = 3, direction = 4, state = 5, reason = 6, detail = 7,
@@ -447,13 +463,14 @@ attributes! {
         slots_rejected = 6, sights = 7, sights_lost = 8, ledger_elements = 9, ledger_size = 10,
         conntrack_events = 11, conntrack_lost = 12, sweeps = 13, last_sweep_ms = 14, adds = 15,
         deletes = 16, add_failures = 17, reasons = 18, latency = 19,
+        sweep_pause_ms = 20,
     }
     PortVerdict { port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5 }
     ConnFilter { port = 1, zone = 2, tuple = 3 }
     ExplainRequest { tuple = 1, zone = 2 }
     FlushRequest { port = 1, zone = 2, tuple = 3, all = 4 }
     PortFlushed { port = 1, count = 2 }
-    PortAddRequest { name = 1, providers = 2, offload = 3 }
+    PortAddRequest { name = 1, providers = 2, offload = 3, capacity = 4 }
     PortDelRequest { name = 1 }
     Event {
         kind = 1, port = 2, ifindex = 3, provider = 4, zone = 5, tuple = 6, direction = 7,
@@ -496,7 +513,9 @@ mod tests {
             epoch: u64, zone: u16, ct_id: Option<u32>, original in tuples(), reply in tuples(),
             age_ms: u64, idle_ms: Option<u64>, slots in proptest::collection::vec(slots(), 0..5),
         ) -> ConnInfo {
-            ConnInfo { epoch, zone, ct_id, original, reply, age_ms, idle_ms, slots }
+            ConnInfo {
+                epoch, zone, ct_id, original, reply, age_ms, idle_ms, packets: epoch, bytes: 2, slots,
+            }
         }
     }
 

@@ -32,6 +32,8 @@ impl ControlHandler for Fake {
         Ok(Box::new((0..n).map(|epoch| ConnInfo {
             epoch,
             zone: 0,
+            packets: 1,
+            bytes: 2,
             ct_id: None,
             original: tuple(),
             reply: tuple().inverted(),

@@ -13,7 +13,8 @@
 //! queue = 65536              # offers waiting per port
 //!
 //! [usage]
-//! sweep-seconds = 5          # 1..=3600
+//! sweep-seconds = 5          # 1..=3600: while rules carry packets
+//! sweep-max-seconds = 20     # while none does, or sweeps take long; default: 4 x sweep-seconds
 //!
 //! [control]
 //! group = "adm"              # members may read; changes are root's
@@ -25,6 +26,7 @@
 //! match = "eth*"             # *, ?, [abc]
 //! providers = ["tc-flower"]  # in order; ["none"]: attach without offload; default: all
 //! offload = "both"           # or "skip-sw" (hardware only), "skip-hw" (software only)
+//! capacity = 100000          # rules at most; default: until the NIC says that it is full
 //! ```
 
 use std::num::{NonZeroU16, NonZeroU32};
@@ -78,6 +80,8 @@ pub struct Config {
     pub queue: usize,
     /// Seconds between sweeps.
     pub sweep_seconds: u16,
+    /// Seconds between sweeps at most.
+    pub sweep_max_seconds: u16,
     /// Who may read besides root.
     pub control_group: Option<String>,
     /// The first of tc-flower's prios.
@@ -116,6 +120,7 @@ struct RawLimits {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 struct RawUsage {
     sweep_seconds: Option<Spanned<u16>>,
+    sweep_max_seconds: Option<Spanned<u16>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -137,6 +142,7 @@ struct RawPort {
     pattern: Spanned<String>,
     providers: Option<Spanned<Vec<String>>>,
     offload: Option<RawOffload>,
+    capacity: Option<Spanned<u32>>,
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -213,7 +219,10 @@ impl Config {
     ) -> Result<Self, (String, glob::PatternError)> {
         for pattern in patterns {
             let glob = glob::Pattern::new(pattern).map_err(|e| (pattern.clone(), e))?;
-            self.ports.push((glob, PortSpec { providers: None, hw_flags: HwFlags::Both }));
+            self.ports.push((
+                glob,
+                PortSpec { providers: None, hw_flags: HwFlags::Both, capacity: None },
+            ));
         }
         Ok(self)
     }
@@ -252,8 +261,11 @@ impl Config {
                 Some(RawOffload::SkipHw) => HwFlags::SkipHw,
             };
             let providers = port.providers.map(Spanned::into_inner);
-            ports.push((pattern, PortSpec { providers, hw_flags }));
+            let capacity = port.capacity.map(|c| ranged(Some(c), 1, 1..=100_000_000, "capacity"));
+            let capacity = capacity.transpose()?;
+            ports.push((pattern, PortSpec { providers, hw_flags, capacity }));
         }
+        let sweep_seconds = ranged(raw.usage.sweep_seconds, 5, 1..=3600, "sweep-seconds")?;
         let ledger_size = ranged(raw.sight.ledger_size, 262_144, 16..=16_777_216, "ledger-size")?;
         let prio_base =
             raw.tc_flower.prio_base.map(|p| ranged(Some(p), 1, 1..=65_000, "prio-base"));
@@ -268,7 +280,13 @@ impl Config {
             connections: ranged(raw.limits.connections, 1 << 20, 1..=100_000_000, "connections")?
                 as usize,
             queue: ranged(raw.limits.queue, 1 << 16, 1..=10_000_000, "queue")? as usize,
-            sweep_seconds: ranged(raw.usage.sweep_seconds, 5, 1..=3600, "sweep-seconds")?,
+            sweep_seconds,
+            sweep_max_seconds: ranged(
+                raw.usage.sweep_max_seconds,
+                sweep_seconds.saturating_mul(4),
+                sweep_seconds..=3600,
+                "sweep-max-seconds",
+            )?,
             control_group: raw.control.group,
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             ports,
@@ -315,7 +333,7 @@ mod tests {
     #[test]
     fn an_empty_file_is_the_defaults_and_attaches_nothing() {
         let c = Config::parse("", CLASSES).unwrap();
-        assert_eq!(c.sweep_seconds, 5);
+        assert_eq!((c.sweep_seconds, c.sweep_max_seconds), (5, 20));
         assert_eq!(c.on_ruleset_change, OnRulesetChange::Flush);
         assert_eq!(c.port("eth0"), None);
     }
@@ -343,9 +361,11 @@ mod tests {
         let (line, message) = error("[[port]]\nmatch = \"a*\"\nproviders = [\"tc-flour\"]\n");
         assert_eq!(line, 3);
         assert!(message.contains("tc-flour") && message.contains("tc-flower"), "{message}");
+        assert_eq!(error("[usage]\nsweep-seconds = 9\nsweep-max-seconds = 8\n").0, 3);
         assert_eq!(error("[[port]]\nmatch = \"a[\"\n").0, 2);
         assert_eq!(error("[[port]]\nmatch = \"a\"\noffload = \"hw\"\n").0, 3);
         assert_eq!(error("\n\n= 3\n").0, 3);
+        assert_eq!(error("[[port]]\nmatch = \"a\"\ncapacity = 0\n").0, 3);
         assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);
     }
 

@@ -138,6 +138,9 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         installed: v.slots.installed,
         rejected: v.slots.rejected,
         in_hw: v.in_hw,
+        capacity: v.capacity,
+        capacity_learnt: v.capacity_learnt,
+        evictions: v.evictions,
         sights: v.sights,
         adds: v.adds,
         deletes: v.deletes,
@@ -203,7 +206,10 @@ fn slot_info(links: &Links, v: &SlotView) -> SlotInfo {
 fn conn_info(engine: &Engine, links: &Links, conn: &ConnHandle) -> ConnInfo {
     let now = engine.now_ms();
     let slots = engine.slots(conn);
+    let traffic = conn.traffic();
     ConnInfo {
+        packets: traffic.packets,
+        bytes: traffic.bytes,
         epoch: conn.epoch().0,
         zone: conn.key().zone.0,
         ct_id: u32::try_from(conn.tag()).ok(),
@@ -338,6 +344,7 @@ impl ControlHandler for Handler {
             conntrack_lost: get(&counts.conntrack_lost),
             sweeps: get(&counts.sweeps),
             last_sweep_ms: get(&counts.last_sweep_ms),
+            sweep_pause_ms: get(&counts.sweep_pause_ms),
             adds: ports.iter().map(|p| p.adds).sum(),
             deletes: ports.iter().map(|p| p.deletes).sum(),
             add_failures: reasons.values().sum(),
@@ -427,9 +434,11 @@ impl ControlHandler for Handler {
         } else {
             Some(request.providers.clone())
         };
+        let capacity =
+            request.capacity.or(self.config.port(&request.name).and_then(|c| c.capacity));
         let wants_none = providers.as_ref().is_some_and(|p| p.iter().any(|n| n == NO_PROVIDER));
         let datapath = self.datapath.lock().unwrap_or_else(PoisonError::into_inner);
-        datapath.attach(&link, PortSpec { providers, hw_flags }).map_err(|e| {
+        datapath.attach(&link, PortSpec { providers, hw_flags, capacity }).map_err(|e| {
             let kind = match e {
                 PortAddError::AlreadyBound { .. } => ErrorKind::AlreadyBound,
                 PortAddError::Registry(_) => ErrorKind::InvalidArgument,

@@ -28,7 +28,7 @@ use crate::control::server::Server;
 use crate::datapath::netfilter::conntrack::ConntrackError;
 use crate::datapath::netfilter::ledger::LedgerError;
 use crate::datapath::netfilter::nflog::NflogError;
-use crate::datapath::{self, Backend, DatapathError, KernelDatapath};
+use crate::datapath::{self, Backend, DatapathError, KernelDatapath, SweepBounds};
 use crate::engine::clock::Clock;
 use crate::engine::registry::RegistryError;
 use crate::engine::{Engine, Limits};
@@ -188,9 +188,11 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         let config = Arc::clone(&config);
         Arc::new(move |name: &str| config.port(name))
     };
-    let sweep_every = Duration::from_secs(config.sweep_seconds.into());
-    let datapath =
-        KernelDatapath::start(Arc::clone(&backend), engine.clone(), policy, sweep_every)?;
+    let sweeps = SweepBounds {
+        busy: Duration::from_secs(config.sweep_seconds.into()),
+        max: Duration::from_secs(config.sweep_max_seconds.into()),
+    };
+    let datapath = KernelDatapath::start(Arc::clone(&backend), engine.clone(), policy, sweeps)?;
     let handler = Handler::new(engine, backend, datapath, config);
     tracing::info!("running");
 

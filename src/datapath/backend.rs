@@ -58,6 +58,8 @@ pub struct Counts {
     pub sweeps: AtomicU64,
     /// How long the last one took.
     pub last_sweep_ms: AtomicU64,
+    /// How long after it the next one comes.
+    pub sweep_pause_ms: AtomicU64,
 }
 
 /// A connection as the kernel knows it, from its first sight to its end in conntrack.

@@ -13,9 +13,10 @@ use super::TICK;
 use super::backend::{Shared, ct_id};
 use super::ends;
 use super::netfilter::conntrack::{CtUpdate, timeouts};
+use super::pacing::{SweepBounds, Swept};
 use crate::engine::Engine;
 use crate::engine::conn::ConnHandle;
-use crate::engine::usage::Strays;
+use crate::engine::usage::{Strays, Sweep};
 
 /// Connections are compared with conntrack's table this often: entries made before our event socket
 /// existed have no end events (`nf_conntrack_events` = 2).
@@ -33,8 +34,9 @@ impl Keeper {
         Self { backend, engine, strays: Strays::default(), compared: Instant::now() }
     }
 
-    pub(super) fn run(mut self, every: Duration, stop: &AtomicBool) {
-        let mut next = Instant::now() + every;
+    pub(super) fn run(mut self, bounds: SweepBounds, stop: &AtomicBool) {
+        let mut pause = bounds.busy;
+        let mut next = Instant::now() + pause;
         while !stop.load(Ordering::Relaxed) {
             let left = next.saturating_duration_since(Instant::now());
             if !left.is_zero() {
@@ -42,18 +44,21 @@ impl Keeper {
                 continue;
             }
             let started = Instant::now();
-            self.sweep();
+            let (moved, shortest_timeout) = self.sweep();
             let took = started.elapsed();
             let counts = self.backend.counts();
             counts.sweeps.fetch_add(1, Ordering::Relaxed);
             let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
             counts.last_sweep_ms.store(ms, Ordering::Relaxed);
-            // A sweep that takes long is not repeated without a pause.
-            next = (next + every).max(Instant::now() + took);
+            pause = bounds.pause(pause, &Swept { took, moved, shortest_timeout });
+            let ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+            counts.sweep_pause_ms.store(ms, Ordering::Relaxed);
+            next = Instant::now() + pause;
         }
     }
 
-    fn sweep(&mut self) {
+    /// Whether any rule had carried something, and the shortest timeout of what is offloaded.
+    fn sweep(&mut self) -> (bool, Option<Duration>) {
         let sweep = self.engine.sweep(&mut self.strays);
         for (port, fault) in &sweep.faults {
             tracing::warn!(port, "usage could not be read: {fault}");
@@ -64,6 +69,15 @@ impl Keeper {
             self.compared = Instant::now();
             ends::compare(&self.backend, &self.engine);
         }
+        (!sweep.used.is_empty(), self.shortest_timeout(&sweep))
+    }
+
+    fn shortest_timeout(&self, sweep: &Sweep) -> Option<Duration> {
+        if sweep.rules == 0 {
+            return None;
+        }
+        // What a timeout policy has set can be longer: that does no harm here.
+        timeouts().ok().map(|t| t.udp_stream.min(t.tcp_established))
     }
 
     /// `expiry = max(expiry, last use + timeout of the state)`: the last use is now, within one

@@ -27,6 +27,7 @@ mod changes;
 mod ends;
 mod keepalive;
 pub mod netfilter;
+mod pacing;
 pub mod routing;
 mod ruleset;
 mod sights;
@@ -45,6 +46,7 @@ pub use self::backend::{Backend, Config, Counts, Observer, OnRulesetChange};
 use self::netfilter::conntrack::{ConntrackError, CtEvents};
 use self::netfilter::ledger::LedgerError;
 use self::netfilter::nflog::{NflogError, SightLog};
+pub use self::pacing::SweepBounds;
 use self::routing::links::Link;
 use self::routing::monitor::{self, NetEvent};
 use crate::engine::{Engine, NewPort, NoSuchPort, PortAddError, PortDeleted};
@@ -56,6 +58,8 @@ pub struct PortSpec {
     pub providers: Option<Vec<String>>,
     /// Where rules may live.
     pub hw_flags: HwFlags,
+    /// How many rules there may be; `None`: until the provider says that there is no more room.
+    pub capacity: Option<u32>,
 }
 
 /// Decides by its name whether, and how, a netdev becomes a port.
@@ -109,7 +113,7 @@ impl KernelDatapath {
         backend: Arc<Backend>,
         engine: Engine,
         policy: PortPolicy,
-        sweep_every: Duration,
+        sweeps: SweepBounds,
     ) -> Result<Self, DatapathError> {
         let stop = Arc::new(AtomicBool::new(false));
         let (stop_monitor, monitor_stopped) = oneshot::channel();
@@ -149,7 +153,7 @@ impl KernelDatapath {
         })?;
         datapath.spawn("keepalive", {
             let stop = Arc::clone(&stop);
-            move || keepalive::Keeper::new(backend, engine).run(sweep_every, &stop)
+            move || keepalive::Keeper::new(backend, engine).run(sweeps, &stop)
         })?;
         if first_sync.recv_timeout(Duration::from_secs(10)).is_err() {
             datapath.stop();
@@ -214,6 +218,7 @@ fn attach(
         name: link.name.clone(),
         hw_flags: spec.hw_flags,
         providers: spec.providers,
+        capacity: spec.capacity,
     })?;
     // Only now: what is sighted on a netdev that is no port yet would be offered to nobody.
     backend.watch(link.ifindex);

@@ -13,11 +13,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use netdev_providers::{
-    Direction, Epoch, Generation, Ifindex, MacAddr, Rejection, RuleId, Tuple, Zone,
+    Counters, Direction, Epoch, Generation, Ifindex, MacAddr, Rejection, RuleId, Tuple, Zone,
 };
 
+use super::capacity::Pace;
 use super::slot::{Claim, SlotWord};
-use super::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, fence};
+use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceLock, fence};
 
 /// How many ports one direction of one connection can have been seen on in its life. A bound on
 /// memory: beyond it offers are rejected with `too-many-ports`.
@@ -84,8 +85,12 @@ pub(super) struct Detail {
     pub rejection: Option<Box<Rejection>>,
     /// Transient refusals in a row.
     pub attempts: u16,
+    /// Of the rule, as sweeps measured it; before it is installed, of the connection, as its sights
+    /// tell it.
+    pub pace: Pace,
     pub retry_at: Moment,
-    /// When a sweep last saw the counters move; before the first time, when it was installed.
+    /// When a sweep last saw the counters move; before the first time, when it was installed; before
+    /// that, when its sight was re-armed.
     pub used_ms: u64,
     pub packets: u64,
     pub bytes: u64,
@@ -125,6 +130,13 @@ impl Slot {
     }
 }
 
+/// Traffic of a connection's rules that are gone, so that what it carried never becomes less.
+#[derive(Debug, Default)]
+struct Past {
+    packets: AtomicU64,
+    bytes: AtomicU64,
+}
+
 /// One connection. Made by [`Engine::conn_create`](super::Engine::conn_create); its memory lasts as
 /// long as somebody holds a handle or an operation of it is under way.
 #[derive(Debug)]
@@ -135,6 +147,7 @@ pub struct Conn {
     tag: u64,
     created_ms: u64,
     dead: AtomicBool,
+    past: Past,
     /// The first slot of each direction; further ports hang on it.
     slots: [Slot; 2],
 }
@@ -171,6 +184,7 @@ impl ConnHandle {
             tag,
             created_ms,
             dead: AtomicBool::new(false),
+            past: Past::default(),
             slots: Default::default(),
         }))
     }
@@ -221,6 +235,43 @@ impl Conn {
     #[must_use]
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Acquire)
+    }
+
+    /// A rule of it is gone, or its counters have begun anew. Called with the slot's detail locked,
+    /// and before that forgets them.
+    pub(super) fn past_traffic(&self, packets: u64, bytes: u64) {
+        if packets > 0 || bytes > 0 {
+            self.past.bytes.fetch_add(bytes, Ordering::AcqRel);
+            self.past.packets.fetch_add(packets, Ordering::AcqRel);
+        }
+    }
+
+    /// What all its rules carried, past and present, on all ports, as of the last sweep. Never less
+    /// than it was.
+    #[must_use]
+    pub fn traffic(&self) -> Counters {
+        let past = || {
+            let packets = self.past.packets.load(Ordering::Acquire);
+            (packets, self.past.bytes.load(Ordering::Acquire))
+        };
+        // Counters move from a slot to the past while we look: then we look again. Sweeps and
+        // deletes are rare; should they not be, what has moved is missed once, rather than counted
+        // twice.
+        let mut before = past();
+        for _ in 0..8 {
+            let mut sum = Counters { packets: before.0, bytes: before.1 };
+            for (_, _, slot) in self.all_slots() {
+                let detail = slot.detail();
+                sum.packets += detail.packets;
+                sum.bytes += detail.bytes;
+            }
+            let after = past();
+            if after == before {
+                return sum;
+            }
+            before = after;
+        }
+        Counters { packets: before.0, bytes: before.1 }
     }
 
     /// The tuple of this direction's packets when they arrive.
@@ -311,7 +362,7 @@ impl Conn {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::engine::slot::SlotState;
 

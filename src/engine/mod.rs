@@ -13,6 +13,7 @@
 //! * `port`, `queue`, `writer`: a port, what is asked of it, the thread that does it;
 //! * [`registry`]: provider classes;
 //! * [`datapath`]: what the engine asks of the datapath;
+//! * [`capacity`]: how many rules a port may have, and which give way;
 //! * [`latency`]: how long providers take;
 //! * [`usage`]: what rules carried, and when a connection was last used.
 //!
@@ -47,6 +48,7 @@
 //! by the slot ([`view::SlotView::rejection`]), and packets take the slow path. What a provider does
 //! wrong is kept by the port ([`view::PortView::fault`]). No call panics.
 
+pub mod capacity;
 pub mod clock;
 pub mod conn;
 mod contain;
@@ -134,6 +136,8 @@ pub struct NewPort {
     pub hw_flags: HwFlags,
     /// The classes to try, in this order; `None`: all, by priority. `["none"]`: no provider.
     pub providers: Option<Vec<String>>,
+    /// How many rules it may have; `None`: until the provider says that there is no more room.
+    pub capacity: Option<u32>,
 }
 
 /// Why a port was not added.
@@ -330,7 +334,8 @@ impl Engine {
             refusals.push(Refusal { class: class.name(), why });
             None
         });
-        let port = Arc::new(Port::new(netdev, binding, refusals, self.0.limits.queue));
+        let port =
+            Arc::new(Port::new(netdev, binding, refusals, self.0.limits.queue, new.capacity));
         if let Some(binding) = &port.binding {
             let writer = writer::Writer::new(
                 Arc::clone(&port),

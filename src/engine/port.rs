@@ -9,6 +9,7 @@ use netdev_providers::{
     Direction, Epoch, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason, Rejection,
 };
 
+use super::capacity::Capacity;
 use super::conn::ConnHandle;
 use super::contain::contained;
 use super::latency::Latencies;
@@ -36,6 +37,8 @@ pub(super) struct PortCounters {
     pub adds: AtomicU64,
     pub deletes: AtomicU64,
     /// Traffic of rules that are gone.
+    /// Rules that gave way to those of busier connections.
+    pub evictions: AtomicU64,
     pub past_packets: AtomicU64,
     pub past_bytes: AtomicU64,
     pub latencies: Latencies,
@@ -62,6 +65,12 @@ impl PortCounters {
         if let Some(c) = self.reasons.0.get(usize::from(reason as u8)) {
             c.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Traffic of a rule that is gone.
+    pub(super) fn past(&self, packets: u64, bytes: u64) {
+        self.past_packets.fetch_add(packets, Ordering::Relaxed);
+        self.past_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn reasons(&self) -> Vec<(Reason, u64)> {
@@ -186,6 +195,11 @@ pub(super) struct Port {
     pub refusals: Vec<Refusal>,
     pub queue: Queue,
     pub counters: PortCounters,
+    /// Rules that the provider has, or is being given, less those that are being deleted.
+    pub rules: AtomicU64,
+    pub capacity: Capacity,
+    /// When the sweep before began.
+    pub swept_ms: AtomicU64,
     /// Operations that are with the provider.
     pub in_flight: AtomicUsize,
     /// Being deleted: nothing new is taken.
@@ -204,6 +218,7 @@ impl Port {
         binding: Option<Binding>,
         refusals: Vec<Refusal>,
         queue_limit: usize,
+        capacity: Option<u32>,
     ) -> Self {
         Self {
             netdev,
@@ -211,6 +226,9 @@ impl Port {
             refusals,
             queue: Queue::new(queue_limit),
             counters: PortCounters::default(),
+            rules: AtomicU64::new(0),
+            capacity: Capacity::new(capacity),
+            swept_ms: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             swept: AtomicBool::new(false),
@@ -226,6 +244,11 @@ impl Port {
 
     pub(super) fn generation(&self) -> Generation {
         self.netdev.generation
+    }
+
+    /// One rule less.
+    pub(super) fn gave_up_place(&self) {
+        let _ = self.rules.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
     }
 
     pub(super) fn held(&self) -> MutexGuard<'_, Held> {

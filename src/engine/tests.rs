@@ -1,5 +1,6 @@
 //! The engine's contract, sentence by sentence, on dummy providers.
 
+mod capacity;
 mod faults;
 mod model;
 
@@ -48,7 +49,7 @@ fn ifindex(n: u32) -> Ifindex {
 
 fn new_port(n: u32) -> NewPort {
     let name = format!("p{n}");
-    NewPort { ifindex: ifindex(n), name, hw_flags: HwFlags::Both, providers: None }
+    NewPort { ifindex: ifindex(n), name, hw_flags: HwFlags::Both, providers: None, capacity: None }
 }
 
 fn path(conn: &ConnHandle, d: Direction, egress: Ifindex) -> Path {

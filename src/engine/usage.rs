@@ -15,6 +15,7 @@ use std::sync::{Arc, mpsc};
 use netdev_providers::{Direction, Fault, Provider, RuleReport};
 
 use super::Engine;
+use super::capacity::{Candidate, Pace, Slowest};
 use super::conn::ConnHandle;
 use super::contain::contained;
 use super::port::Port;
@@ -163,10 +164,24 @@ impl Engine {
         if let (Some(conn), Some(slot)) = (&conn, slot) {
             let mut detail = slot.detail();
             if detail.rule == Some(rule) {
+                let seen_before = detail.sweep != 0;
                 detail.sweep = id;
                 detail.in_hw = in_hw.or(detail.in_hw);
+                let now = self.0.clock.now_ms();
+                // Somebody replaced the rule, or the NIC was reset: they count from 0 again.
+                if counters.packets < detail.packets || counters.bytes < detail.bytes {
+                    port.counters.past(detail.packets, detail.bytes);
+                    conn.past_traffic(detail.packets, detail.bytes);
+                    (detail.packets, detail.bytes) = (0, 0);
+                }
+                // From the second sweep on a whole interval was measured.
+                if seen_before {
+                    let interval = now.saturating_sub(port.swept_ms.load(Ordering::Relaxed));
+                    let carried = counters.packets - detail.packets;
+                    detail.pace = detail.pace.after(Pace::of(carried, interval));
+                }
                 if counters.packets > detail.packets {
-                    detail.used_ms = self.0.clock.now_ms();
+                    detail.used_ms = now;
                     if used.insert(conn.epoch().0) {
                         sweep.used.push(conn.clone());
                     }
@@ -189,23 +204,30 @@ impl Engine {
         }
     }
 
-    /// Installed before the sweep began, and not reported by it.
+    /// What was installed before the sweep began and is not reported by it; and the slowest of those
+    /// that stand, which may have to give way.
     fn find_lost(&self, port: &Arc<Port>, id: u32, started_ms: u64) -> u64 {
         let mut lost = 0;
+        let mut slowest = Slowest::default();
         let held = port.held().all();
         for (conn, d) in held {
             let Some(slot) = conn.slot(port.generation(), d) else { continue };
             let missing = {
                 let detail = slot.detail();
-                slot.word.load().state() == SlotState::Installed
-                    && detail.sweep < id
-                    && detail.used_ms + 1 < started_ms
+                let installed = slot.word.load().state() == SlotState::Installed;
+                if installed && detail.pace.is_known() {
+                    let (pace, used_ms) = (detail.pace, detail.used_ms);
+                    slowest.show(Candidate { pace, used_ms, conn: conn.clone(), direction: d });
+                }
+                installed && detail.sweep < id && detail.used_ms + 1 < started_ms
             };
             if missing && self.slot_retract(&conn, d, port.generation()) {
                 tracing::warn!(port = %port.netdev, %conn, %d, "the rule was removed by somebody else");
                 lost += 1;
             }
         }
+        port.capacity.swept(slowest);
+        port.swept_ms.store(started_ms, Ordering::Relaxed);
         lost
     }
 

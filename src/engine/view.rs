@@ -31,6 +31,12 @@ pub struct PortView {
     pub slots: SlotCounts,
     /// Rules that the NIC has.
     pub in_hw: u64,
+    /// How many rules there may be, where there is a limit.
+    pub capacity: Option<u64>,
+    /// The limit was not configured: the provider said that it is full.
+    pub capacity_learnt: bool,
+    /// Rules that gave way to those of busier connections.
+    pub evictions: u64,
     /// First sights.
     pub sights: u64,
     /// Rules installed since the port was added.
@@ -185,6 +191,9 @@ fn port_view(port: &Port) -> PortView {
         draining: port.draining.load(Ordering::Relaxed),
         slots,
         in_hw,
+        capacity: port.capacity.limit().map(|(limit, _)| limit),
+        capacity_learnt: port.capacity.limit().is_some_and(|(_, learnt)| learnt),
+        evictions: c.evictions.load(Ordering::Relaxed),
         sights: c.sights.load(Ordering::Relaxed),
         adds: c.adds.load(Ordering::Relaxed),
         deletes: c.deletes.load(Ordering::Relaxed),

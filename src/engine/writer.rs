@@ -17,6 +17,7 @@ use netdev_providers::{
 };
 
 use super::Shared;
+use super::capacity::{Candidate, Pace, Place};
 use super::conn::{ConnHandle, Moment, PathTaken, Slot};
 use super::contain::contained;
 use super::datapath::{Path, PathSpec, Sight, SlotChange, flow};
@@ -192,8 +193,13 @@ impl Writer {
             op
         };
         let sight = self.sight(conn.clone(), d);
-        match self.path_and_flow(&sight, spec) {
+        let ready = self.path_and_flow(&sight, spec).and_then(|ready| {
+            self.make_room(slot, staged)?;
+            Ok(ready)
+        });
+        match ready {
             Ok((path, flow)) => {
+                self.port.rules.fetch_add(1, Ordering::SeqCst);
                 {
                     let mut detail = slot.detail();
                     detail.path = Some(taken(&path, &flow));
@@ -202,6 +208,46 @@ impl Writer {
                 staged.push(Staged::Add { sight, op, path, flow });
             }
             Err(rejection) => settle_refused(&self.shared, &self.port, conn, d, op, rejection),
+        }
+    }
+
+    /// Finds a place for the rule of this slot on a port that may be full.
+    fn make_room(&mut self, slot: &Slot, staged: &mut Vec<Staged>) -> Result<(), Rejection> {
+        let now = self.shared.clock.now_ms();
+        let newcomer = {
+            let mut detail = slot.detail();
+            let pace = Pace::of(1, now.saturating_sub(detail.used_ms));
+            match detail.attempts {
+                // Never refused: nothing is known of it.
+                0 => Pace::UNKNOWN,
+                1 => {
+                    detail.pace = pace;
+                    Pace::UNKNOWN
+                }
+                _ => {
+                    detail.pace = detail.pace.min(pace);
+                    detail.pace
+                }
+            }
+        };
+        loop {
+            let rules = self.port.rules.load(Ordering::SeqCst);
+            let Candidate { conn, direction: d, used_ms, .. } =
+                match self.port.capacity.place(rules, newcomer, now) {
+                    Place::Free => return Ok(()),
+                    Place::None(rejection) => return Err(rejection),
+                    Place::Of(candidate) => candidate,
+                };
+            // It may have gone, or have been replaced, since the sweep.
+            let stands = self.slot(&conn, d).is_some_and(|s| {
+                let detail = s.detail();
+                s.word.load().state() == SlotState::Installed && detail.used_ms == used_ms
+            });
+            if stands && unwind(&self.port, &conn, d) == Unwind::Delete {
+                tracing::debug!(port = %self.port.netdev, %conn, %d, "gives way");
+                self.port.counters.evictions.fetch_add(1, Ordering::Relaxed);
+                self.stage_delete(&conn, d, staged);
+            }
         }
     }
 
@@ -229,10 +275,15 @@ impl Writer {
         };
         let cookie = self.shared.cookie(conn, d);
         let (shared, port, conn) = (Arc::clone(&self.shared), Arc::clone(&self.port), conn.clone());
+        // What is submitted behind the delete can have its place.
+        port.gave_up_place();
         staged.push(Staged::Other(self.operation(Request::Delete { rule, cookie }, {
             move |outcome| match outcome {
                 Ok(_) => settle_deleted(&shared, &port, &conn, d, op),
-                Err(e) => settle_undeleted(&shared, &port, &conn, d, op, &e),
+                Err(e) => {
+                    port.rules.fetch_add(1, Ordering::SeqCst);
+                    settle_undeleted(&shared, &port, &conn, d, op, &e);
+                }
             }
         })));
     }
@@ -301,6 +352,7 @@ impl Writer {
                     let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
                     let (conn, d) = (sight.conn, sight.direction);
                     if let Err(rejection) = ready {
+                        port.gave_up_place();
                         settle_refused(&shared, &port, &conn, d, op, rejection);
                         continue;
                     }
@@ -308,8 +360,19 @@ impl Writer {
                     let path = taken(&path, &flow);
                     let shape = Shape::of(&flow);
                     batch.push(self.operation(Request::Add { cookie, flow }, move |outcome| {
-                        if let Err(rejection) = &outcome {
-                            port.note_refused_shape(shape, rejection);
+                        match &outcome {
+                            Ok(Done::Added { .. }) => {
+                                port.capacity.took(port.rules.load(Ordering::SeqCst));
+                            }
+                            Ok(_) => port.gave_up_place(),
+                            Err(rejection) => {
+                                port.gave_up_place();
+                                port.note_refused_shape(shape, rejection);
+                                if rejection.reason == Reason::TableFull {
+                                    let rules = port.rules.load(Ordering::SeqCst);
+                                    port.capacity.refused(rules, shared.clock.now_ms());
+                                }
+                            }
                         }
                         settle_added(&shared, &port, &conn, d, op, path, cookie, outcome);
                     }));
@@ -354,10 +417,11 @@ impl Writer {
                 drop(detail);
                 self.stage_delete(&conn, d, staged);
             } else if slot.word.retry() {
-                // The number of attempts stays: the next pause is longer.
-                let attempts = detail.attempts;
+                // The number of attempts stays: the next pause is longer. How long the next packet
+                // takes from now on tells the connection's pace.
+                let (attempts, pace) = (detail.attempts, detail.pace);
                 forget(&self.port, &conn, d, &mut detail);
-                detail.attempts = attempts;
+                (detail.attempts, detail.pace, detail.used_ms) = (attempts, pace, now);
                 drop(detail);
                 self.push_rearm(conn, d);
             }
@@ -429,6 +493,7 @@ impl Writer {
             }
             Err(_) => return self.flush_one_by_one(),
         };
+        self.port.rules.store(0, Ordering::SeqCst);
         let held = self.port.held().take_all();
         for (conn, d) in held {
             if let Some(slot) = self.slot(&conn, d) {
@@ -514,11 +579,11 @@ fn taken(path: &Path, flow: &Flow) -> PathTaken {
     }
 }
 
-/// The slot is empty: its detail is cleared, its traffic goes to the port's past.
+/// The slot is empty: its detail is cleared, its traffic goes to the port's past and the
+/// connection's.
 fn forget(port: &Port, conn: &ConnHandle, d: Direction, detail: &mut super::conn::Detail) {
-    let past = &port.counters;
-    past.past_packets.fetch_add(detail.packets, Ordering::Relaxed);
-    past.past_bytes.fetch_add(detail.bytes, Ordering::Relaxed);
+    port.counters.past(detail.packets, detail.bytes);
+    conn.past_traffic(detail.packets, detail.bytes);
     port.held().remove(conn, d, detail.path.map(|p| p.egress));
     *detail = super::conn::Detail::default();
 }
@@ -596,6 +661,7 @@ fn settle_added(
     let mut detail = slot.detail();
     let after = slot.word.added(op);
     if after == AfterAdd::Late {
+        port.gave_up_place();
         port.queue.push(Command::DeleteRule(rule, cookie));
         return;
     }
@@ -607,6 +673,7 @@ fn settle_added(
     detail.path = Some(path);
     detail.used_ms = shared.clock.now_ms();
     detail.attempts = 0;
+    detail.pace = Pace::UNKNOWN;
     match after {
         AfterAdd::TellReply => port.queue.push(Command::Established(conn.clone(), d)),
         AfterAdd::Delete => port.queue.push(Command::Delete(conn.clone(), d)),

@@ -158,6 +158,7 @@ impl World {
                 name: format!("p{n}"),
                 hw_flags: HwFlags::Both,
                 providers: None,
+                capacity: None,
             };
             engine.port_add(port).expect("the first port of this ifindex");
         }

@@ -200,6 +200,13 @@ impl DummyClass {
         false
     }
 
+    /// The rules of this netdev count from 0 again, as those of a NIC that was reset.
+    pub fn reset_counters(&self, ifindex: Ifindex) {
+        if let Some(port) = self.state().ports.get_mut(&ifindex) {
+            port.reset_counters();
+        }
+    }
+
     /// Somebody else removes the rule of this cookie. `false` when there is none.
     pub fn steal(&self, ifindex: Ifindex, cookie: Cookie) -> bool {
         let mut state = self.state();

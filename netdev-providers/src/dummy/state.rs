@@ -91,6 +91,10 @@ impl Port {
         self.rules.get_mut(self.by_cookie.get(&cookie)?)
     }
 
+    pub(super) fn reset_counters(&mut self) {
+        self.rules.values_mut().for_each(|r| r.counters = Counters::default());
+    }
+
     pub(super) fn remove(&mut self, rule: RuleId) -> bool {
         let Some(r) = self.rules.remove(&rule.0) else { return false };
         self.by_match.remove(&r.flow.matches);

@@ -1,0 +1,270 @@
+//! How many rules a port may have, and which of them gives way when there is no place left.
+//!
+//! # The limit
+//! Configured ([`NewPort::capacity`](super::NewPort)), or learnt: when the provider says that its
+//! table is full, the limit is what the port has then. Behind a learnt limit one add every
+//! [`PROBE_EVERY_MS`] is let through, so that a table that has become larger is noticed.
+//!
+//! # Who gives way
+//! Every sweep measures the **pace** of each rule, in packets per second on a logarithmic scale. A
+//! pause of one sweep halves it, so that a connection that comes in bursts is not taken for a slow
+//! one. From the rules of a port that is full, a sweep picks the [`CANDIDATES`] slowest; between two
+//! sweeps no more than these are looked at. One of them gives way to a newcomer
+//! * when it has carried nothing for [`IDLE_MS`], or
+//! * when the newcomer has at least twice its pace.
+//!
+//! A newcomer's pace is told by its sights: after a refusal its sight is re-armed, and the next
+//! packet comes after a pause that is the longer the slower the connection is. Two such pauses are
+//! needed, and the slower pace of the two counts.
+//!
+//! # Why it does not thrash
+//! A rule is not touched before two sweeps have seen it; a newcomer must be twice as fast; and who
+//! has given way starts anew, with refusals whose pause doubles. So rules of the same pace never
+//! replace each other, however many there are.
+
+use std::collections::BinaryHeap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use netdev_providers::{Direction, Reason, Rejection};
+
+use super::conn::ConnHandle;
+
+/// Rules that can give way between two sweeps.
+pub const CANDIDATES: usize = 256;
+/// A rule that has carried nothing for so long gives way to anybody.
+pub const IDLE_MS: u64 = 10_000;
+/// One add in so many milliseconds is let through although the provider has said that it is full.
+pub const PROBE_EVERY_MS: u64 = 100;
+
+/// Packets per second, as four times the binary logarithm of 1 + 16 times that many; so that a rule
+/// with one packet in a minute is told apart from one with none, and it fits a byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Pace(u8);
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self::UNKNOWN
+    }
+}
+
+impl Pace {
+    /// Not measured yet.
+    pub(super) const UNKNOWN: Self = Self(u8::MAX);
+    /// Twice as fast, or half.
+    const OCTAVE: u8 = 4;
+
+    pub(super) fn of(packets: u64, ms: u64) -> Self {
+        let per_second = packets as f64 * 1000.0 / ms.max(1) as f64;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
+        let scaled = (f64::from(Self::OCTAVE) * (1.0 + 16.0 * per_second).log2()).round() as u8;
+        Self(scaled.min(u8::MAX - 1))
+    }
+
+    pub(super) fn is_known(self) -> bool {
+        self != Self::UNKNOWN
+    }
+
+    /// What a sweep has measured now, and what was known before.
+    pub(super) fn after(self, measured: Self) -> Self {
+        if self.is_known() {
+            measured.max(Self(self.0.saturating_sub(Self::OCTAVE)))
+        } else {
+            measured
+        }
+    }
+
+    /// At least twice as fast, as far as both are known.
+    fn beats(self, other: Self) -> bool {
+        self.is_known() && other.is_known() && self.0 >= other.0.saturating_add(Self::OCTAVE)
+    }
+}
+
+/// A rule that may have to give way.
+#[derive(Clone, Debug)]
+pub(super) struct Candidate {
+    pub(super) pace: Pace,
+    pub(super) used_ms: u64,
+    pub(super) conn: ConnHandle,
+    pub(super) direction: Direction,
+}
+
+impl Candidate {
+    /// The slowest is the least; among equals the one that was used last is the greatest.
+    fn rank(&self) -> (Pace, u64) {
+        (self.pace, self.used_ms)
+    }
+}
+
+impl PartialEq for Candidate {
+    fn eq(&self, other: &Self) -> bool {
+        self.rank() == other.rank()
+    }
+}
+impl Eq for Candidate {}
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Candidate {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.rank().cmp(&other.rank())
+    }
+}
+
+/// The slowest of what it is shown.
+#[derive(Debug, Default)]
+pub(super) struct Slowest(BinaryHeap<Candidate>);
+
+impl Slowest {
+    pub(super) fn show(&mut self, candidate: Candidate) {
+        if self.0.len() < CANDIDATES {
+            self.0.push(candidate);
+        } else if self.0.peek().is_some_and(|fastest| candidate < *fastest) {
+            self.0.pop();
+            self.0.push(candidate);
+        }
+    }
+
+    /// The slowest last, to be popped first.
+    fn into_stack(self) -> Vec<Candidate> {
+        let mut all = self.0.into_sorted_vec();
+        all.reverse();
+        all
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    learnt: Option<u64>,
+    probed_ms: u64,
+    candidates: Vec<Candidate>,
+}
+
+/// The limit of one port.
+#[derive(Debug, Default)]
+pub(super) struct Capacity {
+    configured: Option<u64>,
+    state: Mutex<State>,
+}
+
+/// What an add has to do for its place.
+#[derive(Debug)]
+pub(super) enum Place {
+    /// There is one.
+    Free,
+    /// This rule might give way: it must be looked at whether it still stands.
+    Of(Candidate),
+    None(Rejection),
+}
+
+impl Capacity {
+    pub(super) fn new(configured: Option<u32>) -> Self {
+        Self { configured: configured.map(u64::from), state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The limit, and whether it was learnt.
+    pub(super) fn limit(&self) -> Option<(u64, bool)> {
+        let learnt = self.state().learnt;
+        match (self.configured, learnt) {
+            (Some(c), Some(l)) if l < c => Some((l, true)),
+            (Some(c), _) => Some((c, false)),
+            (None, l) => l.map(|l| (l, true)),
+        }
+    }
+
+    /// Looks for a place, on a port that has so many rules.
+    pub(super) fn place(&self, rules: u64, newcomer: Pace, now_ms: u64) -> Place {
+        let Some((limit, learnt)) = self.limit().filter(|(limit, _)| rules >= *limit) else {
+            return Place::Free;
+        };
+        let mut state = self.state();
+        let gives_way =
+            |c: &Candidate| now_ms.saturating_sub(c.used_ms) >= IDLE_MS || newcomer.beats(c.pace);
+        // The slowest is asked; those behind it are faster, but may have been idle for longer.
+        if let Some(at) = state.candidates.iter().rposition(gives_way) {
+            return Place::Of(state.candidates.remove(at));
+        }
+        if learnt && now_ms >= state.probed_ms.saturating_add(PROBE_EVERY_MS) {
+            state.probed_ms = now_ms;
+            return Place::Free;
+        }
+        let how = if learnt { "learnt from the provider" } else { "configured" };
+        Place::None(Rejection::with_detail(
+            Reason::TableFull,
+            format!("{rules} rules of {limit} ({how}), and none that is idle or much slower"),
+        ))
+    }
+
+    /// A sweep has looked at all rules.
+    pub(super) fn swept(&self, slowest: Slowest) {
+        self.state().candidates = slowest.into_stack();
+    }
+
+    /// The provider says that its table is full; the port has so many rules.
+    pub(super) fn refused(&self, rules: u64, now_ms: u64) {
+        let mut state = self.state();
+        state.learnt = Some(rules);
+        state.probed_ms = now_ms;
+    }
+
+    /// The provider took a rule; the port has so many now.
+    pub(super) fn took(&self, rules: u64) {
+        let mut state = self.state();
+        if state.learnt.is_some_and(|learnt| rules > learnt) {
+            state.learnt = Some(rules);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_faster_rule_has_no_lower_pace_and_twice_the_rate_beats(packets in 1u64..1 << 30, ms in 1u64..100_000) {
+            let (once, twice) = (Pace::of(packets, ms), Pace::of(packets.saturating_mul(2), ms));
+            prop_assert!(once <= twice);
+            prop_assert!(Pace::of(packets.saturating_mul(3), ms).beats(once) || once.0 < 8);
+            prop_assert!(!once.beats(once) && !once.beats(twice));
+        }
+
+        #[test]
+        fn the_slowest_are_kept(paces in proptest::collection::vec(0u8..200, 0..1000)) {
+            let conn = super::super::conn::tests::conn();
+            let mut slowest = Slowest::default();
+            for (i, p) in paces.iter().enumerate() {
+                let (conn, direction) = (conn.clone(), Direction::Original);
+                slowest.show(Candidate { pace: Pace(*p), used_ms: i as u64, conn, direction });
+            }
+            let mut want: Vec<_> = paces.iter().enumerate().map(|(i, p)| (*p, i as u64)).collect();
+            want.sort_unstable();
+            want.truncate(CANDIDATES);
+            want.reverse();
+            let got: Vec<_> = slowest.into_stack().iter().map(|c| (c.pace.0, c.used_ms)).collect();
+            prop_assert_eq!(got, want);
+        }
+    }
+
+    #[test]
+    fn a_pause_of_one_sweep_halves_the_pace() {
+        let fast = Pace::of(1000, 1000);
+        let after = fast.after(Pace::of(0, 1000));
+        assert_eq!(after.0, fast.0 - Pace::OCTAVE);
+        assert_eq!(Pace::UNKNOWN.after(fast), fast);
+        assert_eq!(Pace::of(0, 1000).after(fast), fast);
+    }
+
+    #[test]
+    fn what_is_not_known_beats_nothing_and_is_not_beaten() {
+        let fast = Pace::of(1 << 30, 1);
+        assert!(!Pace::UNKNOWN.beats(Pace::of(0, 1)) && !fast.beats(Pace::UNKNOWN));
+        assert!(fast.is_known() && fast.beats(Pace::of(0, 1)));
+    }
+}
