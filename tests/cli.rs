@@ -208,6 +208,22 @@ impl ControlHandler for Fake {
         Ok(Flushed { count, ports: vec![PortFlushed { port: "eth0".into(), count }] })
     }
 
+    fn reconcile(&self, request: &ReconcileRequest) -> Result<Vec<PortReconciled>, ControlError> {
+        let done = |port: &str, fault: Option<&str>| PortReconciled {
+            port: port.into(),
+            adopted: 12,
+            removed: 3,
+            foreign: 1,
+            fault: fault.map(str::to_owned),
+        };
+        match request.port.as_deref() {
+            None => Ok(vec![done("eth0", None), done("wwan0", None)]),
+            Some("eth0") => Ok(vec![done("eth0", None)]),
+            Some("wwan0") => Ok(vec![done("wwan0", Some("reading what stands: ENODEV"))]),
+            Some(_) => Err(ControlError::not_found("there is no such port")),
+        }
+    }
+
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {
         match (request.name.as_str(), request.offload.as_deref()) {
             ("eth0", _) => {

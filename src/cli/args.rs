@@ -94,6 +94,16 @@ pub(super) enum Object {
         /// Of one connection: its original or its reply tuple.
         tuple: Vec<String>,
     },
+    /// Look at what daemons that died have left: rules of living connections are adopted and go on
+    /// as they are, the others are removed. Rules of anybody else are counted and not touched.
+    #[command(
+        after_help = "Examples:\n    ctoffload reconcile\n    ctoffload -j reconcile --port eth0"
+    )]
+    Reconcile {
+        /// On one port.
+        #[arg(long, value_name = "NAME", value_parser = netdev_name)]
+        port: Option<String>,
+    },
     /// Tell why a connection is offloaded, or is not, on each port and in each direction.
     ///
     /// Ends with exit code 5 when the engine does not know the connection.

@@ -158,6 +158,13 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
             let flushed = client.flush(request).map_err(at)?;
             print(show, &flushed, |out| text::flushed(out, &flushed))?;
         }
+        Action::Reconcile(request) => {
+            let ports = client.reconcile(request).map_err(at)?;
+            print(show, &ports, |out| text::reconciled(out, &ports))?;
+            if ports.iter().any(|p| p.fault.is_some()) {
+                return Ok(Exit::Failed);
+            }
+        }
         Action::Explain(tuple, zone) => {
             let answer = client.explain(tuple, *zone).map_err(at)?;
             print(show, &answer, |out| explain::explain(out, tuple, *zone, &answer))?;

@@ -8,7 +8,9 @@ use netdev_providers::{HwFlags, Tuple, Zone};
 
 use super::args::{Args, ConnVerb, Object, Offload, PortVerb, ProviderVerb};
 use crate::control::Target;
-use crate::control::info::{ConnFilter, FlushRequest, PortAddRequest, PortDelRequest};
+use crate::control::info::{
+    ConnFilter, FlushRequest, PortAddRequest, PortDelRequest, ReconcileRequest,
+};
 
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -33,6 +35,7 @@ pub(super) enum Action {
     ProviderShow,
     Stats,
     Flush(FlushRequest),
+    Reconcile(ReconcileRequest),
     Explain(Tuple, Zone),
     Monitor,
 }
@@ -49,6 +52,7 @@ impl fmt::Display for Action {
             Self::ProviderShow => f.write_str("provider show"),
             Self::Stats => f.write_str("stats"),
             Self::Flush(_) => f.write_str("flush"),
+            Self::Reconcile(_) => f.write_str("reconcile"),
             Self::Explain(tuple, _) => write!(f, "explain {tuple}"),
             Self::Monitor => f.write_str("monitor"),
         }
@@ -102,6 +106,7 @@ impl TryFrom<Args> for Plan {
             Object::Flush { all, port, zone, tuple: words } => {
                 Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
             }
+            Object::Reconcile { port } => Action::Reconcile(ReconcileRequest { port }),
             Object::Explain { tuple: words, zone } => match tuple(&words)? {
                 Some(tuple) => Action::Explain(tuple, Zone(zone)),
                 None => {
@@ -155,6 +160,14 @@ mod tests {
         let both =
             FlushRequest { port: Some("eth0".into()), zone: Some(7), ..FlushRequest::default() };
         assert_eq!(plan("ctoffload flush --port eth0 --zone 7").unwrap(), Action::Flush(both));
+    }
+
+    #[test]
+    fn a_reconciliation_is_of_all_ports_or_of_one() {
+        let all = Action::Reconcile(ReconcileRequest::default());
+        assert_eq!(plan("ctoffload reconcile").unwrap(), all);
+        let one = Action::Reconcile(ReconcileRequest { port: Some("eth0".into()) });
+        assert_eq!(plan("ctoffload reconcile --port eth0").unwrap(), one);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 
 use crate::control::info::{
-    ConnInfo, Event, Flushed, LatencyCount, PortInfo, ProviderInfo, ReasonCount, SlotInfo, Stats,
+    ConnInfo, Event, Flushed, LatencyCount, PortInfo, PortReconciled, ProviderInfo, ReasonCount,
+    SlotInfo, Stats,
 };
 
 /// Where the text of a column goes.
@@ -375,6 +376,21 @@ pub(super) fn flushed(out: &mut String, f: &Flushed) {
     let _ = writeln!(out, "{} removed", count(f.count, "rule", "rules"));
     let rows: Vec<_> = f.ports.iter().map(|p| vec![p.port.clone(), p.count.to_string()]).collect();
     table(out, "    ", &[Align::Left, Align::Right], &rows);
+}
+
+pub(super) fn reconciled(out: &mut String, ports: &[PortReconciled]) {
+    let mut rows = vec![row(["PORT", "ADOPTED", "REMOVED", "FOREIGN"])];
+    rows.extend(ports.iter().map(|p| {
+        let counts = [p.adopted, p.removed, p.foreign].map(|n| n.to_string());
+        std::iter::once(p.port.clone()).chain(counts).collect()
+    }));
+    use Align::{Left, Right};
+    table(out, "", &[Left, Right, Right, Right], &rows);
+    for p in ports {
+        if let Some(fault) = &p.fault {
+            let _ = writeln!(out, "{}: {fault}", p.port);
+        }
+    }
 }
 
 pub(super) fn event(out: &mut String, e: &Event) {

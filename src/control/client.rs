@@ -12,7 +12,7 @@ use super::attrs::{Attrs, Object};
 use super::error::{ClientError, ErrorKind};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
-    PortDelRequest, PortFlushed, PortInfo, ProviderInfo, Stats,
+    PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
 };
 use super::socket::{self, Socket};
 use super::wire::{self, Command, Envelope, Message, PORT_ID, VERSION, WireError};
@@ -154,6 +154,25 @@ impl Client {
             match command {
                 Command::Flushed => out.count = PortFlushed::decode(attrs)?.count,
                 Command::PortFlushed => out.ports.push(PortFlushed::decode(attrs)?),
+                _ => return Err(WireError::Unexpected),
+            }
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    /// Adopts or removes what dead daemons have left: one object for each port.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn reconcile(
+        &mut self,
+        request: &ReconcileRequest,
+    ) -> Result<Vec<PortReconciled>, ClientError> {
+        let mut out = Vec::new();
+        self.call(Command::Reconcile, request.encode()?, &mut |command, attrs| {
+            match command {
+                Command::PortReconciled => out.push(PortReconciled::decode(attrs)?),
                 _ => return Err(WireError::Unexpected),
             }
             Ok(())

@@ -294,6 +294,28 @@ pub struct PortFlushed {
     pub count: u64,
 }
 
+/// What is to be reconciled.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ReconcileRequest {
+    /// One port; `None`: all.
+    pub port: Option<String>,
+}
+
+/// What a reconciliation did on one port.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct PortReconciled {
+    /// The port's name.
+    pub port: String,
+    /// Rules left by a dead daemon that belong to a living connection, and are this one's now.
+    pub adopted: u64,
+    /// Rules left by a dead daemon that were removed.
+    pub removed: u64,
+    /// Rules of others, which nobody touched.
+    pub foreign: u64,
+    /// Why nothing was done.
+    pub fault: Option<String>,
+}
+
 /// Which netdev is to become a port.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PortAddRequest {
@@ -470,6 +492,8 @@ attributes! {
     ExplainRequest { tuple = 1, zone = 2 }
     FlushRequest { port = 1, zone = 2, tuple = 3, all = 4 }
     PortFlushed { port = 1, count = 2 }
+    ReconcileRequest { port = 1 }
+    PortReconciled { port = 1, adopted = 2, removed = 3, foreign = 4, fault = 5 }
     PortAddRequest { name = 1, providers = 2, offload = 3, capacity = 4 }
     PortDelRequest { name = 1 }
     Event {

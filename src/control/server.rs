@@ -25,7 +25,7 @@ use super::error::{ControlError, ErrorKind, ServerError};
 use super::events::{Outbox, Publisher};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
-    PortDelRequest, PortInfo, ProviderInfo, Stats,
+    PortDelRequest, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
 };
 use super::socket::{self, Socket};
 use super::wire::{self, Command, EVENT_GROUP, MAX_DATAGRAM, Message, PORT_ID, VERSION, WireError};
@@ -52,7 +52,7 @@ pub type ConnDump = Box<dyn Iterator<Item = ConnInfo> + Send>;
 /// What the daemon can be asked.
 ///
 /// Reads (`ports`, `conns`, `providers`, `stats`, `explain`) are called on the server's thread, one
-/// at a time, and should take milliseconds. Changes (`flush`, `port_add`, `port_del`) are called on
+/// at a time, and should take milliseconds. Changes (`flush`, `reconcile`, `port_add`, `port_del`) are called on
 /// another thread, one at a time, **concurrently with reads**, and may block. By the time a method
 /// is called the caller's right to it has been checked. A panic is answered as
 /// [`ErrorKind::Internal`].
@@ -74,6 +74,9 @@ pub trait ControlHandler: Send + Sync {
     /// Removes rules; returns when they are gone. A tuple nobody knows is
     /// [`ErrorKind::NotFound`], as is a port.
     fn flush(&self, request: &FlushRequest) -> Result<Flushed, ControlError>;
+    /// Adopts or removes what dead daemons have left; returns when it is done, with one object for
+    /// each port.
+    fn reconcile(&self, request: &ReconcileRequest) -> Result<Vec<PortReconciled>, ControlError>;
     /// Makes a netdev a port; returns what it became.
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError>;
     /// Detaches a port; returns when it is gone.
@@ -113,6 +116,7 @@ struct Change {
 
 enum ChangeRequest {
     Flush(FlushRequest),
+    Reconcile(ReconcileRequest),
     PortAdd(PortAddRequest),
     PortDel(PortDelRequest),
 }
@@ -252,6 +256,7 @@ fn make(
                     .chain(parts(Command::PortFlushed, ports)),
             ))
         }
+        ChangeRequest::Reconcile(r) => Some(parts(Command::PortReconciled, handler.reconcile(r)?)),
         ChangeRequest::PortAdd(r) => Some(parts(Command::Port, vec![handler.port_add(r)?])),
         ChangeRequest::PortDel(r) => {
             handler.port_del(r)?;
@@ -395,6 +400,10 @@ impl Loop<'_> {
                     return Err(ControlError::invalid("a flush of nothing"));
                 }
                 return self.change(client, who, seq, ChangeRequest::Flush(r));
+            }
+            Command::Reconcile => {
+                let r = ReconcileRequest::decode(&attrs).map_err(bad)?;
+                return self.change(client, who, seq, ChangeRequest::Reconcile(r));
             }
             Command::PortAdd => {
                 let r = PortAddRequest::decode(&attrs).map_err(bad)?;

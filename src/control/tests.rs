@@ -64,6 +64,9 @@ impl ControlHandler for Fake {
     fn flush(&self, _: &FlushRequest) -> Result<Flushed, ControlError> {
         Ok(Flushed { count: 3, ports: vec![PortFlushed { port: "eth0".into(), count: 3 }] })
     }
+    fn reconcile(&self, _: &ReconcileRequest) -> Result<Vec<PortReconciled>, ControlError> {
+        Ok(vec![PortReconciled { port: "eth0".into(), ..PortReconciled::default() }])
+    }
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {
         std::thread::sleep(Duration::from_millis(2500));
         Ok(PortInfo { name: request.name.clone(), ..PortInfo::default() })

@@ -61,6 +61,8 @@ pub enum Command {
     Next = 9,
     /// Request: publish events for some seconds.
     Watch = 10,
+    /// Request, change: adopt or remove what dead daemons have left.
+    Reconcile = 11,
     /// Answer: a port.
     Port = 33,
     /// Answer: a connection.
@@ -77,6 +79,8 @@ pub enum Command {
     PortFlushed = 39,
     /// Answer: the change is still being made, go on waiting.
     Working = 40,
+    /// Answer: what a reconciliation did on one port.
+    PortReconciled = 41,
     /// Multicast: an event. `nlmsg_seq` counts them, so that a gap tells how many were lost.
     Event = 65,
 }

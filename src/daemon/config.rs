@@ -16,6 +16,9 @@
 //! sweep-seconds = 5          # 1..=3600: while rules carry packets
 //! sweep-max-seconds = 20     # while none does, or sweeps take long; default: 4 x sweep-seconds
 //!
+//! [restart]
+//! rules = "adopt"            # or "remove": what a daemon that was killed has left
+//!
 //! [control]
 //! group = "adm"              # members may read; changes are root's
 //!
@@ -82,6 +85,8 @@ pub struct Config {
     pub sweep_seconds: u16,
     /// Seconds between sweeps at most.
     pub sweep_max_seconds: u16,
+    /// Take over the rules that a daemon which was killed has left.
+    pub adopt: bool,
     /// Who may read besides root.
     pub control_group: Option<String>,
     /// The first of tc-flower's prios.
@@ -95,6 +100,7 @@ struct Raw {
     sight: RawSight,
     limits: RawLimits,
     usage: RawUsage,
+    restart: RawRestart,
     control: RawControl,
     tc_flower: RawTcFlower,
     port: Vec<RawPort>,
@@ -121,6 +127,20 @@ struct RawLimits {
 struct RawUsage {
     sweep_seconds: Option<Spanned<u16>>,
     sweep_max_seconds: Option<Spanned<u16>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawRestart {
+    rules: RawLeftRules,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawLeftRules {
+    #[default]
+    Adopt,
+    Remove,
 }
 
 #[derive(Deserialize, Default)]
@@ -287,6 +307,7 @@ impl Config {
                 sweep_seconds..=3600,
                 "sweep-max-seconds",
             )?,
+            adopt: matches!(raw.restart.rules, RawLeftRules::Adopt),
             control_group: raw.control.group,
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             ports,

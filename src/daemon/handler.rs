@@ -10,8 +10,8 @@ use crate::control::error::{ControlError, ErrorKind};
 use crate::control::events::Publisher;
 use crate::control::info::{
     ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed, LatencyCount,
-    PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortVerdict, ProviderInfo, ReasonCount,
-    Refusal, SlotInfo, Stats,
+    PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled, PortVerdict,
+    ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
 use crate::datapath::routing::links::Links;
@@ -416,6 +416,25 @@ impl ControlHandler for Handler {
                 })
                 .collect(),
         })
+    }
+
+    fn reconcile(&self, request: &ReconcileRequest) -> Result<Vec<PortReconciled>, ControlError> {
+        let port = match &request.port {
+            Some(name) => Some(self.port_view(name)?.netdev.ifindex),
+            None => None,
+        };
+        let done =
+            self.engine.reconcile(port).map_err(|e| ControlError::not_found(e.to_string()))?;
+        Ok(done
+            .into_iter()
+            .map(|(netdev, r)| PortReconciled {
+                port: self.links().name(netdev.ifindex),
+                adopted: r.adopted,
+                removed: r.removed,
+                foreign: r.foreign,
+                fault: r.fault.map(|f| f.to_string()),
+            })
+            .collect())
     }
 
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {

@@ -169,6 +169,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         ledger_size: config.ledger_size.get(),
         one_way_udp: config.one_way_udp,
         on_ruleset_change: config.on_ruleset_change,
+        adopt: config.adopt,
     })?);
     let engine = Engine::new(
         new_instance()?,

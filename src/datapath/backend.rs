@@ -7,17 +7,20 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use dashmap::DashMap;
-use netdev_providers::{Direction, Ifindex, L4Proto, MacAddr, Netdev, Reason, Rejection};
+use netdev_providers::{
+    Direction, Ifindex, L4Proto, Leftover, MacAddr, Netdev, Reason, Rejection, Tuple,
+};
 use nix::errno::Errno;
 
 use super::DatapathError;
-use super::netfilter::conntrack::{Conntrack, CtId, CtUpdate};
+use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState};
 use super::netfilter::ledger::{Ledger, LedgerConfig, LedgerKey};
 use super::routing::links::Links;
 use super::routing::path::PathResolver;
 use crate::engine::PortDeleted;
-use crate::engine::conn::ConnHandle;
-use crate::engine::datapath::{Datapath, Path, PathHint, Sight, SlotChange};
+use crate::engine::conn::{ConnHandle, ConnKey};
+use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Sight, SlotChange};
+use crate::engine::reconcile::Recognised;
 
 /// Settings of the kernel datapath.
 #[derive(Clone, Debug)]
@@ -30,6 +33,8 @@ pub struct Config {
     pub one_way_udp: bool,
     /// What happens to offloaded connections when the firewall's rules change.
     pub on_ruleset_change: OnRulesetChange,
+    /// Rules that a dead daemon left, and that are what they would be now, are taken over.
+    pub adopt: bool,
 }
 
 /// What happens to offloaded connections when the rules of nf_tables change: their packets no
@@ -309,6 +314,65 @@ impl Datapath for Backend {
                 vec![Err(rejection); sights.len()]
             }
         }
+    }
+
+    /// By conntrack's entries: a rule that a dead daemon left belongs to the connection whose
+    /// packets it matches, if conntrack has it and it is not closing. A tuple that is in two zones
+    /// belongs to neither, since rules know no zones.
+    fn recognise(
+        &self,
+        port: &Netdev,
+        leftovers: &[Leftover],
+        create: &dyn Fn(ConnKey, Tuple, u64) -> Option<ConnHandle>,
+    ) -> Vec<Option<Recognised>> {
+        let nobody = || vec![None; leftovers.len()];
+        if !self.config.adopt {
+            return nobody();
+        }
+        let entries = match self.conntrack().dump() {
+            Ok(entries) => entries,
+            Err(e) => {
+                tracing::warn!(%port, "conntrack's table could not be read, nothing is adopted: {e}");
+                return nobody();
+            }
+        };
+        let mut by_tuple: HashMap<Tuple, Option<(&CtEntry, Direction)>> = HashMap::new();
+        for entry in &entries {
+            for (tuple, d) in
+                [(entry.original, Direction::Original), (entry.reply, Direction::Reply)]
+            {
+                by_tuple
+                    .entry(tuple)
+                    .and_modify(|ambiguous| *ambiguous = None)
+                    .or_insert(Some((entry, d)));
+            }
+        }
+        leftovers
+            .iter()
+            .map(|l| {
+                let (entry, direction) = (*by_tuple.get(&l.tuple?)?)?;
+                // The mark of a rule says which direction it was made for.
+                if direction != l.cookie.direction || entry.helper {
+                    return None;
+                }
+                if entry.tcp_state.is_some_and(|s| s != TcpState::Established) {
+                    return None;
+                }
+                let id = entry.id?;
+                let key = ConnKey { zone: entry.zone, original: entry.original };
+                let conn = create(key, entry.reply, u64::from(id.0))?;
+                // Before it is adopted: should it end meanwhile, that must find it.
+                let mut known = self.known.entry(id).or_insert_with(|| Known {
+                    conn: None,
+                    mark: entry.mark,
+                    timeout: entry.timeout,
+                    sighted: Vec::new(),
+                });
+                known.conn.get_or_insert_with(|| conn.clone());
+                let hint = PathHint { mark: known.mark, ..PathHint::default() };
+                Some(Recognised { conn, direction, path: PathSpec::Resolve(hint) })
+            })
+            .collect()
     }
 
     fn rearm(&self, sights: &[Sight]) {

@@ -3,10 +3,12 @@
 use std::net::IpAddr;
 
 use netdev_providers::{
-    Direction, Flow, FlowMatch, Forward, Generation, Ifindex, MacAddr, Netdev, Rejection, VlanId,
+    Direction, Flow, FlowMatch, Forward, Generation, Ifindex, Leftover, MacAddr, Netdev, Rejection,
+    Tuple, VlanId,
 };
 
-use super::conn::ConnHandle;
+use super::conn::{ConnHandle, ConnKey};
+use super::reconcile::Recognised;
 
 /// What the datapath noted of the packet that made the offer, for a later [`Datapath::resolve`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,6 +93,19 @@ pub trait Datapath: Send + Sync {
     /// result each, in order; an error keeps that one on the slow path.
     fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
         vec![Ok(()); sights.len()]
+    }
+
+    /// Rules that a dead engine left on this port: for each, in order, the connection that it
+    /// belongs to, if that lives and may be offloaded; `create` makes it, or finds it. What is not
+    /// recognised is removed.
+    fn recognise(
+        &self,
+        port: &Netdev,
+        leftovers: &[Leftover],
+        create: &dyn Fn(ConnKey, Tuple, u64) -> Option<ConnHandle>,
+    ) -> Vec<Option<Recognised>> {
+        let _ = (port, create);
+        vec![None; leftovers.len()]
     }
 
     /// These slots are empty again: the next packet of each is to be offered again.

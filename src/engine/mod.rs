@@ -15,6 +15,7 @@
 //! * [`datapath`]: what the engine asks of the datapath;
 //! * [`capacity`]: how many rules a port may have, and which give way;
 //! * [`latency`]: how long providers take;
+//! * [`reconcile`]: what engines that died have left;
 //! * [`usage`]: what rules carried, and when a connection was last used.
 //!
 //! # Threads
@@ -56,6 +57,7 @@ pub mod datapath;
 pub mod latency;
 mod port;
 mod queue;
+pub mod reconcile;
 pub mod registry;
 pub mod slot;
 mod sync;
@@ -337,6 +339,8 @@ impl Engine {
         let port =
             Arc::new(Port::new(netdev, binding, refusals, self.0.limits.queue, new.capacity));
         if let Some(binding) = &port.binding {
+            // Before any offer: what a dead engine left may have the same match.
+            port.queue.push(Command::Reconcile(None));
             let writer = writer::Writer::new(
                 Arc::clone(&port),
                 Arc::clone(&binding.provider),

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use netdev_providers::{
-    Direction, Epoch, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason, Rejection,
+    Cookie, Direction, Epoch, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason,
+    Rejection, RuleId,
 };
 
 use super::capacity::Capacity;
@@ -208,6 +209,8 @@ pub(super) struct Port {
     pub swept: AtomicBool,
     held: Mutex<Held>,
     fault: Mutex<Option<String>>,
+    /// The marks that adopted rules have in the backend.
+    adopted: Mutex<HashMap<RuleId, Cookie>>,
     /// Shapes that the backend does not support: the negative cache. Until the next flush.
     refused_shapes: Mutex<HashMap<Shape, Rejection>>,
 }
@@ -234,6 +237,7 @@ impl Port {
             swept: AtomicBool::new(false),
             held: Mutex::default(),
             fault: Mutex::default(),
+            adopted: Mutex::default(),
             refused_shapes: Mutex::default(),
         }
     }
@@ -244,6 +248,10 @@ impl Port {
 
     pub(super) fn generation(&self) -> Generation {
         self.netdev.generation
+    }
+
+    pub(super) fn adopted(&self) -> MutexGuard<'_, HashMap<RuleId, Cookie>> {
+        self.adopted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One rule less.

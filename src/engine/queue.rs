@@ -10,6 +10,7 @@ use netdev_providers::{Cookie, Direction, Ifindex, RuleId};
 
 use super::conn::ConnHandle;
 use super::datapath::PathSpec;
+use super::reconcile::Reconciled;
 use super::sync::{
     AtomicBool, AtomicUsize, OnceLock, SegQueue, Thread, current, fence, park_timeout,
 };
@@ -32,6 +33,8 @@ pub(super) enum Command {
     Retract(Ifindex, Sender<u64>),
     /// A sweep failed: let the provider put itself in order.
     Repair,
+    /// What engines that died have left is adopted or removed; tells what was done, if asked.
+    Reconcile(Option<Sender<Reconciled>>),
     /// Answers when everything queued before has been carried out.
     Barrier(Sender<u64>),
     /// Everything goes; answers with how many.

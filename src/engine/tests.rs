@@ -3,14 +3,18 @@
 mod capacity;
 mod faults;
 mod model;
+mod reconcile;
 
 use std::sync::Mutex as StdMutex;
 use std::time::Duration;
 
 use netdev_providers::dummy::{Call, DummyClass, DummyRule};
-use netdev_providers::{Forward, MacAddr, MacRewrite, Permanence, Reason, Rejection, Request};
+use netdev_providers::{
+    Forward, Leftover, MacAddr, MacRewrite, Permanence, Reason, Rejection, Request,
+};
 
 use super::datapath::{Path, PathHint, PathSpec, Sight};
+use super::reconcile::{Recognised, Reconciled};
 use super::slot::SlotState;
 use super::usage::{Strays, Usage};
 use super::worker::Offer;
@@ -23,6 +27,8 @@ struct TestDatapath {
     egress: StdMutex<Option<Ifindex>>,
     refuse: StdMutex<Option<Rejection>>,
     unprepared: StdMutex<Option<Rejection>>,
+    /// What rules that a dead engine left are recognised as, by their tuple.
+    living: StdMutex<Vec<(Tuple, u16)>>,
 }
 
 impl Datapath for TestDatapath {
@@ -36,6 +42,24 @@ impl Datapath for TestDatapath {
     fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
         let result = self.unprepared.lock().unwrap().clone().map_or(Ok(()), Err);
         vec![result; sights.len()]
+    }
+    fn recognise(
+        &self,
+        _: &Netdev,
+        leftovers: &[Leftover],
+        create: &dyn Fn(ConnKey, Tuple, u64) -> Option<ConnHandle>,
+    ) -> Vec<Option<Recognised>> {
+        let living = self.living.lock().unwrap();
+        leftovers
+            .iter()
+            .map(|l| {
+                let (original, n) = living.iter().find(|(t, _)| Some(*t) == l.tuple)?;
+                let key = ConnKey { zone: Zone(0), original: *original };
+                let conn = create(key, original.inverted(), u64::from(*n))?;
+                let path = PathSpec::Resolve(PathHint::default());
+                Some(Recognised { conn, direction: l.cookie.direction, path })
+            })
+            .collect()
     }
     fn rearm(&self, sights: &[Sight]) {
         let mut rearmed = self.rearmed.lock().unwrap();

@@ -89,7 +89,7 @@ pub struct SlotView {
     pub bytes: u64,
     /// Milliseconds since it was last used, or since it was installed.
     pub idle_ms: Option<u64>,
-    /// What marks the rule.
+    /// What marks the rule: an adopted one has the mark that it was made with.
     pub cookie: Cookie,
     /// The provider's name for it.
     pub rule: Option<RuleId>,
@@ -137,7 +137,10 @@ impl Engine {
                     packets: detail.packets,
                     bytes: detail.bytes,
                     idle_ms: installed.then(|| now.saturating_sub(detail.used_ms)),
-                    cookie: self.0.cookie(conn, direction),
+                    cookie: detail
+                        .rule
+                        .and_then(|rule| port.adopted().get(&rule).copied())
+                        .unwrap_or_else(|| self.0.cookie(conn, direction)),
                     rule: detail.rule,
                 })
             })

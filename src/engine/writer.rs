@@ -12,19 +12,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use netdev_providers::{
-    Cookie, Direction, Done, Fault, Flow, Operation, Outcome, Permanence, Provider, Reason,
-    Rejection, Request, Ticket,
+    Cookie, Direction, Done, Fault, Flow, Leftover, Observed, Operation, Outcome, Permanence,
+    Provider, Reason, Rejection, Request, Ticket,
 };
 
-use super::Shared;
 use super::capacity::{Candidate, Pace, Place};
-use super::conn::{ConnHandle, Moment, PathTaken, Slot};
+use super::conn::{ConnClaim, ConnHandle, Moment, PathTaken, Slot};
 use super::contain::contained;
 use super::datapath::{Path, PathSpec, Sight, SlotChange, flow};
 use super::latency::OpKind;
 use super::port::{Port, Shape};
 use super::queue::{Command, Stopped};
+use super::reconcile::{self, Found, Recognised, Reconciled, Tally};
 use super::slot::{AfterAdd, OpNumber, SlotState, Unwind};
+use super::{Engine, Shared};
 
 /// Operations handed to the provider at once. Large enough to fill a few sends, small enough that a
 /// delete does not wait long behind it.
@@ -69,7 +70,7 @@ impl Ord for Timer {
 
 /// An operation on its way to the provider.
 enum Staged {
-    Add { sight: Sight, op: OpNumber, path: Path, flow: Box<Flow> },
+    Add { sight: Sight, op: OpNumber, path: Path, flow: Box<Flow>, found: Option<Found> },
     Other(Operation),
 }
 
@@ -106,6 +107,14 @@ impl Writer {
                             tracing::error!(port = %self.port.netdev, "repair: {panicked}");
                         }
                     }
+                    Command::Reconcile(answer) => {
+                        self.submit(&mut staged);
+                        let reconciled = self.reconcile(&mut staged);
+                        self.tell_rearm();
+                        if let Some(answer) = answer {
+                            let _ = answer.send(reconciled);
+                        }
+                    }
                     Command::Barrier(answer) => {
                         self.submit(&mut staged);
                         self.settle();
@@ -132,7 +141,7 @@ impl Writer {
 
     fn stage(&mut self, command: Command, staged: &mut Vec<Staged>) {
         match command {
-            Command::Add(conn, d, path) => self.stage_add(&conn, d, path, staged),
+            Command::Add(conn, d, path) => self.stage_add(&conn, d, path, None, staged),
             Command::Delete(conn, d) => self.stage_delete(&conn, d, staged),
             Command::Established(conn, d) => self.stage_established(conn, d, staged),
             Command::Rejected(conn, d) => self.arm_retry(conn, d),
@@ -149,6 +158,7 @@ impl Writer {
                 )));
             }
             Command::Barrier(_)
+            | Command::Reconcile(_)
             | Command::Repair
             | Command::Flush(_)
             | Command::Retract(..)
@@ -179,6 +189,7 @@ impl Writer {
         conn: &ConnHandle,
         d: Direction,
         spec: PathSpec,
+        found: Option<Found>,
         staged: &mut Vec<Staged>,
     ) {
         let Some(slot) = self.slot(conn, d) else { return };
@@ -187,6 +198,9 @@ impl Writer {
             let Some(op) = slot.word.dispatch_add() else {
                 drop(detail);
                 self.push_rearm(conn.clone(), d);
+                if let Some(found) = &found {
+                    self.remove_found(found, staged);
+                }
                 return;
             };
             self.port.held().insert(conn.clone(), d);
@@ -194,7 +208,10 @@ impl Writer {
         };
         let sight = self.sight(conn.clone(), d);
         let ready = self.path_and_flow(&sight, spec).and_then(|ready| {
-            self.make_room(slot, staged)?;
+            // What is there already has its place.
+            if found.is_none() {
+                self.make_room(slot, staged)?;
+            }
             Ok(ready)
         });
         match ready {
@@ -205,10 +222,71 @@ impl Writer {
                     detail.path = Some(taken(&path, &flow));
                     self.port.held().set_egress(conn, d, path.forward.egress);
                 }
-                staged.push(Staged::Add { sight, op, path, flow });
+                staged.push(Staged::Add { sight, op, path, flow, found });
             }
-            Err(rejection) => settle_refused(&self.shared, &self.port, conn, d, op, rejection),
+            Err(rejection) => {
+                if let Some(found) = &found {
+                    self.remove_found(found, staged);
+                }
+                settle_refused(&self.shared, &self.port, conn, d, op, rejection);
+            }
         }
+    }
+
+    fn remove_found(&self, found: &Found, staged: &mut Vec<Staged>) {
+        staged.push(Staged::Other(self.removal(&found.leftover, &found.tally)));
+    }
+
+    fn removal(&self, leftover: &Leftover, tally: &Arc<Tally>) -> Operation {
+        let operation = |request, then| self.operation(request, then);
+        reconcile::removal(leftover, operation, Arc::clone(&self.port), Arc::clone(tally))
+    }
+
+    /// Adopts or removes what engines that died have left.
+    fn reconcile(&mut self, staged: &mut Vec<Staged>) -> Reconciled {
+        self.settle();
+        let fault = |fault| Reconciled { fault: Some(fault), ..Reconciled::default() };
+        let observed = match self.guarded(|p| p.observe()) {
+            Ok(Ok(observed)) => observed,
+            Ok(Err(e)) => {
+                tracing::warn!(port = %self.port.netdev, "reconciliation: {e}");
+                return fault(e);
+            }
+            Err(panicked) => return fault(Fault::new(panicked.to_string())),
+        };
+        let Observed { leftovers, foreign } = observed;
+        let engine = Engine(Arc::clone(&self.shared));
+        let create = |key, reply, tag| engine.conn_create(key, reply, tag);
+        let recognised = if leftovers.is_empty() {
+            Vec::new()
+        } else {
+            self.shared.datapath.recognise(&self.port.netdev, &leftovers, &create)
+        };
+        let mut recognised = recognised.into_iter();
+        let tally = Arc::new(Tally::default());
+        for leftover in leftovers {
+            let claimed = recognised.next().flatten().filter(|r| {
+                // Another rule may be there or on its way already, or this one twice.
+                matches!(r.conn.claim(self.port.generation(), r.direction), ConnClaim::Won(_))
+            });
+            match claimed {
+                Some(Recognised { conn, direction, path }) => {
+                    let found = Found { leftover, tally: Arc::clone(&tally) };
+                    self.stage_add(&conn, direction, path, Some(found), staged);
+                }
+                None => staged.push(Staged::Other(self.removal(&leftover, &tally))),
+            }
+            if staged.len() >= BATCH {
+                self.submit(staged);
+            }
+        }
+        self.submit(staged);
+        self.settle();
+        let (adopted, removed) = tally.counts();
+        if adopted + removed > 0 {
+            tracing::info!(port = %self.port.netdev, adopted, removed, foreign, "reconciled");
+        }
+        Reconciled { adopted, removed, foreign, fault: None }
     }
 
     /// Finds a place for the rule of this slot on a port that may be full.
@@ -347,17 +425,38 @@ impl Writer {
         for s in staged.drain(..) {
             match s {
                 Staged::Other(operation) => batch.push(operation),
-                Staged::Add { sight, op, path, flow } => {
+                Staged::Add { sight, op, path, flow, found } => {
                     let ready = prepared.next().unwrap_or(Ok(()));
                     let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
                     let (conn, d) = (sight.conn, sight.direction);
                     if let Err(rejection) = ready {
                         port.gave_up_place();
+                        if let Some(found) = &found {
+                            batch.push(self.removal(&found.leftover, &found.tally));
+                        }
                         settle_refused(&shared, &port, &conn, d, op, rejection);
                         continue;
                     }
                     let cookie = shared.cookie(&conn, d);
                     let path = taken(&path, &flow);
+                    if let Some(found) = found {
+                        let request = found.request(cookie, flow);
+                        batch.push(self.operation(request, move |outcome| {
+                            match reconcile::is_adopted(&outcome, found.leftover.rule) {
+                                Ok(()) => {
+                                    settle_added(
+                                        &shared, &port, &conn, d, op, path, cookie, outcome,
+                                    );
+                                    found.adopted(&port, &conn, d);
+                                }
+                                Err(why) => {
+                                    port.gave_up_place();
+                                    found.not_adopted(&shared, &port, &conn, d, op, &why);
+                                }
+                            }
+                        }));
+                        continue;
+                    }
                     let shape = Shape::of(&flow);
                     batch.push(self.operation(Request::Add { cookie, flow }, move |outcome| {
                         match &outcome {
@@ -549,6 +648,7 @@ impl Writer {
                 | Command::Rejected(..)
                 | Command::Rearm(..)
                 | Command::Repair
+                | Command::Reconcile(_)
                 | Command::DeleteRule(..) => {}
             }
         }
@@ -581,10 +681,18 @@ fn taken(path: &Path, flow: &Flow) -> PathTaken {
 
 /// The slot is empty: its detail is cleared, its traffic goes to the port's past and the
 /// connection's.
-fn forget(port: &Port, conn: &ConnHandle, d: Direction, detail: &mut super::conn::Detail) {
+pub(super) fn forget(
+    port: &Port,
+    conn: &ConnHandle,
+    d: Direction,
+    detail: &mut super::conn::Detail,
+) {
     port.counters.past(detail.packets, detail.bytes);
     conn.past_traffic(detail.packets, detail.bytes);
     port.held().remove(conn, d, detail.path.map(|p| p.egress));
+    if let Some(rule) = detail.rule {
+        port.adopted().remove(&rule);
+    }
     *detail = super::conn::Detail::default();
 }
 

@@ -73,6 +73,10 @@ impl Provider for Null {
                     self.rules.fetch_sub(1, Ordering::Relaxed);
                     (Done::Deleted, Some(&self.deletes))
                 }
+                // Nothing was observed, so nothing is to be adopted.
+                Request::Adopt { found, .. } => {
+                    (Done::Added { rule: *found, in_hw: Some(true) }, None)
+                }
                 Request::Established { .. } => (Done::Noted, None),
             };
             operation.complete(Ok(done));

@@ -912,24 +912,78 @@ fn an_ingress_qdisc_does_as_well() {
 }
 
 #[test]
-fn what_a_dead_engine_left_is_removed_and_its_qdisc_inherited() {
+fn what_a_dead_engine_left_goes_on_and_is_adopted_if_it_is_what_it_would_be() {
     let net = Net::new();
     let dead = net.try_bind("lan0", HwFlags::Both, 1).unwrap();
-    dead.add(1, flow(tuple(TCP4), tuple(TCP4)));
-    dead.add(2, flow(tuple(UDP6), tuple(UDP6)));
+    let (tcp, udp) = (tuple(TCP4), tuple(UDP6));
+    let nat = (tuple("tcp 10.0.1.2:4009 > 10.0.2.2:80"), tuple("tcp 10.0.2.1:5009 > 10.0.2.2:80"));
+    let nat6 = (tuple(TCP6), tuple("tcp [fd02::1]:5000 > [fd02::2]:80"));
+    dead.add(1, flow(tcp, tcp));
+    dead.add(2, flow(udp, udp));
+    dead.add(3, flow(nat.0, nat.1));
+    dead.add(4, flow(nat6.0, nat6.1));
     net.ns
         .run("tc filter add dev lan0 ingress prio 7 protocol ip flower dst_ip 1.2.3.4 action pass");
     drop(dead);
-    let port = net.try_bind("lan0", HwFlags::SkipHw, 2).unwrap();
-    assert_eq!(port.usage(), []);
+    let passes = |what: &str| {
+        let seen = net.pass(Packet::new(tcp).frame(false), false, tcp, 1);
+        assert_eq!(seen.len(), 1, "{what}");
+        assert_eq!(seen[0].src, WAN, "{what}: by the rule");
+    };
+    passes("without an engine");
+    let port = net.try_bind("lan0", HwFlags::Both, 2).unwrap();
+    passes("with one that has not looked yet");
+    assert_eq!(port.usage(), [], "none of them is its own yet");
+    let mut observed = port.provider.observe().unwrap();
+    assert_eq!(observed.foreign, 1);
+    observed.leftovers.sort_by_key(|l| l.cookie.epoch);
+    let tuples: Vec<_> = observed.leftovers.iter().map(|l| l.tuple.unwrap()).collect();
+    assert_eq!(tuples, [tcp, udp, nat.0, nat6.0]);
+    assert_eq!(observed.leftovers[0].counters.packets, 2);
+    assert!(observed.leftovers.iter().all(|l| l.cookie.instance == instance(1)));
+
+    let mut elsewhere = flow(udp, udp);
+    elsewhere.forward.macs = Some(MacRewrite { src: WAN, dst: CLIENT });
+    let flows = [flow(tcp, tcp), elsewhere, flow(nat.0, nat.1), flow(nat6.0, nat6.1)];
+    let adopt = |(l, flow): (&netdev_providers::Leftover, Flow)| Request::Adopt {
+        found: l.rule,
+        cookie: port.cookie(l.cookie.epoch.0 + 10),
+        flow: Box::new(flow),
+    };
+    let outcomes = port.submit(observed.leftovers.iter().zip(flows).map(adopt).collect());
     let text = net.filters("lan0");
-    assert!(!text.contains("cookie c70f010000000001"), "{text}");
-    assert!(text.contains("cookie c70f010000000002"), "{text}");
+    for (n, outcome) in outcomes.iter().enumerate() {
+        match outcome {
+            Ok(Done::Added { rule, in_hw: Some(false) }) if n != 1 => {
+                assert_eq!(*rule, observed.leftovers[n].rule);
+            }
+            Err(why) if n == 1 => assert_eq!(why.reason, Reason::Conflict),
+            other => panic!("{n}: {other:?}\n{text}"),
+        }
+    }
+    passes("adopted");
+    assert_eq!(port.packets(11), 3, "it counts on");
+    let mut cookies: Vec<_> = port.usage().iter().map(|r| r.cookie.epoch.0).collect();
+    cookies.sort_unstable();
+    assert_eq!(cookies, [11, 13, 14]);
+    assert!(!text.contains("cookie c70f0100000000010000000000000002"), "{text}");
     assert!(text.contains("pref 7 "), "{text}");
     assert_eq!(text.matches("u32").count(), 11, "7 guards, 2 hash tables, 2 prios: {text}");
+    assert_eq!(text.matches("cookie c70f010000000002ffff").count(), 7, "all of them ours: {text}");
+    assert_eq!(port.provider.observe().unwrap().leftovers, []);
+
+    // From now on they are rules like any other, and their handles are taken.
+    let fresh = port.add(20, flow(tuple(UDP4), tuple(UDP4)));
+    assert!(observed.leftovers.iter().all(|l| l.rule != fresh), "a handle given twice");
+    assert_eq!(port.delete(11, observed.leftovers[0].rule), Ok(Done::Deleted));
+    assert!(!net.filters("lan0").contains("cookie c70f0100000000010000000000000001"));
+    assert_eq!(port.provider.flush().unwrap(), 3);
     net.ns.run("tc filter del dev lan0 ingress prio 7");
     port.provider.release().unwrap();
-    assert!(!net.ns.run("tc qdisc show dev lan0").contains("clsact"));
+    assert!(
+        !net.ns.run("tc qdisc show dev lan0").contains("clsact"),
+        "inherited from the dead one"
+    );
 }
 
 #[test]

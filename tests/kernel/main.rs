@@ -5,5 +5,6 @@
 mod flower;
 mod flowtable;
 mod netfilter;
+mod netlink;
 mod netns;
 mod router;

@@ -338,6 +338,70 @@ fn what_a_killed_daemon_left_is_removed_also_where_there_is_no_port_any_more() {
 }
 
 #[test]
+fn a_killed_daemons_rules_are_adopted_without_a_gap_or_removed_with_their_connection() {
+    let mut r = Router::new("adopt");
+    r.run("tc qdisc add dev lan clsact && tc filter add dev lan ingress pref 7 protocol ip flower dst_ip 192.0.2.9 action pass");
+    // What the forward hook still sees of the connection.
+    r.run("nft add table inet watch && nft add counter inet watch slow && nft 'add chain inet watch forward { type filter hook forward priority -10; }' && nft 'add rule inet watch forward tcp flags & (fin|syn|rst) == 0 counter name slow'");
+    let slow_packets = |r: &Router| {
+        let text = r.run("nft list counter inet watch slow");
+        let words: Vec<_> = text.split_whitespace().map(str::to_owned).collect();
+        let at = words.iter().position(|w| w == "packets").expect("a count");
+        words[at + 1].parse::<u64>().expect("a number")
+    };
+    let marks = |r: &Router, dev: &str| {
+        let text = r.run(&format!("tc filter show dev {dev} ingress"));
+        let mut marks: Vec<_> = text
+            .split_whitespace()
+            .filter(|w| w.starts_with("c70f01") && !w[16..].starts_with("ffffffff"))
+            .map(str::to_owned)
+            .collect();
+        marks.sort();
+        marks
+    };
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    let (before, slow) = ((marks(&r, "lan"), marks(&r, "wan")), slow_packets(&r));
+    assert_eq!((before.0.len(), before.1.len()), (1, 1));
+    c.ping();
+    r.signal(Signal::SIGKILL);
+    c.ping();
+    r.start(&PORTS);
+    c.ping();
+    // Not by a packet: by conntrack's entry.
+    wait_until("both are adopted", || r.installed() == BOTH);
+    c.ping();
+    assert_eq!((marks(&r, "lan"), marks(&r, "wan")), before, "the very same rules");
+    assert_eq!(slow_packets(&r), slow, "no packet took the slow path meanwhile");
+    wait_until("their counters go on", || {
+        r.json(&["conn", "show"])[0]["packets"].as_u64().is_some_and(|n| n >= 8)
+    });
+    let cookies = r.json(&["conn", "show"])[0]["slots"].clone();
+    let cookies: Vec<_> =
+        cookies.as_array().into_iter().flatten().map(|s| s["cookie"].clone()).collect();
+    assert!(cookies.contains(&Value::from(before.0[0].clone())), "{cookies:?}, {before:?}");
+    let done = r.json(&["reconcile"]);
+    assert_eq!(done[0]["adopted"].as_u64(), Some(0), "{done}");
+    assert_eq!(done[0]["foreign"].as_u64(), Some(1), "{done}");
+
+    // The connection ends while nobody looks.
+    r.signal(Signal::SIGKILL);
+    r.run("conntrack -D -p tcp --dport 5001");
+    r.start(&PORTS);
+    wait_until("its rules are gone", || r.rules("lan") + r.rules("wan") == 1);
+    assert_eq!(r.installed(), Vec::<String>::new());
+    // It goes on all the same, in software and then by new rules.
+    r.wait_installed(&BOTH, &mut c);
+    assert!(marks(&r, "lan") != before.0);
+    let kept = r.run("tc filter show dev lan ingress pref 7");
+    assert!(kept.contains("dst_ip 192.0.2.9"), "{kept}");
+    assert_eq!(r.cli(&["reconcile", "--port", "nosuch"]).status.code(), Some(5));
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    assert_eq!(r.rules("lan"), 1, "the foreign one");
+}
+
+#[test]
 fn what_cannot_be_started_says_why_and_changes_nothing() {
     let mut r = Router::new("errors");
     let daemon = |args: &[&str]| {

@@ -42,8 +42,9 @@ pub trait ProviderClass: Send + Sync {
     ///
     /// The probe is of **this netdev**, not of the machine: two netdevs of one host can differ in
     /// driver and features. `instance` goes into the cookies of rules. Rules of dead instances
-    /// ([`Cookie::instance`](super::types::Cookie::instance) differs) found on the netdev are
-    /// removed here; rules of anybody else are left alone.
+    /// ([`Cookie::instance`](super::types::Cookie::instance) differs) found on the netdev stay, to be
+    /// [observed](Provider::observe), adopted or deleted, where the provider can take them over; the
+    /// others are removed here. Rules of anybody else are left alone.
     ///
     /// Called on the thread of whoever adds the port; may block for the time of some system calls.
     ///

@@ -19,7 +19,20 @@ pub enum Request {
         /// The packets and what is done to them.
         flow: Box<Flow>,
     },
-    /// Remove a rule that an `Add` of this provider installed. That it is not there any more
+    /// Take over a rule that an engine which died has left for the same packets, as
+    /// [`observe`](super::provider::Provider::observe) found it. A rule that does what an `Add` of this
+    /// flow would make it do stays as it is, without a gap and with its counters, and is this
+    /// provider's from now on: [`Done::Added`] with the name `found`. Any other is removed, and the
+    /// operation refused with [`Reason::Conflict`]: whatever the refusal, the rule is gone after it.
+    Adopt {
+        /// The rule, as it was observed.
+        found: RuleId,
+        /// What the engine calls it from now on. In the backend it may keep the mark it has.
+        cookie: Cookie,
+        /// The packets and what is to be done to them.
+        flow: Box<Flow>,
+    },
+    /// Remove a rule that an `Add` of this provider installed, or one that was observed. That it is not there any more
     /// (ENOENT), or that the netdev is not (ENODEV), is success: [`Done::Deleted`].
     Delete {
         /// The rule, as the `Add` named it.
@@ -43,6 +56,7 @@ impl Request {
     pub const fn cookie(&self) -> Cookie {
         match self {
             Self::Add { cookie, .. }
+            | Self::Adopt { cookie, .. }
             | Self::Delete { cookie, .. }
             | Self::Established { cookie, .. } => *cookie,
         }

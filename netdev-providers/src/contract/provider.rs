@@ -11,7 +11,7 @@
 //! |---|---|---|
 //! | [`can_offload`](Provider::can_offload) | any, also a packet thread, concurrently | **no**: no lock, no system call |
 //! | [`submit`](Provider::submit) | the port's queue thread, one call at a time | yes |
-//! | [`flush`](Provider::flush), [`release`](Provider::release) | the port's queue thread: never during a `submit` | yes |
+//! | [`observe`](Provider::observe), [`flush`](Provider::flush), [`release`](Provider::release) | the port's queue thread: never during a `submit` | yes |
 //! | [`usage`](Provider::usage) | a sweep thread, one call at a time, **concurrently** with `submit` | yes |
 //!
 //! # Promises of the engine
@@ -46,7 +46,7 @@ use nix::errno::Errno;
 use super::flow::Flow;
 use super::operation::Operation;
 use super::reason::Rejection;
-use super::types::{Cookie, RuleId};
+use super::types::{Cookie, RuleId, Tuple};
 
 /// A failure of the backend as a whole, not of one operation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,6 +103,29 @@ pub struct RuleReport {
     pub in_hw: Option<bool>,
 }
 
+/// A rule that an engine which died has left on the netdev, as the backend reads it back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    /// The provider's name for it: for [`Request::Adopt`](super::operation::Request::Adopt) or
+    /// [`Request::Delete`](super::operation::Request::Delete).
+    pub rule: RuleId,
+    /// What marks it.
+    pub cookie: Cookie,
+    /// Addresses and ports of its packets on arrival; `None` where the backend cannot tell.
+    pub tuple: Option<Tuple>,
+    /// What it has carried.
+    pub counters: Counters,
+}
+
+/// What stands on a netdev beside the provider's own rules.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Rules of engines that died, and of this one that nobody holds.
+    pub leftovers: Vec<Leftover>,
+    /// How many rules of anybody else there are. They are never touched.
+    pub foreign: u64,
+}
+
 /// An offload backend on one netdev. See the [module](self) for life, threads, promises, duties.
 pub trait Provider: Send + Sync {
     /// Whether a flow of this shape can be offloaded at all: the address family, the protocol, NAT
@@ -120,6 +143,27 @@ pub trait Provider: Send + Sync {
     /// An **empty** batch follows on a [`usage`](Self::usage) that failed: an occasion to put in
     /// order what was found broken.
     fn submit(&self, batch: Vec<Operation>);
+
+    /// Reads what stands on the netdev beside this provider's own rules. The first half of a
+    /// **reconciliation**, whose parts are apart so that each backend does only what it can:
+    ///
+    /// | | |
+    /// |---|---|
+    /// | observe | this call: says what is there, changes nothing |
+    /// | create | [`Request::Add`](super::operation::Request::Add) |
+    /// | update | [`Request::Adopt`](super::operation::Request::Adopt): what is there becomes what should be there |
+    /// | remove | [`Request::Delete`](super::operation::Request::Delete) |
+    ///
+    /// The engine observes once after bind, and on demand; it finds the connections that the
+    /// leftovers belong to, and submits an `Adopt` or a `Delete` for **every** one of them. Until
+    /// then they are as they were: a backend whose rules outlive their engine leaves them forwarding
+    /// over a restart. One that keeps nothing beyond its process has nothing to observe.
+    ///
+    /// # Errors
+    /// When the netdev could not be read to the end; nothing is adopted or removed then.
+    fn observe(&self) -> Result<Observed, Fault> {
+        Ok(Observed::default())
+    }
 
     /// Reports every rule of this provider: one call of `report` per rule, in any order.
     ///

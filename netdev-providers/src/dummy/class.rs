@@ -7,9 +7,10 @@ use std::time::Duration;
 use super::provider::Dummy;
 use super::state::{Call, Decided, DummyRule, Pending, Port, State};
 use crate::contract::class::{BindError, ProviderClass};
-use crate::contract::provider::{Fault, Provider};
+use crate::contract::flow::Flow;
+use crate::contract::provider::{Counters, Fault, Provider};
 use crate::contract::reason::Rejection;
-use crate::contract::types::{Cookie, Ifindex, Instance, Netdev};
+use crate::contract::types::{Cookie, Ifindex, Instance, Netdev, RuleId};
 
 /// The class, and the handle that a test drives it by: clones share everything.
 #[derive(Clone)]
@@ -139,6 +140,17 @@ impl DummyClass {
             port.unplugged = true;
             port.clear();
         }
+    }
+
+    /// An engine that died has left this rule on a netdev that is not bound: the next bind finds it.
+    pub fn leave(&self, ifindex: Ifindex, cookie: Cookie, flow: Flow, counters: Counters) {
+        let rule = DummyRule { rule: RuleId(0), cookie, flow, counters, established: 0 };
+        self.state().left.entry(ifindex).or_default().push(rule);
+    }
+
+    /// Others have so many rules on every netdev.
+    pub fn set_foreign(&self, rules: u64) {
+        self.state().foreign = rules;
     }
 
     // --- What happens -----------------------------------------------------------------------------
@@ -317,7 +329,8 @@ impl ProviderClass for DummyClass {
         if !state.initialised {
             state.violation(format!("bind of {netdev} before init"));
         }
-        let port = Port::new(netdev.generation, instance);
+        let left = state.left.remove(&netdev.ifindex).unwrap_or_default();
+        let port = Port::new(netdev.generation, instance, left);
         if state.ports.insert(netdev.ifindex, port).is_some() {
             state.violation(format!("{netdev} was bound already"));
         }

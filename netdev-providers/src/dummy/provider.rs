@@ -4,7 +4,7 @@ use super::class::{DummyClass, complete};
 use super::state::{Call, State};
 use crate::contract::flow::Flow;
 use crate::contract::operation::Operation;
-use crate::contract::provider::{Fault, Provider, RuleReport};
+use crate::contract::provider::{Fault, Leftover, Observed, Provider, RuleReport};
 use crate::contract::reason::Rejection;
 use crate::contract::types::{Generation, Ifindex};
 
@@ -38,6 +38,24 @@ impl Provider for Dummy {
         self.class.enter(Call::Submit);
         let decided = self.class.state().submit(self.ifindex, self.generation, batch);
         complete(decided);
+    }
+
+    fn observe(&self) -> Result<Observed, Fault> {
+        self.class.enter(Call::Observe);
+        let mut state = self.class.state();
+        self.check_bound(&mut state, Call::Observe);
+        let foreign = state.foreign;
+        let leftovers = state.port(self.ifindex, self.generation).map_or_else(Vec::new, |p| {
+            p.left()
+                .map(|r| Leftover {
+                    rule: r.rule,
+                    cookie: r.cookie,
+                    tuple: Some(r.flow.matches.tuple),
+                    counters: r.counters,
+                })
+                .collect()
+        });
+        Ok(Observed { leftovers, foreign })
     }
 
     fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault> {

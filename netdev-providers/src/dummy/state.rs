@@ -48,6 +48,8 @@ pub enum Call {
     CanOffload,
     /// `submit`
     Submit,
+    /// `observe`
+    Observe,
     /// `usage`
     Usage,
     /// `flush`
@@ -64,6 +66,8 @@ pub(super) struct Port {
     pub(super) generation: Generation,
     pub(super) instance: Instance,
     rules: BTreeMap<u64, DummyRule>,
+    /// Of an engine that died.
+    left: BTreeMap<u64, DummyRule>,
     by_match: HashMap<FlowMatch, u64>,
     by_cookie: HashMap<Cookie, u64>,
     next_rule: u64,
@@ -71,15 +75,38 @@ pub(super) struct Port {
 }
 
 impl Port {
-    pub(super) fn new(generation: Generation, instance: Instance) -> Self {
+    pub(super) fn new(
+        generation: Generation,
+        instance: Instance,
+        left: impl IntoIterator<Item = DummyRule>,
+    ) -> Self {
+        let left: BTreeMap<_, _> =
+            (1..).zip(left).map(|(n, rule)| (n, DummyRule { rule: RuleId(n), ..rule })).collect();
         Self {
             generation,
             instance,
             rules: BTreeMap::new(),
             by_match: HashMap::new(),
             by_cookie: HashMap::new(),
-            next_rule: 1,
+            next_rule: 1 + left.len() as u64,
+            left,
             unplugged: false,
+        }
+    }
+
+    pub(super) fn left(&self) -> impl Iterator<Item = &DummyRule> {
+        self.left.values()
+    }
+
+    fn adopt(&mut self, found: RuleId, cookie: Cookie, flow: Flow, in_hw: Option<bool>) -> Outcome {
+        match self.left.remove(&found.0) {
+            Some(rule) if rule.flow == flow => {
+                self.by_match.insert(flow.matches, found.0);
+                self.by_cookie.insert(cookie, found.0);
+                self.rules.insert(found.0, DummyRule { cookie, ..rule });
+                Ok(Done::Added { rule: found, in_hw })
+            }
+            _ => Err(Reason::Conflict.into()),
         }
     }
 
@@ -96,6 +123,9 @@ impl Port {
     }
 
     pub(super) fn remove(&mut self, rule: RuleId) -> bool {
+        if self.left.remove(&rule.0).is_some() {
+            return true;
+        }
         let Some(r) = self.rules.remove(&rule.0) else { return false };
         self.by_match.remove(&r.flow.matches);
         self.by_cookie.remove(&r.cookie);
@@ -104,16 +134,19 @@ impl Port {
 
     /// Removes every rule and returns how many there were.
     pub(super) fn clear(&mut self) -> u64 {
+        self.left.clear();
         self.by_match.clear();
         self.by_cookie.clear();
         std::mem::take(&mut self.rules).len() as u64
     }
 
     fn add(&mut self, cookie: Cookie, flow: Flow, capacity: usize, in_hw: Option<bool>) -> Outcome {
-        if self.by_match.contains_key(&flow.matches) {
+        if self.by_match.contains_key(&flow.matches)
+            || self.left.values().any(|r| r.flow.matches == flow.matches)
+        {
             return Err(Reason::Conflict.into());
         }
-        if self.rules.len() >= capacity {
+        if self.rules.len() + self.left.len() >= capacity {
             return Err(Reason::TableFull.into());
         }
         let rule = RuleId(self.next_rule);
@@ -138,6 +171,9 @@ pub(super) struct State {
     pub(super) capacity: usize,
     pub(super) in_hw: Option<bool>,
     pub(super) ports: BTreeMap<Ifindex, Port>,
+    /// What an engine that died has left, until the netdev is bound; and what others have there.
+    pub(super) left: BTreeMap<Ifindex, Vec<DummyRule>>,
+    pub(super) foreign: u64,
     /// In the order of submission.
     pub(super) waiting: VecDeque<Waiting>,
     in_flight: HashSet<(Ifindex, Cookie)>,
@@ -164,6 +200,8 @@ impl Default for State {
             capacity: usize::MAX,
             in_hw: Some(true),
             ports: BTreeMap::new(),
+            left: BTreeMap::new(),
+            foreign: 0,
             waiting: VecDeque::new(),
             in_flight: HashSet::new(),
             failures: VecDeque::new(),
@@ -233,6 +271,11 @@ impl State {
             self.violation(format!("two operations on {cookie} of {} in flight", new.ifindex));
         }
         let Some(port) = self.ports.get(&new.ifindex) else { return };
+        let of_a_dead_one =
+            matches!(new.request, Request::Delete { rule, .. } if port.left.contains_key(&rule.0));
+        if of_a_dead_one {
+            return;
+        }
         if cookie.instance != port.instance {
             self.violation(format!("{cookie} is of another instance"));
         } else if matches!(new.request, Request::Add { .. }) && port.by_cookie.contains_key(&cookie)
@@ -285,14 +328,17 @@ impl State {
             },
             Some(port) => match request {
                 Request::Add { cookie, flow } => port.add(cookie, *flow, capacity, in_hw),
+                Request::Adopt { found, cookie, flow } => port.adopt(found, cookie, *flow, in_hw),
                 Request::Delete { rule, cookie } => {
                     match port.rules.get(&rule.0) {
                         Some(r) if r.cookie == cookie => {
                             port.remove(rule);
                         }
                         Some(_) => unknown = Some((cookie, "is another's")),
-                        // Somebody else may have removed it: ENOENT.
-                        None => {}
+                        // Somebody else may have removed it: ENOENT. Or an engine that died left it.
+                        None => {
+                            port.remove(rule);
+                        }
                     }
                     Ok(Done::Deleted)
                 }

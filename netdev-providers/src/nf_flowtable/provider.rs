@@ -79,6 +79,11 @@ impl NfFlowtable {
                 ticket.complete(Ok(Done::Noted));
                 None
             }
+            // The table belongs to the socket and goes with its engine: nothing is ever observed.
+            Request::Adopt { .. } => {
+                ticket.complete(Err(Reason::Conflict.into()));
+                None
+            }
             Request::Delete { rule, .. } => match lock(&self.rules).get(&rule) {
                 Some(r) => {
                     let change = Change::Delete(r.key);

@@ -8,6 +8,10 @@ use std::num::NonZeroU32;
 
 use super::uapi::Handle;
 
+/// The highest handle that can be taken over. Handles are given from 1 on: an engine that died with
+/// a higher one had more rules than that.
+pub(super) const MAX_OCCUPIED: u32 = 1 << 23;
+
 /// The handles of one prio.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
@@ -36,6 +40,33 @@ impl Handles {
         *self.word(index)? |= Self::bit(index);
         self.live += 1;
         NonZeroU32::new(index + 1).map(Handle)
+    }
+
+    /// Takes this handle, which somebody gave to a rule that stands. False when it is taken already,
+    /// or beyond [`MAX_OCCUPIED`].
+    pub(super) fn occupy(&mut self, handle: Handle) -> bool {
+        let index = handle.0.get() - 1;
+        if index >= MAX_OCCUPIED || self.is_taken(handle) {
+            return false;
+        }
+        if index < self.used {
+            self.free.retain(|&f| f != index);
+        } else {
+            self.free.extend(self.used..index);
+            self.used = index + 1;
+            self.taken.resize((index as usize) / 64 + 1, 0);
+        }
+        if let Some(word) = self.word(index) {
+            *word |= Self::bit(index);
+            self.live += 1;
+        }
+        true
+    }
+
+    /// Whether the handle is in use.
+    pub(super) fn is_taken(&self, handle: Handle) -> bool {
+        let index = handle.0.get() - 1;
+        self.taken.get((index as usize) / 64).is_some_and(|word| word & Self::bit(index) != 0)
     }
 
     /// Gives a handle back; one that is not in use is passed over.
@@ -101,6 +132,24 @@ mod tests {
             }
             prop_assert_eq!(handles.give_all_back() as usize, mine.len());
             prop_assert_eq!(handles.live(), 0);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn occupied_handles_are_not_given(occupied in proptest::collection::vec(1u32..200, 0..50), takes in 0usize..300) {
+            let mut handles = Handles::default();
+            let mut mine: HashSet<u32> = (0..3).map(|_| handles.take().unwrap().0.get()).collect();
+            for h in occupied {
+                let fresh = mine.insert(h);
+                let handle = Handle(NonZeroU32::new(h).unwrap());
+                prop_assert_eq!(handles.occupy(handle), fresh);
+                prop_assert!(handles.is_taken(handle));
+            }
+            for _ in 0..takes {
+                prop_assert!(mine.insert(handles.take().unwrap().0.get()));
+            }
+            prop_assert_eq!(handles.live() as usize, mine.len());
         }
     }
 

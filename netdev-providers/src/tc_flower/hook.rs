@@ -27,6 +27,10 @@ pub(super) struct Hook {
     pub(super) ifindex: Ifindex,
 }
 
+/// A dump that changes interrupt every time is given up after so many: what it found is valid, but may
+/// not be all.
+const DUMP_ATTEMPTS: u32 = 4;
+
 /// `NLM_F_ECHO`.
 const ECHO: u16 = 8;
 
@@ -150,6 +154,24 @@ impl Hook {
         }
     }
 
+    /// Dumps with `dump` until no change interrupts it, [`DUMP_ATTEMPTS`] times at most; `begin` is
+    /// called before each attempt, to forget what the one before found.
+    pub(super) fn repeated<S>(
+        &mut self,
+        state: &mut S,
+        begin: impl Fn(&mut S),
+        mut dump: impl FnMut(&mut Self, &mut S) -> Result<(), NetlinkError>,
+    ) -> Result<(), NetlinkError> {
+        let mut attempt = 1;
+        loop {
+            begin(state);
+            match dump(self, state) {
+                Err(NetlinkError::Interrupted) if attempt < DUMP_ATTEMPTS => attempt += 1,
+                other => return other,
+            }
+        }
+    }
+
     /// Hands every filter at this parent to `each`.
     pub(super) fn filters(
         &mut self,
@@ -240,6 +262,21 @@ impl Hook {
         self.forgive_absence(deleted)
     }
 
+    /// Deletes one u32 rule. That there is none is success.
+    pub(super) fn delete_u32(
+        &mut self,
+        prio: Prio,
+        family: Family,
+        handle: Handle,
+    ) -> Result<(), NetlinkError> {
+        let deleted = self.request(|buf, seq, ifindex| {
+            let place = Place { ifindex, prio, family };
+            rule::delete_of_kind(buf, seq, place, handle, b"u32\0");
+            rule::ask_for_ack(buf, 0);
+        });
+        self.forgive_absence(deleted)
+    }
+
     fn forgive_absence(&mut self, deleted: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
         match deleted {
             Err(NetlinkError::Kernel(e)) if means_no_such_rule(&e) => Ok(()),
@@ -269,4 +306,38 @@ fn qdisc_message(buf: &mut Vec<u8>, ty: u16, flags: u16, seq: u32, ifindex: Ifin
     m.raw(&tcmsg.to_bytes());
     m.attr(TCA_KIND, b"clsact\0");
     m.finish();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dumped(mut interruptions: u32) -> (u32, Vec<u32>, Result<(), NetlinkError>) {
+        let mut hook = Hook::open(Ifindex::new(1).unwrap()).unwrap();
+        let (mut attempts, mut seen) = (0, Vec::new());
+        let result = hook.repeated(&mut seen, Vec::clear, |_, seen| {
+            attempts += 1;
+            seen.extend([1, 2]);
+            if interruptions == 0 {
+                return Ok(());
+            }
+            interruptions -= 1;
+            Err(NetlinkError::Interrupted)
+        });
+        (attempts, seen, result)
+    }
+
+    #[test]
+    fn an_interrupted_dump_is_repeated_and_nothing_is_seen_twice() {
+        let (attempts, seen, result) = dumped(DUMP_ATTEMPTS - 1);
+        assert_eq!((attempts, seen), (DUMP_ATTEMPTS, vec![1, 2]));
+        assert!(result.is_ok());
+    }
+
+    #[test]
+    fn it_is_given_up_after_some_attempts() {
+        let (attempts, seen, result) = dumped(u32::MAX);
+        assert_eq!((attempts, seen), (DUMP_ATTEMPTS, vec![1, 2]));
+        assert!(matches!(result, Err(NetlinkError::Interrupted)));
+    }
 }

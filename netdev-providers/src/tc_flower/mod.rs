@@ -12,6 +12,9 @@
 //! RST; it rewrites MAC addresses, addresses and ports, takes one off the TTL and redirects to the
 //! egress netdev. Everything else goes up the stack as if there were no rules.
 //!
+//! A port that is bound again after its engine died finds the old rules where it would put its own:
+//! they go on forwarding until they are taken over or removed, and the guards never fall.
+//!
 //! # What to know before relying on it
 //! * **Length.** Flower has no key for it: flows whose path has a smaller MTU than the port are
 //!   refused ([`Reason::MtuMismatch`](crate::Reason::MtuMismatch)).
@@ -35,7 +38,7 @@
 //! # How the code is cut
 //! `uapi` numbers of the kernel headers, `prios` where rules stand, `encode` match keys, `actions`,
 //! `bpf` the checksum programs, `guard`, `rule` whole messages, `template` the same without encoding
-//! them anew, `parse` dumps, `hook` requests on one
+//! them anew, `parse` dumps, `same` whether a dumped rule is what we would write, `hook` requests on one
 //! netdev, `probe` what bind does, `handles`, `provider`, `class`.
 
 mod actions;
@@ -51,6 +54,7 @@ mod prios;
 mod probe;
 mod provider;
 mod rule;
+mod same;
 mod template;
 mod uapi;
 

@@ -40,6 +40,11 @@ impl<'a> Filter<'a> {
         }
     }
 
+    /// The options of the classifier: keys, flags, actions.
+    pub(super) fn options(&self) -> AttrIter<'a> {
+        self.options.map_or(AttrIter::new(&[]), |o| o.nested())
+    }
+
     fn actions(&self) -> impl Iterator<Item = Action<'a>> + use<'a> {
         let list = match self.kind {
             "flower" => Some(TCA_FLOWER_ACT),

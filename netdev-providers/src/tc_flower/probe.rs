@@ -1,4 +1,4 @@
-//! What bind does on a netdev: makes the ingress hook, clears what a dead engine left, puts up the
+//! What bind does on a netdev: makes the ingress hook, sorts out what a dead engine left, puts up the
 //! guards and tries a rule. Whatever it made is taken away again when it fails.
 
 use std::collections::BTreeMap;
@@ -12,6 +12,7 @@ use tracing::{debug, info};
 use super::actions::{Action, ActionList, NatForm};
 use super::bpf::NatPrograms;
 use super::guard;
+use super::handles::MAX_OCCUPIED;
 use super::hook::Hook;
 use super::prios::{Prios, Use};
 use super::rule::{self, Form, Place};
@@ -19,7 +20,7 @@ use super::uapi::*;
 use crate::contract::class::BindError;
 use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
 use crate::contract::types::{
-    Cookie, Direction, HwFlags, Ifindex, Instance, L4Proto, MacAddr, Tuple, Zone,
+    Cookie, Direction, HwFlags, Ifindex, Instance, L4Proto, MacAddr, RuleId, Tuple, Zone,
 };
 use crate::netlink::error::NetlinkError;
 
@@ -71,6 +72,8 @@ pub(super) struct Found {
     pub(super) made_qdisc: bool,
     pub(super) percpu_stats: bool,
     pub(super) nat: Result<Arc<NatPrograms>, String>,
+    /// Flows' rules of dead engines, which go on forwarding.
+    pub(super) left: Vec<RuleId>,
 }
 
 impl Found {
@@ -130,10 +133,19 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
     if !matches!(qdisc.kind.as_str(), "clsact" | "ingress") {
         return Err((BindError::Declined(format!("its ingress qdisc is {}", qdisc.kind)), None));
     }
-    let cleared =
-        clear_leftovers(hook).map_err(|e| (failed("removing what a dead engine left", e), None))?;
-    *made_qdisc |= cleared.made_qdisc;
-    let prios = free_prios(wanted.prio_base, &cleared.foreign).map_err(|e| (e, None))?;
+    let occupants =
+        Occupants::read(hook).map_err(|e| (failed("reading the ingress filters", e), None))?;
+    *made_qdisc |= occupants.made_qdisc();
+    let prios = match free_prios(wanted.prio_base, &occupants.foreign()) {
+        Ok(prios) => prios,
+        Err(e) => {
+            // There will be no port here: nothing of a dead engine is to stay.
+            let _ = clear(hook, occupants, None);
+            return Err((e, None));
+        }
+    };
+    let (left, _) = clear(hook, occupants, Some(prios))
+        .map_err(|e| (failed("removing what a dead engine left", e), Some(prios)))?;
     let mut found = Found {
         prios,
         mode: Mode::Software,
@@ -142,16 +154,22 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
         made_qdisc: *made_qdisc,
         percpu_stats: wanted.percpu_stats,
         nat: wanted.nat.clone(),
+        left: left.flows.clone(),
     };
-    install(hook, wanted, &mut found).map_err(|e| (e, Some(prios)))?;
+    install(hook, wanted, &mut found, &left).map_err(|e| (e, Some(prios)))?;
     Ok(found)
 }
 
-/// Guards and a trial rule.
-fn install(hook: &mut Hook, wanted: &Wanted, found: &mut Found) -> Result<(), BindError> {
+/// Guards and a trial rule. The guards of a dead engine stand until ours do.
+fn install(
+    hook: &mut Hook,
+    wanted: &Wanted,
+    found: &mut Found,
+    left: &Left,
+) -> Result<(), BindError> {
     let guards = Guards { instance: wanted.instance, made_qdisc: found.made_qdisc };
     if wanted.hw_flags != HwFlags::SkipHw {
-        match hardware_guards(hook, found, guards) {
+        match hardware_guards(hook, found, guards, left) {
             Ok(()) if wanted.hw_flags == HwFlags::SkipSw => found.mode = Mode::Hardware,
             Ok(()) => found.mode = Mode::Both,
             Err(e) if wanted.hw_flags == HwFlags::SkipSw => {
@@ -179,6 +197,16 @@ fn install(hook: &mut Hook, wanted: &Wanted, found: &mut Found) -> Result<(), Bi
         })?;
         try_rules(hook, found, guards)?;
     }
+    for (what, family, prio, handles) in &left.guards {
+        let cleared = match what {
+            _ if !found.has_guards_at(*what) => hook.delete_all(*prio, *family),
+            Use::SoftwareGuards => {
+                handles.iter().try_for_each(|&h| hook.delete_u32(*prio, *family, h))
+            }
+            _ => Ok(()),
+        };
+        cleared.map_err(|e| failed("removing the guards of a dead engine", e))?;
+    }
     Ok(())
 }
 
@@ -202,7 +230,7 @@ pub(super) fn put_up_guards(
     guards: Guards,
 ) -> Result<(), NetlinkError> {
     if found.mode.has_hardware() {
-        hardware_guards(hook, found, guards)?;
+        hardware_guards(hook, found, guards, &Left::default())?;
     }
     if found.mode.has_software() {
         software_guards(hook, found, guards)?;
@@ -225,9 +253,18 @@ pub(super) fn guards_stand(hook: &mut Hook, found: &Found) -> Result<bool, Netli
     Ok(true)
 }
 
-fn hardware_guards(hook: &mut Hook, found: &Found, guards: Guards) -> Result<(), NetlinkError> {
+/// A guard that a dead engine left is the one that would be put up, and stays.
+fn hardware_guards(
+    hook: &mut Hook,
+    found: &Found,
+    guards: Guards,
+    left: &Left,
+) -> Result<(), NetlinkError> {
     for family in Family::BOTH {
         let prio = found.prios.of(Use::HardwareGuards, family);
+        if !left.guards_at(prio).is_empty() {
+            continue;
+        }
         hook.request(|buf, seq, ifindex| {
             guard::flower_ttl(buf, seq, ifindex, prio, family, guards.cookie());
         })?;
@@ -353,76 +390,146 @@ fn trial_flow(ifindex: Ifindex, family: Family, nat: bool) -> Flow {
 #[derive(Debug, Default)]
 struct Occupant {
     kind: String,
-    ethertype: u16,
-    ours: u32,
     foreign: u32,
     made_qdisc: bool,
-    /// Handles of ours, for the case that they stand among foreign ones.
-    handles: Vec<u32>,
+    /// Handles of ours, and whether each is a guard's.
+    ours: Vec<(u32, bool)>,
 }
 
-/// What is at the ingress hook once the rules of dead engines are gone.
+/// What stands at the ingress hook, by chain, prio and ethertype.
+#[derive(Debug, Default)]
+struct Occupants(BTreeMap<(u32, u16, u16), Occupant>);
+
+impl Occupants {
+    fn read(hook: &mut Hook) -> Result<Self, NetlinkError> {
+        let mut occupants = Self::default();
+        hook.repeated(
+            &mut occupants,
+            |o| o.0.clear(),
+            |hook, o| {
+                hook.filters(PARENT_INGRESS, |f| {
+                    let entry = o.0.entry((f.chain, f.at.prio, f.at.ethertype)).or_default();
+                    if entry.kind.is_empty() {
+                        f.kind.clone_into(&mut entry.kind);
+                    }
+                    if !f.is_rule() {
+                        return;
+                    }
+                    match f.ours() {
+                        Some((cookie, _)) => {
+                            entry.ours.push((f.at.handle, is_guard(&cookie)));
+                            entry.made_qdisc |= cookie.epoch == guard::GUARD_AND_QDISC;
+                        }
+                        None => entry.foreign += 1,
+                    }
+                })
+            },
+        )?;
+        Ok(occupants)
+    }
+
+    /// Prios of chain 0 that somebody else has (also), and the kind of classifier there.
+    fn foreign(&self) -> Vec<(u16, String)> {
+        self.0
+            .iter()
+            .filter(|((chain, ..), o)| *chain == 0 && (o.foreign > 0 || o.ours.is_empty()))
+            .map(|(&(_, prio, _), o)| (prio, o.kind.clone()))
+            .collect()
+    }
+
+    /// A dead engine made the qdisc: it is ours to remove.
+    fn made_qdisc(&self) -> bool {
+        self.0.values().any(|o| o.made_qdisc)
+    }
+}
+
+/// What dead engines have left at the prios that are ours now.
+#[derive(Debug, Default)]
+struct Left {
+    guards: Vec<(Use, Family, Prio, Vec<Handle>)>,
+    flows: Vec<RuleId>,
+}
+
+impl Left {
+    fn guards_at(&self, prio: Prio) -> &[Handle] {
+        self.guards.iter().find(|(.., p, _)| *p == prio).map_or(&[], |(.., handles)| handles)
+    }
+}
+
+/// What was removed.
 #[derive(Debug, Default)]
 pub(super) struct Cleared {
     /// Rules of dead engines.
     pub(super) removed: u64,
     /// A dead engine made the qdisc: it is ours to remove.
     pub(super) made_qdisc: bool,
-    /// Prios of chain 0 that somebody else has, and the kind of classifier there.
-    foreign: Vec<(u16, String)>,
 }
 
 /// Removes the rules of dead engines.
 pub(super) fn clear_leftovers(hook: &mut Hook) -> Result<Cleared, NetlinkError> {
-    let mut occupants: BTreeMap<(u32, u16, u16), Occupant> = BTreeMap::new();
-    let collect = |occupants: &mut BTreeMap<_, Occupant>, f: super::parse::Filter<'_>| {
-        let entry = occupants.entry((f.chain, f.at.prio, f.at.ethertype)).or_default();
-        if entry.kind.is_empty() {
-            f.kind.clone_into(&mut entry.kind);
-            entry.ethertype = f.at.ethertype;
-        }
-        if !f.is_rule() {
-            return;
-        }
-        match f.ours() {
-            Some((cookie, _)) => {
-                entry.ours += 1;
-                entry.handles.push(f.at.handle);
-                entry.made_qdisc |= cookie.epoch == guard::GUARD_AND_QDISC;
-            }
-            None => entry.foreign += 1,
-        }
-    };
-    for attempt in 1.. {
-        occupants.clear();
-        match hook.filters(PARENT_INGRESS, |f| collect(&mut occupants, f)) {
-            Err(NetlinkError::Interrupted) if attempt < 4 => {}
-            Err(e) => return Err(e),
-            Ok(()) => break,
-        }
-    }
-    let mut cleared = Cleared::default();
-    for ((chain, prio, ethertype), o) in occupants {
-        if o.ours == 0 {
-            if chain == 0 {
-                cleared.foreign.push((prio, o.kind));
-            }
+    let occupants = Occupants::read(hook)?;
+    let made_qdisc = occupants.made_qdisc();
+    let (_, removed) = clear(hook, occupants, None)?;
+    Ok(Cleared { removed, made_qdisc })
+}
+
+/// Removes the rules of dead engines, but for those that stand where the rules of this port will;
+/// returns how many it removed.
+fn clear(
+    hook: &mut Hook,
+    occupants: Occupants,
+    keep: Option<Prios>,
+) -> Result<(Left, u64), NetlinkError> {
+    let (mut left, mut removed) = (Left::default(), 0);
+    for ((chain, prio, ethertype), o) in occupants.0 {
+        if o.ours.is_empty() {
             continue;
         }
-        cleared.made_qdisc |= o.made_qdisc;
-        cleared.removed += u64::from(o.ours);
-        info!(prio, rules = o.ours, "removing what a dead engine left");
+        let prio = Prio(prio);
         let family = Family::of(ethertype == Family::Ipv6.ethertype());
-        if o.foreign == 0 {
-            hook.delete_all(Prio(prio), family)?;
-        } else {
-            cleared.foreign.push((prio, o.kind));
-            for handle in o.handles.iter().filter_map(|&h| NonZeroU32::new(h).map(Handle)) {
-                hook.delete(Prio(prio), family, handle)?;
+        let what = keep
+            .filter(|_| chain == 0 && o.foreign == 0)
+            .and_then(|prios| prios.all().find(|&(_, f, p)| (f, p) == (family, prio)));
+        let handle = |h: u32| NonZeroU32::new(h).map(Handle);
+        match what {
+            Some((Use::Flows, ..)) if o.kind == "flower" => {
+                for (h, is_guard) in o.ours {
+                    let Some(h) = handle(h) else { continue };
+                    // The cookie of a guard is on a trial rule.
+                    if is_guard || h.0.get() > MAX_OCCUPIED {
+                        removed += 1;
+                        hook.delete(prio, family, h)?;
+                    } else {
+                        left.flows.push(rule::rule_id(prio, h));
+                    }
+                }
+            }
+            Some((what @ (Use::HardwareGuards | Use::SoftwareGuards), ..)) => {
+                let handles = o.ours.iter().filter_map(|&(h, _)| handle(h)).collect();
+                left.guards.push((what, family, prio, handles));
+            }
+            _ => {
+                removed += o.ours.len() as u64;
+                if o.foreign == 0 {
+                    hook.delete_all(prio, family)?;
+                    continue;
+                }
+                for h in o.ours.iter().filter_map(|&(h, _)| handle(h)) {
+                    match o.kind.as_str() {
+                        "u32" => hook.delete_u32(prio, family, h)?,
+                        _ => hook.delete(prio, family, h)?,
+                    }
+                }
             }
         }
     }
-    Ok(cleared)
+    if removed > 0 {
+        info!(rules = removed, "removed what a dead engine left");
+    }
+    if !left.flows.is_empty() {
+        info!(rules = left.flows.len(), "a dead engine has left rules, which go on forwarding");
+    }
+    Ok((left, removed))
 }
 
 /// Finds a block of prios that nobody else is at.

@@ -1,7 +1,9 @@
 //! The provider of one netdev.
 
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use tracing::{debug, warn};
@@ -9,16 +11,18 @@ use tracing::{debug, warn};
 use super::actions::NatForm;
 use super::handles::Handles;
 use super::hook::{Hook, means_no_such_rule};
+use super::parse::Filter;
 use super::prios::Use;
 use super::probe::{self, Found, Guards, Mode};
 use super::rule::{self, Form, Place, rule_id, split_rule_id};
+use super::same::{self, Signature};
 use super::template::{Subject, Templates};
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
-use crate::contract::provider::{Fault, Provider, RuleReport};
+use crate::contract::provider::{Fault, Leftover, Observed, Provider, RuleReport};
 use crate::contract::reason::{Reason, Rejection};
-use crate::contract::types::{Cookie, Instance};
+use crate::contract::types::{Cookie, Instance, RuleId};
 use crate::netlink::error::{KernelError, NetlinkError};
 
 /// What does not change while the port lives.
@@ -37,14 +41,31 @@ pub(super) struct TcFlower {
     guards_lost: AtomicBool,
     writer: Mutex<Writer>,
     reader: Mutex<Hook>,
+    adopted: Adopted,
 }
+
+/// Rules that a dead engine wrote and that are ours now, by what the engine calls them: in the
+/// kernel they keep their cookie, so that nothing about them has to be written.
+type Adopted = Arc<Mutex<HashMap<RuleId, Cookie>>>;
 
 impl TcFlower {
     pub(super) fn new(plan: Plan, writer: Hook, reader: Hook) -> Self {
+        let mut handles = [Handles::default(), Handles::default()];
+        for &rule in &plan.found.left {
+            if let Some((prio, handle)) = split_rule_id(rule)
+                && let Some(family) = plan.found.prios.flows_at(prio)
+            {
+                handles[family.index()].occupy(handle);
+            }
+        }
+        let adopted = Adopted::default();
         let writer = Writer {
             hook: writer,
             made_qdisc: plan.found.made_qdisc,
-            handles: [Handles::default(), Handles::default()],
+            handles,
+            left: plan.found.left.iter().copied().collect(),
+            observed: HashMap::new(),
+            adopted: Arc::clone(&adopted),
             pending: Vec::with_capacity(plan.batch),
             first_seq: 0,
             last_at: 0,
@@ -56,6 +77,7 @@ impl TcFlower {
             guards_lost: AtomicBool::new(false),
             writer: Mutex::new(writer),
             reader: Mutex::new(reader),
+            adopted,
         }
     }
 }
@@ -88,24 +110,34 @@ impl Provider for TcFlower {
         w.send_all(&self.plan);
     }
 
+    fn observe(&self) -> Result<Observed, Fault> {
+        lock(&self.writer).observe(&self.plan)
+    }
+
     fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault> {
         let mut hook = lock(&self.reader);
         let fault = |e: NetlinkError| e.into_fault("reading the rules");
+        let adopted = lock(&self.adopted).clone();
         for family in Family::BOTH {
             let prio = self.plan.found.prios.of(Use::Flows, family);
-            hook.filters_terse(prio, family, |f| {
-                let Some(handle) = f.at.handle.try_into().ok().map(Handle) else { return };
-                match f.ours() {
-                    Some((cookie, counters))
-                        if cookie.instance == self.plan.instance && !probe::is_guard(&cookie) =>
-                    {
-                        let rule = rule_id(prio, handle);
-                        report(RuleReport { cookie, rule, counters, in_hw: f.in_hw() });
-                    }
-                    _ => {}
-                }
-            })
-            .map_err(fault)?;
+            let read = |f: Filter<'_>| {
+                let rule = rule_id(prio, Handle(f.at.handle.try_into().ok()?));
+                let (cookie, counters) = f.ours().filter(|(c, _)| !probe::is_guard(c))?;
+                // A handle can have been adopted and given to a rule of our own since.
+                let cookie = if cookie.instance == self.plan.instance {
+                    cookie
+                } else {
+                    *adopted.get(&rule)?
+                };
+                Some(RuleReport { cookie, rule, counters, in_hw: f.in_hw() })
+            };
+            // Nothing is reported twice, also when a change makes the dump begin anew.
+            let mut reports = Vec::new();
+            let dumped = hook.repeated(&mut reports, Vec::clear, |hook, reports| {
+                hook.filters_terse(prio, family, |f| reports.extend(read(f)))
+            });
+            reports.into_iter().for_each(&mut *report);
+            dumped.map_err(fault)?;
         }
         match probe::guards_stand(&mut hook, &self.plan.found) {
             Ok(true) => Ok(()),
@@ -254,6 +286,11 @@ struct Writer {
     made_qdisc: bool,
     /// By family.
     handles: [Handles; 2],
+    /// Rules of dead engines that nobody has decided about: their handles are taken.
+    left: HashSet<RuleId>,
+    /// Those of them that were read, what they do, and whether the NIC has them.
+    observed: HashMap<RuleId, (Option<Signature>, Option<bool>)>,
+    adopted: Adopted,
     /// What is in the buffer, in order.
     pending: Vec<Pending>,
     first_seq: u32,
@@ -288,25 +325,115 @@ impl Writer {
                     // No rule of this port.
                     return ticket.complete(Ok(Done::Deleted));
                 };
+                self.left.remove(&rule);
+                self.observed.remove(&rule);
                 (self.place(plan, family), handle, What::Delete)
             }
-            Request::Add { cookie, flow } => {
-                if let Err(why) = plan.can_offload(&flow) {
-                    return ticket.complete(Err(why));
+            Request::Add { cookie, flow } => match self.prepare_add(plan, cookie, flow) {
+                Ok(add) => add,
+                Err(why) => return ticket.complete(Err(why)),
+            },
+            Request::Adopt { found, cookie, flow } => {
+                self.left.remove(&found);
+                if let Some((signature, in_hw)) = self.observed.remove(&found) {
+                    if signature.is_some() && self.would_be(plan, &flow, cookie, signature) {
+                        lock(&self.adopted).insert(found, cookie);
+                        return ticket.complete(Ok(Done::Added { rule: found, in_hw }));
+                    }
                 }
-                let family = Family::of(flow.matches.tuple.is_ipv6());
-                let Some(handle) = self.handles(family).take() else {
-                    return ticket.complete(Err(Reason::TableFull.into()));
-                };
-                let software = !plan.found.mode.has_hardware();
-                let what = What::Add { cookie, flow, software, again: false };
-                (self.place(plan, family), handle, what)
+                let different = Ticket::new(Box::new(move |deleted: Outcome| {
+                    ticket.complete(Err(deleted.err().unwrap_or_else(|| {
+                        Rejection::with_detail(
+                            Reason::Conflict,
+                            "the rule is not what it would be now",
+                        )
+                    })));
+                }));
+                let request = Request::Delete { rule: found, cookie };
+                return self.accept(plan, Operation { request, ticket: different });
             }
         };
         self.write(plan, Pending { ticket, place, handle, what });
         if self.pending.len() >= plan.batch {
             self.send_all(plan);
         }
+    }
+
+    fn prepare_add(
+        &mut self,
+        plan: &Plan,
+        cookie: Cookie,
+        flow: Box<Flow>,
+    ) -> Result<(Place, Handle, What), Rejection> {
+        plan.can_offload(&flow)?;
+        let family = Family::of(flow.matches.tuple.is_ipv6());
+        let handle = self.handles(family).take().ok_or(Reason::TableFull)?;
+        let software = !plan.found.mode.has_hardware();
+        let what = What::Add { cookie, flow, software, again: false };
+        Ok((self.place(plan, family), handle, what))
+    }
+
+    /// Whether a rule that stands is what an add of this flow would make, in one of the forms that
+    /// it can end up in.
+    fn would_be(
+        &self,
+        plan: &Plan,
+        flow: &Flow,
+        cookie: Cookie,
+        stands: Option<Signature>,
+    ) -> bool {
+        if plan.can_offload(flow).is_err() {
+            return false;
+        }
+        let place = self.place(plan, Family::of(flow.matches.tuple.is_ipv6()));
+        [!plan.found.mode.has_hardware(), true].into_iter().any(|software| {
+            let mut buf = Vec::new();
+            let form = plan.form(flow, software);
+            rule::add(&mut buf, 0, place, Handle(NonZeroU32::MIN), flow, cookie, form);
+            Signature::of_message(&buf, &same::program_tag) == stands
+        })
+    }
+
+    /// Reads what stands beside our own rules.
+    fn observe(&mut self, plan: &Plan) -> Result<Observed, Fault> {
+        let Self { hook, handles, left, observed, .. } = self;
+        let mut seen = (Observed::default(), Vec::new());
+        let read = |f: Filter<'_>, seen: &mut (Observed, Vec<_>)| {
+            if !f.is_rule() {
+                return;
+            }
+            let Some((cookie, counters)) = f.ours() else {
+                seen.0.foreign += 1;
+                return;
+            };
+            let Some(handle) = f.at.handle.try_into().ok().map(Handle) else { return };
+            let Some(family) = plan.found.prios.flows_at(Prio(f.at.prio)).filter(|_| f.chain == 0)
+            else {
+                return;
+            };
+            let rule = rule_id(Prio(f.at.prio), handle);
+            let held = handles[family.index()].is_taken(handle) && !left.contains(&rule);
+            if !held && !probe::is_guard(&cookie) {
+                let options = f.options();
+                let tuple = same::tuple_of(&options);
+                seen.0.leftovers.push(Leftover { rule, cookie, tuple, counters });
+                seen.1.push((rule, (Signature::of_dump(options), f.in_hw()), family, handle));
+            }
+        };
+        hook.repeated(
+            &mut seen,
+            |seen| *seen = Default::default(),
+            |hook, seen| hook.filters(PARENT_INGRESS, |f| read(f, seen)),
+        )
+        .map_err(|e| e.into_fault("reading what stands on the netdev"))?;
+        let (found, rules) = seen;
+        observed.clear();
+        for (rule, what, family, handle) in rules {
+            handles[family.index()].occupy(handle);
+            left.insert(rule);
+            observed.insert(rule, what);
+        }
+        Ok(found)
     }
 
     fn write(&mut self, plan: &Plan, p: Pending) {
@@ -384,10 +511,16 @@ impl Writer {
         again
     }
 
+    /// The rule is gone: its handle can be another's.
+    fn deleted(&mut self, place: Place, handle: Handle) {
+        lock(&self.adopted).remove(&rule_id(place.prio, handle));
+        self.handles(place.family).give_back(handle);
+    }
+
     fn succeeded(&mut self, plan: &Plan, p: Pending) {
         let outcome = match &p.what {
             What::Delete => {
-                self.handles(p.place.family).give_back(p.handle);
+                self.deleted(p.place, p.handle);
                 Done::Deleted
             }
             What::Add { flow, software, .. } => Done::Added {
@@ -412,7 +545,7 @@ impl Writer {
         let qdisc_gone = e.errno == Errno::EINVAL && now.qdisc_gone(&mut self.hook);
         let outcome: Outcome = match &mut p.what {
             What::Delete if means_no_such_rule(&e) || qdisc_gone => {
-                self.handles(p.place.family).give_back(p.handle);
+                self.deleted(p.place, p.handle);
                 Ok(Done::Deleted)
             }
             What::Delete => Err(e.into()),
@@ -475,7 +608,7 @@ impl Writer {
         match p.what {
             What::Delete => match self.hook.delete(prio, family, p.handle) {
                 Ok(()) => {
-                    self.handles(family).give_back(p.handle);
+                    self.deleted(p.place, p.handle);
                     p.ticket.complete(Ok(Done::Deleted));
                 }
                 Err(e) => {
@@ -540,7 +673,14 @@ impl Writer {
             match self.hook.delete_all(prio, family) {
                 Ok(()) => {
                     self.unsettled.retain(|(place, _)| place.family != family);
+                    let left = self.left.len();
+                    self.left.retain(|&r| split_rule_id(r).is_none_or(|(p, _)| p != prio));
+                    self.observed.retain(|&r, _| split_rule_id(r).is_none_or(|(p, _)| p != prio));
+                    lock(&self.adopted)
+                        .retain(|&r, _| split_rule_id(r).is_none_or(|(p, _)| p != prio));
                     count += u64::from(self.handles(family).give_all_back());
+                    // Nobody has been told of these.
+                    count -= (left - self.left.len()) as u64;
                 }
                 Err(e) => result = Err(e.into_fault("removing the rules of the port")),
             }

@@ -93,10 +93,21 @@ pub(super) fn add_with(
 
 /// Appends the message that deletes one rule. No answer is asked for.
 pub(super) fn delete(buf: &mut Vec<u8>, seq: u32, place: Place, handle: Handle) {
+    delete_of_kind(buf, seq, place, handle, b"flower\0");
+}
+
+/// The same for a rule of another classifier; `kind` with its terminating NUL.
+pub(super) fn delete_of_kind(
+    buf: &mut Vec<u8>,
+    seq: u32,
+    place: Place,
+    handle: Handle,
+    kind: &[u8],
+) {
     let mut m = Message::new(buf, RTM_DELTFILTER, REQUEST, seq);
     m.raw(&place.tcmsg(Some(handle)));
     // With the kind the kernel need not take the RTNL for an unlocked classifier.
-    m.attr(TCA_KIND, b"flower\0");
+    m.attr(TCA_KIND, kind);
     m.finish();
 }
 

@@ -93,6 +93,7 @@ pub(super) const TCA_FLOWER_KEY_TCP_FLAGS: u16 = 71;
 pub(super) const TCA_FLOWER_KEY_TCP_FLAGS_MASK: u16 = 72;
 pub(super) const TCA_FLOWER_KEY_IP_TTL: u16 = 75;
 pub(super) const TCA_FLOWER_KEY_IP_TTL_MASK: u16 = 76;
+pub(super) const TCA_FLOWER_IN_HW_COUNT: u16 = 86;
 pub(super) const TCA_FLOWER_KEY_FLAGS_IS_FRAGMENT: u32 = 1;
 
 // linux/tc_act/tc_gact.h
@@ -119,6 +120,8 @@ pub(super) const TCA_PEDIT_KEY_EX_CMD: u16 = 2;
 pub(super) const TCA_ACT_BPF_PARMS: u16 = 2;
 pub(super) const TCA_ACT_BPF_FD: u16 = 5;
 pub(super) const TCA_ACT_BPF_NAME: u16 = 6;
+pub(super) const TCA_ACT_BPF_TAG: u16 = 8;
+pub(super) const TCA_ACT_BPF_ID: u16 = 9;
 
 // linux/if_arp.h
 pub(super) const ARPHRD_ETHER: u16 = 1;
