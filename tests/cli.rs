@@ -42,6 +42,13 @@ fn port(name: &str) -> PortInfo {
         generation: 1,
         provider: Some("tc-flower".into()),
         about: "driver mlx5_core, hw-tc-offload on".into(),
+        capabilities: vec![CapabilityInfo {
+            name: "flow ipv4 tcp nat".into(),
+            software: None,
+            software_why: None,
+            hardware: Some(false),
+            hardware_why: Some("Unsupported action (EOPNOTSUPP)".into()),
+        }],
         offload: "both".into(),
         state: "bound".into(),
         fault: None,

@@ -36,7 +36,7 @@ pub use contract::{
     class::{BindError, ProviderClass},
     flow::{Flow, FlowMatch, Forward, MacRewrite},
     operation::{Done, Operation, Outcome, Request, Ticket},
-    provider::{Counters, Fault, Leftover, Observed, Provider, RuleReport},
+    provider::{Capability, Counters, Fault, Leftover, Observed, Provider, RuleReport},
     reason::{Permanence, Reason, Rejection},
     types::{
         Cookie, Direction, Epoch, Generation, HwFlags, Ifindex, Instance, L4Proto, MacAddr, Netdev,

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use crate::control::info::{
-    ConnInfo, Event, Flushed, LatencyCount, PortInfo, PortReconciled, ProviderInfo, ReasonCount,
-    SlotInfo, Stats,
+    CapabilityInfo, ConnInfo, Event, Flushed, LatencyCount, PortInfo, PortReconciled, ProviderInfo,
+    ReasonCount, SlotInfo, Stats,
 };
 
 /// Where the text of a column goes.
@@ -178,6 +178,33 @@ fn port(out: &mut String, p: &PortInfo) {
     for (op, text) in latency(&p.latency) {
         line(&op, &text);
     }
+    capabilities(out, &p.capabilities);
+}
+
+/// What was tried on the netdev; a column for each place where something was.
+fn capabilities(out: &mut String, all: &[CapabilityInfo]) {
+    if all.is_empty() {
+        return;
+    }
+    let cell = |yes: Option<bool>, why: &Option<String>| match (yes, why) {
+        (None, _) => String::new(),
+        (Some(true), _) => "yes".to_owned(),
+        (Some(false), None) => "no".to_owned(),
+        (Some(false), Some(why)) => format!("no: {why}"),
+    };
+    let tried = |of: fn(&CapabilityInfo) -> Option<bool>, name: &str| {
+        if all.iter().any(|c| of(c).is_some()) { name.to_owned() } else { String::new() }
+    };
+    let mut rows = vec![vec![
+        "CAPABILITY".to_owned(),
+        tried(|c| c.software, "SOFTWARE"),
+        tried(|c| c.hardware, "HARDWARE"),
+    ]];
+    rows.extend(all.iter().map(|c| {
+        let software = cell(c.software, &c.software_why);
+        vec![c.name.clone(), software, cell(c.hardware, &c.hardware_why)]
+    }));
+    table(out, "    ", &[], &rows);
 }
 
 /// One line per operation: how many there were, and the bounds that half of them and nearly all
@@ -440,6 +467,27 @@ mod tests {
         ];
         assert_eq!(latency(&all), want.map(|(op, text)| (op.to_owned(), text.to_owned())));
         assert_eq!(latency(&[]), []);
+    }
+
+    #[test]
+    fn what_a_netdev_takes_is_a_table_with_the_kernels_words() {
+        let yes = CapabilityInfo {
+            name: "flow ipv4 tcp".into(),
+            software: Some(true),
+            ..CapabilityInfo::default()
+        };
+        let no = CapabilityInfo {
+            name: "flow ipv6 udp nat".into(),
+            software: Some(false),
+            software_why: Some("Failed to load TC action module (ENOENT)".into()),
+            ..CapabilityInfo::default()
+        };
+        let mut out = String::new();
+        capabilities(&mut out, &[yes, no]);
+        assert_eq!(
+            out,
+            "    CAPABILITY         SOFTWARE\n    flow ipv4 tcp      yes\n    flow ipv6 udp nat  no: Failed to load TC action module (ENOENT)\n"
+        );
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct PortInfo {
     pub provider: Option<String>,
     /// What the provider found out about the netdev, in one line.
     pub about: String,
+    /// What the netdev takes and what not, as far as the provider tried.
+    pub capabilities: Vec<CapabilityInfo>,
     /// Where rules may live: `both`, `skip_sw`, `skip_hw`.
     pub offload: String,
     /// `bound`, `unbound`, `draining`, `faulty`.
@@ -57,6 +59,21 @@ pub struct PortInfo {
     pub reasons: Vec<ReasonCount>,
     /// How long the provider took for operations so far.
     pub latency: Vec<LatencyCount>,
+}
+
+/// Something that rules can consist of, and whether a netdev takes it.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct CapabilityInfo {
+    /// What was tried.
+    pub name: String,
+    /// Whether it works in software; `None`: not tried.
+    pub software: Option<bool>,
+    /// Why not, in the kernel's words.
+    pub software_why: Option<String>,
+    /// Whether it works in hardware; `None`: not tried.
+    pub hardware: Option<bool>,
+    /// Why not, in the kernel's or the driver's words.
+    pub hardware_why: Option<String>,
 }
 
 /// How many operations took how long: one bucket of a histogram whose bounds double.
@@ -466,6 +483,10 @@ attributes! {
         fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
         sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
         latency = 20, capacity = 21, capacity_learnt = 22, evictions = 23,
+        capabilities = 24,
+    }
+    CapabilityInfo {
+        name = 1, software = 2, software_why = 3, hardware = 4, hardware_why = 5,
     }
     LatencyCount { op = 1, below_us = 2, count = 3 }
     Refusal { class = 1, why = 2 }

@@ -3,15 +3,15 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use netdev_providers::{Direction, HwFlags, L4Proto, Netdev, Reason, Tuple, Zone};
+use netdev_providers::{Capability, Direction, HwFlags, L4Proto, Netdev, Reason, Tuple, Zone};
 
 use super::config::{Config, parse_offload};
 use crate::control::error::{ControlError, ErrorKind};
 use crate::control::events::Publisher;
 use crate::control::info::{
-    ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed, LatencyCount,
-    PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled, PortVerdict,
-    ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
+    CapabilityInfo, ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed,
+    LatencyCount, PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled,
+    PortVerdict, ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
 use crate::datapath::routing::links::Links;
@@ -126,6 +126,7 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         generation: v.netdev.generation.get(),
         provider: v.provider.map(str::to_owned),
         about: v.about,
+        capabilities: v.capabilities.into_iter().map(capability_info).collect(),
         offload: v.netdev.hw_flags.to_string(),
         state: state.to_owned(),
         fault: v.fault,
@@ -148,6 +149,18 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         bytes: v.bytes,
         reasons: reason_counts(v.reasons),
         latency: latency_counts(&v.latency),
+    }
+}
+
+fn capability_info(c: Capability) -> CapabilityInfo {
+    let yes = |answer: &Option<Result<(), String>>| answer.as_ref().map(Result::is_ok);
+    let (software, hardware) = (yes(&c.software), yes(&c.hardware));
+    CapabilityInfo {
+        name: c.name,
+        software,
+        software_why: c.software.and_then(Result::err),
+        hardware,
+        hardware_why: c.hardware.and_then(Result::err),
     }
 }
 

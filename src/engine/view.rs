@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use netdev_providers::{Cookie, Direction, Ifindex, Netdev, Reason, Rejection, RuleId};
+use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Reason, Rejection, RuleId};
 
 use super::Engine;
 use super::conn::{ConnHandle, PathTaken};
@@ -21,6 +21,8 @@ pub struct PortView {
     pub provider: Option<&'static str>,
     /// What the provider found out about the netdev.
     pub about: String,
+    /// What the netdev takes and what not, as far as the provider tried.
+    pub capabilities: Vec<Capability>,
     /// Why other classes did not bind it.
     pub refusals: Vec<Refusal>,
     /// Why nothing more is offloaded on it.
@@ -188,6 +190,11 @@ fn port_view(port: &Port) -> PortView {
             .binding
             .as_ref()
             .map(|b| contained(|| b.provider.describe()).unwrap_or_else(|panicked| panicked))
+            .unwrap_or_default(),
+        capabilities: port
+            .binding
+            .as_ref()
+            .and_then(|b| contained(|| b.provider.capabilities()).ok())
             .unwrap_or_default(),
         refusals: port.refusals.clone(),
         fault: port.fault(),

@@ -126,6 +126,18 @@ pub struct Observed {
     pub foreign: u64,
 }
 
+/// Something that a rule can consist of, and whether the netdev takes it: in software, in hardware;
+/// `None`: not tried, because the port puts no rules there. An error has the kernel's words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// What was tried, in the backend's words: `flow ipv6 udp nat`, `action pedit`.
+    pub name: String,
+    /// In the kernel.
+    pub software: Option<Result<(), String>>,
+    /// In the NIC.
+    pub hardware: Option<Result<(), String>>,
+}
+
 /// An offload backend on one netdev. See the [module](self) for life, threads, promises, duties.
 pub trait Provider: Send + Sync {
     /// Whether a flow of this shape can be offloaded at all: the address family, the protocol, NAT
@@ -186,6 +198,12 @@ pub trait Provider: Send + Sync {
     /// # Errors
     /// When something of ours may be left on the netdev.
     fn release(&self) -> Result<(), Fault>;
+
+    /// What was found out about **this** netdev at bind, by trial: what it takes and what not. It is
+    /// shown (`ctoffload port show NAME`), and [`can_offload`](Self::can_offload) answers by it.
+    fn capabilities(&self) -> Vec<Capability> {
+        Vec::new()
+    }
 
     /// One line on what was found out about the netdev at bind, for `ctoffload port show`.
     fn describe(&self) -> String {

@@ -39,11 +39,13 @@
 //! `uapi` numbers of the kernel headers, `prios` where rules stand, `encode` match keys, `actions`,
 //! `bpf` the checksum programs, `guard`, `rule` whole messages, `template` the same without encoding
 //! them anew, `parse` dumps, `same` whether a dumped rule is what we would write, `hook` requests on one
-//! netdev, `probe` what bind does, `handles`, `provider`, `class`.
+//! netdev, `probe` what bind does, `capability` what
+//! it finds out, `handles`, `provider`, `class`.
 
 mod actions;
 #[allow(unsafe_code, reason = "calls bpf(2), and takes the descriptor that it returns")]
 mod bpf;
+mod capability;
 mod class;
 mod encode;
 mod guard;

@@ -2,7 +2,6 @@
 //! guards and tries a rule. Whatever it made is taken away again when it fails.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use tracing::{debug, info};
 
 use super::actions::{Action, ActionList, NatForm};
 use super::bpf::NatPrograms;
+use super::capability::{Capabilities, Shape, trial_flow};
 use super::guard;
 use super::handles::MAX_OCCUPIED;
 use super::hook::Hook;
@@ -18,10 +18,7 @@ use super::prios::{Prios, Use};
 use super::rule::{self, Form, Place};
 use super::uapi::*;
 use crate::contract::class::BindError;
-use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
-use crate::contract::types::{
-    Cookie, Direction, HwFlags, Ifindex, Instance, L4Proto, MacAddr, RuleId, Tuple, Zone,
-};
+use crate::contract::types::{Cookie, HwFlags, Instance, L4Proto, RuleId};
 use crate::netlink::error::NetlinkError;
 
 /// What bind is to find out.
@@ -72,6 +69,8 @@ pub(super) struct Found {
     pub(super) made_qdisc: bool,
     pub(super) percpu_stats: bool,
     pub(super) nat: Result<Arc<NatPrograms>, String>,
+    /// What rules it takes, and in which form.
+    pub(super) capabilities: Capabilities,
     /// Flows' rules of dead engines, which go on forwarding.
     pub(super) left: Vec<RuleId>,
 }
@@ -154,6 +153,7 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
         made_qdisc: *made_qdisc,
         percpu_stats: wanted.percpu_stats,
         nat: wanted.nat.clone(),
+        capabilities: Capabilities::default(),
         left: left.flows.clone(),
     };
     install(hook, wanted, &mut found, &left).map_err(|e| (e, Some(prios)))?;
@@ -197,6 +197,8 @@ fn install(
         })?;
         try_rules(hook, found, guards)?;
     }
+    found.capabilities = Capabilities::find(hook, found, guards)
+        .map_err(|e| failed("finding out which rules the netdev takes", e))?;
     for (what, family, prio, handles) in &left.guards {
         let cleared = match what {
             _ if !found.has_guards_at(*what) => hook.delete_all(*prio, *family),
@@ -218,7 +220,7 @@ pub(super) struct Guards {
 }
 
 impl Guards {
-    fn cookie(self) -> Cookie {
+    pub(super) fn cookie(self) -> Cookie {
         guard::cookie(self.instance, self.made_qdisc)
     }
 }
@@ -310,7 +312,7 @@ fn try_rule(
     family: Family,
     nat: bool,
 ) -> Result<(), NetlinkError> {
-    let flow = trial_flow(hook.ifindex, family, nat);
+    let flow = trial_flow(hook.ifindex, Shape::new(family, L4Proto::Tcp, nat));
     let prio = found.prios.of(Use::Flows, family);
     let handle = Handle(NonZeroU32::MAX);
     let nat = match (&found.nat, nat) {
@@ -332,7 +334,7 @@ fn try_rule(
 /// After a trial rule was refused: which module it is for want of, found by trying its actions one
 /// by one.
 fn name_missing(hook: &mut Hook, found: &Found, guards: Guards, family: Family) -> &'static str {
-    let flow = trial_flow(hook.ifindex, family, false);
+    let flow = trial_flow(hook.ifindex, Shape::new(family, L4Proto::Tcp, false));
     let prio = found.prios.of(Use::Flows, family);
     let handle = Handle(NonZeroU32::MAX);
     let mut refused = Vec::new();
@@ -358,31 +360,6 @@ fn name_missing(hook: &mut Hook, found: &Found, guards: Guards, family: Family) 
         [Action::Gact, ..] => "cls_flower: CONFIG_NET_CLS_FLOWER",
         [first, ..] => first.module(),
         [] => "all of its parts are there",
-    }
-}
-
-/// A flow that no packet belongs to: all its addresses and ports are 0.
-fn trial_flow(ifindex: Ifindex, family: Family, nat: bool) -> Flow {
-    let (zero, other): (IpAddr, IpAddr) = match family {
-        Family::Ipv4 => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into()),
-        Family::Ipv6 => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into()),
-    };
-    let tuple = |dst, port| {
-        #[expect(clippy::expect_used, reason = "both addresses are of one family")]
-        Tuple::new(L4Proto::Tcp, zero, 0, dst, port).expect("one family")
-    };
-    Flow {
-        zone: Zone(0),
-        direction: Direction::Original,
-        ingress_mtu: 0,
-        matches: FlowMatch { eth_dst: Some(MacAddr::default()), vlan: None, tuple: tuple(zero, 0) },
-        forward: Forward {
-            egress: ifindex,
-            vlan: None,
-            mtu: 0,
-            tuple: if nat { tuple(other, 1) } else { tuple(zero, 0) },
-            macs: Some(MacRewrite { src: MacAddr::default(), dst: MacAddr::default() }),
-        },
     }
 }
 

@@ -20,7 +20,7 @@ use super::template::{Subject, Templates};
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
-use crate::contract::provider::{Fault, Leftover, Observed, Provider, RuleReport};
+use crate::contract::provider::{Capability, Fault, Leftover, Observed, Provider, RuleReport};
 use crate::contract::reason::{Reason, Rejection};
 use crate::contract::types::{Cookie, Instance, RuleId};
 use crate::netlink::error::{KernelError, NetlinkError};
@@ -164,6 +164,10 @@ impl Provider for TcFlower {
         lock(&self.writer).release(&self.plan)
     }
 
+    fn capabilities(&self) -> Vec<Capability> {
+        self.plan.found.capabilities.table()
+    }
+
     fn describe(&self) -> String {
         let found = &self.plan.found;
         let mut text = match found.mode {
@@ -215,7 +219,8 @@ impl Plan {
         {
             return Err(Rejection::with_detail(Reason::NatChecksum, why.as_str()));
         }
-        Ok(())
+        // In the kernel's or the driver's words.
+        self.found.capabilities.refusal(flow).map_or(Ok(()), Err)
     }
 
     /// The form of a flow's rule. A NAT rule is either for hardware or for software, since their
