@@ -475,6 +475,25 @@ fn a_flush_tells_how_many() {
     assert_eq!(json, serde_json::json!({"count": 1, "ports": [{"port": "eth0", "count": 1}]}));
 }
 
+#[test]
+fn a_reconciliation_tells_what_was_done_on_each_port() {
+    let bed = Bed::new();
+    let out = bed.ok("reconcile");
+    assert_eq!(
+        out,
+        "PORT   ADOPTED  REMOVED  FOREIGN\neth0        12        3        1\nwwan0       12        3        1\n"
+    );
+    assert_eq!(bed.json("reconcile --port eth0")[0]["adopted"], 12);
+    let failed = bed.run("reconcile --port wwan0");
+    assert_eq!(failed.status.code(), Some(1));
+    assert!(
+        text(&failed.stdout).contains("wwan0: reading what stands"),
+        "{}",
+        text(&failed.stdout)
+    );
+    assert_eq!(bed.run("reconcile --port nosuch").status.code(), Some(5));
+}
+
 /// Every name and number of the JSON is in the text too (times are there in other words, and the
 /// instance as the cookies have it).
 #[test]
@@ -498,6 +517,7 @@ fn json_and_text_tell_the_same_facts() {
         "provider show",
         "stats",
         "flush --all",
+        "reconcile",
         "explain tcp 10.0.0.1:1234 10.9.0.2:80",
         "port add eth7 --provider tc-flower --offload skip-sw",
     ] {

@@ -45,6 +45,10 @@ fn head(out: &mut String, c: &ConnInfo) {
     if c.reply != c.original.inverted() {
         let _ = writeln!(out, "NAT: replies arrive as {}.", c.reply);
     }
+    if c.packets > 0 {
+        let packets = count(c.packets, "packet", "packets");
+        let _ = writeln!(out, "Its rules have forwarded {packets}, {} bytes, so far.", c.bytes);
+    }
     if c.slots.is_empty() {
         out.push_str("No port has seen a packet of it yet.\n");
     }

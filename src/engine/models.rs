@@ -154,7 +154,7 @@ fn port(n: u32, binding: Option<Binding>) -> Port {
         name: String::new(),
         hw_flags: HwFlags::Both,
     };
-    Port::new(netdev, binding, Vec::new(), 16)
+    Port::new(netdev, binding, Vec::new(), 16, None)
 }
 
 /// Port 1, and something that is released after its grace period: loom reports a use that is not
@@ -583,6 +583,8 @@ impl ModelProvider {
                     self.rules.lock().unwrap().retain(|r| r != rule);
                     Done::Deleted
                 }
+                // Nothing was observed, so nothing is to be adopted.
+                Request::Adopt { found, .. } => Done::Added { rule: *found, in_hw: None },
                 Request::Established { .. } => Done::Noted,
             };
             operation.complete(Ok(done));

@@ -4,6 +4,7 @@
 
 mod flower;
 mod flowtable;
+mod hardware;
 mod netfilter;
 mod netlink;
 mod netns;

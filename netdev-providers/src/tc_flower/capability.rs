@@ -106,8 +106,7 @@ impl Capabilities {
 
     /// For people.
     pub(super) fn table(&self) -> Vec<Capability> {
-        let words =
-            |a: &Answer| a.as_ref().map(|r| r.as_ref().map(|()| ()).map_err(ToString::to_string));
+        let words = |a: &Answer| a.clone().map(|r| r.map_err(|e| e.to_string()));
         self.0
             .iter()
             .map(|l| Capability {
@@ -147,7 +146,8 @@ struct Trials<'a> {
 }
 
 impl Trials<'_> {
-    /// A rule with these keys and one action.
+    /// A rule with these keys and one action; what rewrites is followed by a redirect, because NICs
+    /// rewrite what they forward, and not what they hand to the host.
     fn part(&mut self, name: String, shape: Shape, action: Action) -> Result<Line, NetlinkError> {
         let flow = trial_flow(self.hook.ifindex, shape);
         let cookie = self.guards.cookie().to_bytes();
@@ -155,7 +155,11 @@ impl Trials<'_> {
         let [software, hardware] = self.both(shape.family, |m, flags| {
             let (buf, seq, place, handle) = m;
             rule::add_with(buf, seq, place, handle, &flow.matches, flags, |m| {
-                ActionList::new(m, percpu_stats).one(&flow, action, &cookie);
+                let mut list = ActionList::new(m, percpu_stats);
+                list.one(&flow, action, &cookie);
+                if matches!(action, Action::Pedit | Action::Csum) {
+                    list.one(&flow, Action::Mirred, &cookie);
+                }
             });
             true
         })?;

@@ -340,11 +340,11 @@ impl Writer {
             },
             Request::Adopt { found, cookie, flow } => {
                 self.left.remove(&found);
-                if let Some((signature, in_hw)) = self.observed.remove(&found) {
-                    if signature.is_some() && self.would_be(plan, &flow, cookie, signature) {
-                        lock(&self.adopted).insert(found, cookie);
-                        return ticket.complete(Ok(Done::Added { rule: found, in_hw }));
-                    }
+                if let Some((Some(stands), in_hw)) = self.observed.remove(&found)
+                    && self.would_be(plan, &flow, cookie, stands)
+                {
+                    lock(&self.adopted).insert(found, cookie);
+                    return ticket.complete(Ok(Done::Added { rule: found, in_hw }));
                 }
                 let different = Ticket::new(Box::new(move |deleted: Outcome| {
                     ticket.complete(Err(deleted.err().unwrap_or_else(|| {
@@ -380,13 +380,7 @@ impl Writer {
 
     /// Whether a rule that stands is what an add of this flow would make, in one of the forms that
     /// it can end up in.
-    fn would_be(
-        &self,
-        plan: &Plan,
-        flow: &Flow,
-        cookie: Cookie,
-        stands: Option<Signature>,
-    ) -> bool {
+    fn would_be(&self, plan: &Plan, flow: &Flow, cookie: Cookie, stands: Signature) -> bool {
         if plan.can_offload(flow).is_err() {
             return false;
         }
@@ -395,7 +389,7 @@ impl Writer {
             let mut buf = Vec::new();
             let form = plan.form(flow, software);
             rule::add(&mut buf, 0, place, Handle(NonZeroU32::MIN), flow, cookie, form);
-            Signature::of_message(&buf, &same::program_tag) == stands
+            Signature::of_message(&buf, &same::program_tag) == Some(stands)
         })
     }
 

@@ -188,7 +188,7 @@ proptest! {
         prop_assert!(!port.capacity_learnt, "the provider was never asked for more");
         prop_assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
         let present: u64 = port.slots.installed;
-        prop_assert_eq!(present as usize, dummy.rules(ifindex(1)).len());
+        prop_assert_eq!(present, dummy.rules(ifindex(1)).len() as u64);
     }
 }
 

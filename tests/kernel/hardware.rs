@@ -1,0 +1,292 @@
+//! tc-flower and the engine on a NIC that offloads: `tests/simnic`, in the machine of
+//! `scripts/lab --nic`. Without that NIC there is nothing to be seen here, and the tests say so and
+//! end.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use ctoffload::engine::clock::Clock;
+use ctoffload::engine::conn::{ConnHandle, ConnKey};
+use ctoffload::engine::datapath::{NoDatapath, Path, PathSpec};
+use ctoffload::engine::slot::SlotState;
+use ctoffload::engine::usage::Strays;
+use ctoffload::engine::{Engine, Limits, NewPort};
+use netdev_providers::tc_flower::TcFlowerClass;
+use netdev_providers::{
+    Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Ifindex,
+    Instance, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider, ProviderClass, Reason,
+    Request, Ticket, Tuple, Zone,
+};
+use nix::net::if_::if_nametoindex;
+
+use crate::netns::NetNs;
+
+const ROUTER: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+const NEXT_HOP: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
+
+/// Two ports of one NIC, `p0` and `p1`.
+struct Nic(NetNs);
+
+impl Nic {
+    fn new() -> Option<Self> {
+        if std::env::var_os("CTOFFLOAD_SIMNIC").is_none() {
+            eprintln!("not run: this needs scripts/lab --nic");
+            return None;
+        }
+        let ns = NetNs::new();
+        for i in 0..2 {
+            ns.run(&format!(
+                "ip link add name p{i} type simnic peer name w{i} && ip link set p{i} up && ip link set w{i} up"
+            ));
+        }
+        Some(Self(ns))
+    }
+
+    fn dir(&self, port: &str) -> String {
+        let text = self.0.run(&format!("ip -d -j link show {port}"));
+        let link: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let name = link[0]["phys_port_name"].as_str().expect("a phys_port_name");
+        format!("/sys/kernel/debug/simnic/{name}")
+    }
+
+    fn set(&self, port: &str, knob: &str, value: &str) {
+        std::fs::write(format!("{}/{knob}", self.dir(port)), value).unwrap();
+    }
+
+    /// Rules that the hardware has.
+    fn rules(&self, port: &str) -> usize {
+        let text = std::fs::read_to_string(format!("{}/rules", self.dir(port))).unwrap();
+        text.lines().filter(|l| l.split_whitespace().any(|w| w == "active")).count()
+    }
+}
+
+fn ifindex(name: &str) -> Ifindex {
+    Ifindex::new(if_nametoindex(name).unwrap()).unwrap()
+}
+
+fn instance(n: u32) -> Instance {
+    Instance(NonZeroU32::new(n).unwrap())
+}
+
+fn bind(name: &str, hw_flags: HwFlags, n: u32) -> Arc<dyn Provider> {
+    let netdev = Netdev {
+        ifindex: ifindex(name),
+        generation: Generation::new(1).unwrap(),
+        name: name.into(),
+        hw_flags,
+    };
+    TcFlowerClass::default().bind(&netdev, instance(n)).unwrap()
+}
+
+fn forward(tuple: Tuple) -> Forward {
+    Forward {
+        egress: ifindex("p1"),
+        vlan: None,
+        mtu: 1500,
+        tuple,
+        macs: Some(MacRewrite { src: ROUTER, dst: NEXT_HOP }),
+    }
+}
+
+fn flow(text: &str) -> Flow {
+    let tuple = text.parse().unwrap();
+    Flow {
+        zone: Zone(0),
+        direction: Direction::Original,
+        ingress_mtu: 1500,
+        matches: FlowMatch { eth_dst: Some(ROUTER), vlan: None, tuple },
+        forward: forward(tuple),
+    }
+}
+
+fn cookie(n: u32, epoch: u64) -> Cookie {
+    Cookie { instance: instance(n), epoch: Epoch(epoch), direction: Direction::Original }
+}
+
+fn submit(provider: &dyn Provider, request: Request) -> Outcome {
+    let (tx, rx) = mpsc::channel();
+    let ticket = Ticket::new(Box::new(move |o: Outcome| tx.send(o).unwrap()));
+    provider.submit(vec![Operation { request, ticket }]);
+    rx.recv().unwrap()
+}
+
+#[test]
+fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
+    let Some(nic) = Nic::new() else { return };
+    nic.set("p0", "unsupported", "match-ipv6 act-csum");
+    let answer = |provider: &dyn Provider, name: &str| {
+        let all = provider.capabilities();
+        let found = all.iter().find(|c| c.name == name).unwrap_or_else(|| panic!("{all:?}"));
+        (found.software.clone(), found.hardware.clone())
+    };
+    let p0 = bind("p0", HwFlags::Both, 1);
+    let p1 = bind("p1", HwFlags::Both, 1);
+    assert_eq!((nic.rules("p0"), nic.rules("p1")), (2, 2), "the TTL guards alone");
+    let text = nic.0.run("tc filter show dev p0 ingress");
+    assert!(!text.contains("mirred"), "{text}");
+    for shape in ["match ipv4 tcp", "flow ipv4 udp nat", "flow ipv6 tcp", "action csum"] {
+        assert_eq!(answer(&*p1, shape), (Some(Ok(())), Some(Ok(()))), "{shape} on p1");
+    }
+    assert_eq!(answer(&*p0, "match ipv4 tcp").1, Some(Ok(())));
+    for shape in ["match ipv6 udp", "flow ipv6 tcp", "flow ipv4 tcp", "action csum"] {
+        let (software, hardware) = answer(&*p0, shape);
+        assert_eq!(software, Some(Ok(())), "{shape}");
+        let why = hardware.unwrap().unwrap_err();
+        assert!(why.contains("EOPNOTSUPP"), "{shape}: {why}");
+    }
+    // What software takes is offered.
+    assert_eq!(p0.can_offload(&flow("udp [fd01::2]:1 > [fd02::2]:2")), Ok(()));
+    p0.release().unwrap();
+
+    nic.set("p0", "unsupported", "match-ipv6");
+    let p0 = bind("p0", HwFlags::SkipSw, 2);
+    let refused = p0.can_offload(&flow("tcp [fd01::2]:1 > [fd02::2]:2")).unwrap_err();
+    assert_eq!(refused.reason, Reason::NotInHardware);
+    assert!(refused.detail.as_deref().is_some_and(|d| d.contains("IPv6")), "{refused}");
+    assert_eq!(answer(&*p0, "flow ipv4 tcp").0, None, "not tried where it puts no rules");
+    let v4 = flow("tcp 10.0.1.2:1 > 10.0.2.2:2");
+    let request = Request::Add { cookie: cookie(2, 1), flow: Box::new(v4) };
+    assert!(matches!(submit(&*p0, request), Ok(Done::Added { in_hw: Some(true), .. })));
+    assert_eq!(nic.rules("p0"), 3);
+    p0.release().unwrap();
+    assert_eq!(nic.rules("p0"), 0);
+}
+
+#[test]
+fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
+    let Some(nic) = Nic::new() else { return };
+    let dead = bind("p0", HwFlags::SkipSw, 1);
+    let nat = Flow {
+        forward: forward("tcp 10.0.2.1:5000 > 10.0.2.2:80".parse().unwrap()),
+        ..flow("tcp 10.0.1.2:4000 > 10.0.2.2:80")
+    };
+    for (epoch, flow) in [(1, nat), (2, flow("udp [fd01::2]:1 > [fd02::2]:2"))] {
+        let request = Request::Add { cookie: cookie(1, epoch), flow: Box::new(flow) };
+        assert!(submit(&*dead, request).is_ok());
+    }
+    drop(dead);
+    let port = bind("p0", HwFlags::SkipSw, 2);
+    assert_eq!(nic.rules("p0"), 4, "two guards, two flows");
+    let mut left = port.observe().unwrap().leftovers;
+    left.sort_by_key(|l| l.cookie.epoch);
+    let adopt = |at: usize, flow: Flow| {
+        let found = left[at].rule;
+        submit(&*port, Request::Adopt { found, cookie: cookie(2, 9), flow: Box::new(flow) })
+    };
+    assert_eq!(adopt(0, nat), Ok(Done::Added { rule: left[0].rule, in_hw: Some(true) }));
+    let other = flow("udp [fd01::2]:1 > [fd02::2]:3");
+    assert_eq!(adopt(1, other).unwrap_err().reason, Reason::Conflict);
+    assert_eq!(nic.rules("p0"), 3);
+    port.release().unwrap();
+    assert_eq!(nic.rules("p0"), 0);
+}
+
+/// An engine with a clock that the test drives, and `p0` as its port.
+struct World {
+    engine: Engine,
+    clock: Arc<AtomicU64>,
+}
+
+impl World {
+    fn new(capacity: Option<u32>) -> Self {
+        let clock = Arc::new(AtomicU64::new(1000));
+        let engine = Engine::new(
+            NonZeroU32::MIN,
+            Arc::new(NoDatapath),
+            Limits::default(),
+            Clock::Manual(Arc::clone(&clock)),
+        );
+        engine.register(Arc::new(TcFlowerClass::default())).unwrap();
+        let new = NewPort {
+            ifindex: ifindex("p0"),
+            name: "p0".into(),
+            hw_flags: HwFlags::SkipSw,
+            providers: None,
+            capacity,
+        };
+        engine.port_add(new).unwrap();
+        assert_eq!(
+            engine.ports()[0].provider,
+            Some("tc-flower"),
+            "{:?}",
+            engine.ports()[0].refusals
+        );
+        Self { engine, clock }
+    }
+
+    fn conn(&self, n: u16) -> ConnHandle {
+        let original: Tuple = format!("tcp 10.0.1.2:{n} > 10.0.2.2:80").parse().unwrap();
+        let key = ConnKey { zone: Zone(0), original };
+        self.engine.conn_create(key, original.inverted(), u64::from(n)).unwrap()
+    }
+
+    /// Offers it, and returns what became of that.
+    fn offer(&self, conn: &ConnHandle) -> (SlotState, Option<Reason>) {
+        let path = Path {
+            eth_dst: Some(ROUTER),
+            vlan: None,
+            ingress_mtu: 1500,
+            forward: forward(conn.key().original),
+            next_hop: None,
+            iif: None,
+            oif: None,
+        };
+        let worker = self.engine.worker();
+        let port = worker.port(ifindex("p0")).unwrap();
+        let _ = port.conn_seen(conn, Direction::Original, PathSpec::Known(Box::new(path)));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let slot = self.engine.slots(conn).into_iter().next();
+            match slot.map(|s| (s.state, s.rejection.map(|r| r.reason))) {
+                Some(done @ (SlotState::Installed | SlotState::Rejected, _)) => return done,
+                other => assert!(Instant::now() < deadline, "{other:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn hardware_that_is_full_teaches_the_port_its_capacity_and_idle_rules_give_way() {
+    let Some(nic) = Nic::new() else { return };
+    let w = World::new(None);
+    // Two guards, and three flows.
+    nic.set("p0", "capacity", "5");
+    let conns: Vec<_> = (1..=5).map(|n| w.conn(n)).collect();
+    for conn in &conns[..3] {
+        assert_eq!(w.offer(conn), (SlotState::Installed, None));
+    }
+    assert_eq!(w.offer(&conns[3]), (SlotState::Rejected, Some(Reason::TableFull)));
+    let port = &w.engine.ports()[0];
+    assert_eq!((port.capacity, port.capacity_learnt), (Some(3), true));
+    for _ in 0..13 {
+        w.clock.fetch_add(1000, Ordering::SeqCst);
+        let sweep = w.engine.sweep(&mut Strays::default());
+        assert_eq!((sweep.rules, sweep.faults.len()), (3, 0));
+    }
+    // None of them has carried anything for more than ten seconds.
+    assert_eq!(w.offer(&conns[4]), (SlotState::Installed, None));
+    assert_eq!(nic.rules("p0"), 5, "one went, one came");
+    let port = &w.engine.ports()[0];
+    assert_eq!((port.slots.installed, port.evictions), (3, 1));
+    assert!(w.engine.close().iter().all(|d| d.faults.is_empty()));
+    assert_eq!(nic.rules("p0"), 0);
+}
+
+#[test]
+fn hardware_is_not_asked_for_more_than_was_configured() {
+    let Some(nic) = Nic::new() else { return };
+    let w = World::new(Some(2));
+    for n in 1..=2 {
+        assert_eq!(w.offer(&w.conn(n)), (SlotState::Installed, None));
+    }
+    assert_eq!(w.offer(&w.conn(3)), (SlotState::Rejected, Some(Reason::TableFull)));
+    assert_eq!(nic.rules("p0"), 4);
+    let port = &w.engine.ports()[0];
+    assert_eq!((port.capacity, port.capacity_learnt), (Some(2), false));
+    w.engine.close();
+}
