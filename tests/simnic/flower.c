@@ -75,11 +75,10 @@ static int simnic_cls_replace(struct simnic_port *port, struct simnic_table *tab
 	mutex_lock(&port->lock);
 	if (port->knobs.insert_latency_us)
 		fsleep(port->knobs.insert_latency_us);
+	/* No text: without one tc(8) shows the errno. */
 	err = simnic_fault(&port->knobs.fail_insert);
-	if (err) {
-		NL_SET_ERR_MSG_MOD(extack, "the insert failed, as it was told to");
+	if (err)
 		goto out;
-	}
 	rule->lastused = jiffies;
 	rule->stats.lastused = jiffies;
 	rule->stats.read_at = jiffies;
