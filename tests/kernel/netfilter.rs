@@ -243,6 +243,10 @@ fn netfilter_one_log_per_netdev_connection_and_direction() {
         }
     }
     assert_eq!(seen(&mut log, &mut ct), []);
+    // But they are counted, each in its element.
+    let counted = ledger.counted().unwrap();
+    assert_eq!(counted.len(), want.len());
+    assert!(want.iter().all(|k| counted[k] > 100), "{counted:?}");
 
     // Re-armed: one more each, and only of these; what is not there, and what comes twice, does not
     // matter.
@@ -259,6 +263,9 @@ fn netfilter_one_log_per_netdev_connection_and_direction() {
     again.sort_unstable();
     assert_eq!(seen(&mut log, &mut ct), again);
     assert_eq!(ledger.sighted().unwrap(), want);
+    let counted = ledger.counted().unwrap();
+    let afresh: Vec<_> = want.iter().filter(|k| counted[k] < 100).copied().collect();
+    assert_eq!(afresh, again);
 
     ledger.rearm(&want).unwrap();
     assert!(ledger.is_empty().unwrap());
@@ -381,7 +388,7 @@ fn netfilter_the_table_lives_and_dies_with_its_owner() {
     for part in [
         "typeof iif . ct id . ct direction",
         "type filter hook forward priority filter + 10; policy accept;",
-        "add @sighted { iif . ct id . ct direction limit rate 1/hour burst 1 packets } \
+        "add @sighted { iif . ct id . ct direction counter limit rate 1/hour burst 1 packets } \
          log group 77 snaplen 64 queue-threshold 1",
         "iif != @ports accept",
     ] {

@@ -17,11 +17,13 @@
 //!     meta l4proto udp ct status & seen-reply != 0                             <once> log ...
 //!   }
 //! }
-//! <once> = add @sighted { iif . ct id . ct direction limit rate 1/hour burst 1 packets }
+//! <once> = add @sighted { iif . ct id . ct direction counter limit rate 1/hour burst 1 packets }
 //! ```
 //! What a rule accepts leaves this chain only; packets never meet a verdict other than accept here.
 //!
 //! Things to know:
+//! - The counter of an element says how many packets were forwarded in software since the sight:
+//!   what an offload that works leaves alone ([`Ledger::counted`]).
 //! - The token of an element comes back after an hour: a connection that is still forwarded in
 //!   software is sighted again then.
 //! - An entry's id is a hash over its address and its original tuple, and the kernel may give the
@@ -37,14 +39,17 @@
 //!   header from it, and the TCP rule does not match.
 //! - A full set logs nothing: compare [`Ledger::len`] with [`Ledger::size`].
 
+use std::collections::HashMap;
+
 use netdev_providers::netlink::error::KernelError;
 use netdev_providers::netlink::netfilter::NFGENMSG_LEN;
 use netdev_providers::netlink::netfilter::nft::expr::{self, Cmp};
 use netdev_providers::netlink::netfilter::nft::set::{
-    NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, element_keys, elements,
+    NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, element_keys, element_packets, elements,
 };
 use netdev_providers::netlink::netfilter::nft::*;
 use netdev_providers::netlink::socket::{ACK, CREATE, DUMP, EXCL};
+use netdev_providers::netlink::wire::Received;
 use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
 use netdev_providers::{Direction, Ifindex};
 use nix::errno::Errno;
@@ -380,7 +385,27 @@ impl Ledger {
     /// # Errors
     /// [`NetlinkError::Interrupted`] when the ruleset changed during each of several dumps.
     pub fn sighted(&mut self) -> Result<Vec<LedgerKey>, LedgerError> {
-        self.dump(SIGHTED, LedgerKey::from_bytes)
+        let mut keys = Vec::new();
+        self.dump(SIGHTED, &mut keys, |m, keys| {
+            keys.extend(element_keys(m).filter_map(LedgerKey::from_bytes));
+        })?;
+        // A hash table that grows during the walk shows some elements twice.
+        keys.sort_unstable();
+        keys.dedup();
+        Ok(keys)
+    }
+
+    /// The same, with how many packets of each have passed in software since it was sighted.
+    ///
+    /// # Errors
+    /// As [`sighted`](Self::sighted).
+    pub fn counted(&mut self) -> Result<HashMap<LedgerKey, u64>, LedgerError> {
+        let mut counted = HashMap::new();
+        self.dump(SIGHTED, &mut counted, |m, counted| {
+            let elements = element_packets(m);
+            counted.extend(elements.filter_map(|(k, n)| Some((LedgerKey::from_bytes(k)?, n))));
+        })?;
+        Ok(counted)
     }
 
     /// The netdevs that are sighted on, sorted.
@@ -388,14 +413,23 @@ impl Ledger {
     /// # Errors
     /// As [`sighted`](Self::sighted).
     pub fn ports(&mut self) -> Result<Vec<Ifindex>, LedgerError> {
-        self.dump(PORTS, |b| Ifindex::new(u32::from_ne_bytes(b.try_into().ok()?)))
+        let mut ports = Vec::new();
+        self.dump(PORTS, &mut ports, |m, ports| {
+            let index = |b: &[u8]| Ifindex::new(u32::from_ne_bytes(b.try_into().ok()?));
+            ports.extend(element_keys(m).filter_map(index));
+        })?;
+        ports.sort_unstable();
+        ports.dedup();
+        Ok(ports)
     }
 
-    fn dump<K: Ord>(
+    /// Collects what each message of a dump has; after an interruption from the start.
+    fn dump<C: Default>(
         &mut self,
         set: &str,
-        parse: impl Fn(&[u8]) -> Option<K>,
-    ) -> Result<Vec<K>, LedgerError> {
+        into: &mut C,
+        collect: impl Fn(&Received<'_>, &mut C),
+    ) -> Result<(), LedgerError> {
         let mut tries = 0;
         loop {
             let seq = self.socket.next_seq();
@@ -403,17 +437,10 @@ impl Ledger {
                 m.str(NFTA_SET_ELEM_LIST_TABLE, &self.config.table)
                     .str(NFTA_SET_ELEM_LIST_SET, set);
             });
-            let mut keys = Vec::new();
-            let done = self.socket.dump(&buf, seq, |m| {
-                keys.extend(element_keys(&m).filter_map(&parse));
-            });
+            *into = C::default();
+            let done = self.socket.dump(&buf, seq, |m| collect(&m, into));
             match done {
-                Ok(()) => {
-                    // A hash table that grows during the walk shows some elements twice.
-                    keys.sort_unstable();
-                    keys.dedup();
-                    return Ok(keys);
-                }
+                Ok(()) => return Ok(()),
                 // Any change of any table in the namespace interrupts it.
                 Err(NetlinkError::Interrupted) if tries < DUMP_TRIES => tries += 1,
                 Err(e) => return Err(e.into()),
@@ -619,7 +646,7 @@ fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
         expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
         expr::ct(m, expr::NFT_CT_ID, expr::NFT_REG32_01);
         expr::ct(m, expr::NFT_CT_DIRECTION, expr::NFT_REG32_02);
-        expr::add_once_an_hour(m, SIGHTED, SIGHTED_ID);
+        expr::add_counting_once_an_hour(m, SIGHTED, SIGHTED_ID);
         expr::log(m, config.group, SNAPLEN);
     };
     let status = |m: &mut Message<'_>, bits: u32| {

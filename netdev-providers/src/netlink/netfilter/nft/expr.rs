@@ -5,7 +5,7 @@
 
 use super::{NFTA_DATA_VALUE, NFTA_LIST_ELEM};
 use crate::contract::types::Direction;
-use crate::netlink::wire::Message;
+use crate::netlink::wire::{Attr, Message};
 
 // enum nft_expr_attributes
 const NFTA_EXPR_NAME: u16 = 1;
@@ -202,20 +202,38 @@ pub fn accept(m: &mut Message<'_>) {
     });
 }
 
-/// `add @set { <register 1> limit rate 1/hour burst 1 packets }`: the rule goes on only for the
-/// packet that got the element's one token.
-pub fn add_once_an_hour(m: &mut Message<'_>, set: &str, set_id: u32) {
+/// `add @set { <register 1> counter limit rate 1/hour burst 1 packets }`: every packet is counted
+/// in its element, and the rule goes on only for the one that got the element's token.
+///
+/// The kernel evaluates the expressions of an element in their order and stops at the first that
+/// ends the rule (`nft_set_elem_update_expr`), so the counter stands in front.
+pub fn add_counting_once_an_hour(m: &mut Message<'_>, set: &str, set_id: u32) {
     const NFT_DYNSET_OP_ADD: u32 = 0;
+    const NFT_DYNSET_F_EXPR: u32 = 2;
     expr(m, "dynset", |m| {
-        // NFTA_DYNSET_SREG_KEY, _OP, _SET_NAME, _SET_ID, _EXPR
+        // NFTA_DYNSET_SREG_KEY, _OP, _SET_NAME, _SET_ID, _EXPRESSIONS, _FLAGS
         m.be32(4, NFT_REG_1).be32(3, NFT_DYNSET_OP_ADD).str(1, set).be32(2, set_id);
-        m.nested(7, |m| {
-            m.str(NFTA_EXPR_NAME, "limit").nested(NFTA_EXPR_DATA, |m| {
+        m.nested(10, |m| {
+            expr(m, COUNTER, |_| {});
+            expr(m, "limit", |m| {
                 // NFTA_LIMIT_RATE, _UNIT (seconds), _BURST, _TYPE (NFT_LIMIT_PKTS), _FLAGS
                 m.be64(1, 1).be64(2, 3600).be32(3, 1).be32(4, 0).be32(5, 0);
             });
         });
+        m.be32(9, NFT_DYNSET_F_EXPR);
     });
+}
+
+const COUNTER: &str = "counter";
+
+/// The packets of a `counter` in a dump; `None` for every other expression.
+pub(super) fn counted(expr: &Attr<'_>) -> Option<u64> {
+    const NFTA_COUNTER_PACKETS: u16 = 2;
+    let attrs = expr.nested();
+    if attrs.find_type(NFTA_EXPR_NAME)?.str()? != COUNTER {
+        return None;
+    }
+    attrs.find_type(NFTA_EXPR_DATA)?.nested().find_type(NFTA_COUNTER_PACKETS)?.be64()
 }
 
 /// `log group G snaplen S queue-threshold 1`.
