@@ -154,6 +154,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::NoProvider => "see `ctoffload port show PORT` for why each provider declined",
         Reason::NatChecksum => "a kernel with CONFIG_NET_ACT_BPF, or a NIC that takes the rule",
         Reason::ConnTableFull => "raise the limit of connections in the daemon's configuration",
+        Reason::NoEffect => {
+            "see whether the NIC was reset, and what its driver says in the kernel log; packets that no rule is for (fragments) look the same"
+        }
         _ => return None,
     })
 }

@@ -257,6 +257,9 @@ fn help_for(reason: Reason) -> Option<&'static str> {
         }
         Reason::ProviderFault => "delete the port and add it again; see the daemon's log",
         Reason::ConnTableFull => "raise limits.connections",
+        Reason::NoEffect => {
+            "see whether the NIC was reset, and what its driver says in the kernel log"
+        }
         _ => return None,
     })
 }

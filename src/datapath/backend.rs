@@ -385,6 +385,15 @@ impl Datapath for Backend {
         self.forget(&keys);
     }
 
+    fn forwarded_itself(&self, sights: &[Sight]) -> Vec<Option<u64>> {
+        let mut counted = HashMap::new();
+        self.with_ledger(|ledger| match ledger.counted() {
+            Ok(c) => counted = c,
+            Err(e) => tracing::debug!("the sight ledger could not be read: {e}"),
+        });
+        sights.iter().map(|s| counted.get(&key(s)?).copied()).collect()
+    }
+
     fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {
         if let Some(observer) = self.observer() {
             observer.slot_changed(port, conn, d, change);

@@ -1,5 +1,12 @@
 //! Usage: conntrack does not see packets that rules forward, so its timeouts are written from the
 //! counters; the neighbour cache does not see them either, so neighbours in use are kept probed.
+//!
+//! **Counters of a NIC can stand still** although its rules forward: read from the hardware now and
+//! then only, or never. A connection in use would look idle then, and its conntrack entry would expire
+//! under it. So a connection of which the NIC says nothing is taken back into software a little before
+//! it expires ([`last_chance_ms`]): if there are packets, conntrack sees them, and they are sights, so
+//! that it is offloaded again; if there are none, it was idle, and expires as it would have. Counters
+//! of the kernel's own rules are believed.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::PoisonError;
@@ -12,11 +19,11 @@ use nix::errno::Errno;
 use super::TICK;
 use super::backend::{Shared, ct_id};
 use super::ends;
-use super::netfilter::conntrack::{CtUpdate, timeouts};
+use super::netfilter::conntrack::{CtUpdate, Timeouts, timeouts};
 use super::pacing::{SweepBounds, Swept};
 use crate::engine::Engine;
 use crate::engine::conn::ConnHandle;
-use crate::engine::usage::{Strays, Sweep};
+use crate::engine::usage::{Strays, Sweep, Usage};
 
 /// Connections are compared with conntrack's table this often: entries made before our event socket
 /// existed have no end events (`nf_conntrack_events` = 2).
@@ -27,16 +34,25 @@ pub(super) struct Keeper {
     engine: Engine,
     strays: Strays,
     compared: Instant,
+    bounds: SweepBounds,
+    /// Before the present sweep.
+    pause: Duration,
 }
 
 impl Keeper {
-    pub(super) fn new(backend: Shared, engine: Engine) -> Self {
-        Self { backend, engine, strays: Strays::default(), compared: Instant::now() }
+    pub(super) fn new(backend: Shared, engine: Engine, bounds: SweepBounds) -> Self {
+        Self {
+            backend,
+            engine,
+            strays: Strays::default(),
+            compared: Instant::now(),
+            bounds,
+            pause: bounds.busy,
+        }
     }
 
-    pub(super) fn run(mut self, bounds: SweepBounds, stop: &AtomicBool) {
-        let mut pause = bounds.busy;
-        let mut next = Instant::now() + pause;
+    pub(super) fn run(mut self, stop: &AtomicBool) {
+        let mut next = Instant::now() + self.pause;
         while !stop.load(Ordering::Relaxed) {
             let left = next.saturating_duration_since(Instant::now());
             if !left.is_zero() {
@@ -50,10 +66,10 @@ impl Keeper {
             counts.sweeps.fetch_add(1, Ordering::Relaxed);
             let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
             counts.last_sweep_ms.store(ms, Ordering::Relaxed);
-            pause = bounds.pause(pause, &Swept { took, moved, shortest_timeout });
-            let ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-            counts.sweep_pause_ms.store(ms, Ordering::Relaxed);
-            next = Instant::now() + pause;
+            self.pause = self.bounds.pause(self.pause, &Swept { took, moved, shortest_timeout });
+            let ms = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
+            self.backend.counts().sweep_pause_ms.store(ms, Ordering::Relaxed);
+            next = Instant::now() + self.pause;
         }
     }
 
@@ -63,8 +79,15 @@ impl Keeper {
         for (port, fault) in &sweep.faults {
             tracing::warn!(port, "usage could not be read: {fault}");
         }
+        if sweep.without_effect > 0 {
+            tracing::warn!(
+                slots = sweep.without_effect,
+                "rules that a NIC says it has do nothing: was it reset?"
+            );
+        }
         self.extend(&sweep.used);
         self.keep_neighbours(&sweep.used);
+        self.give_last_chances(&sweep.still);
         if self.compared.elapsed() >= COMPARE_EVERY {
             self.compared = Instant::now();
             ends::compare(&self.backend, &self.engine);
@@ -93,12 +116,7 @@ impl Keeper {
         let mut updates = Vec::with_capacity(used.len());
         for conn in used {
             let key = conn.key();
-            let learnt = ct_id(conn).and_then(|id| self.backend.known.get(&id)?.timeout);
-            let stream = match key.original.proto() {
-                L4Proto::Tcp => state_timeouts.tcp_established,
-                L4Proto::Udp => state_timeouts.udp_stream,
-            };
-            let timeout = timeout_of(learnt, stream);
+            let timeout = self.timeout(conn, &state_timeouts);
             updates.push(CtUpdate {
                 zone: key.zone,
                 original: key.original,
@@ -122,6 +140,32 @@ impl Keeper {
                     }
                 }
                 Err(e) => tracing::debug!(%conn, "timeout not written: {e}"),
+            }
+        }
+    }
+
+    fn timeout(&self, conn: &ConnHandle, namespace: &Timeouts) -> Duration {
+        let learnt = ct_id(conn).and_then(|id| self.backend.known.get(&id)?.timeout);
+        let stream = match conn.key().original.proto() {
+            L4Proto::Tcp => namespace.tcp_established,
+            L4Proto::Udp => namespace.udp_stream,
+        };
+        timeout_of(learnt, stream)
+    }
+
+    /// Takes back what would expire soon for all that the NIC says of it.
+    fn give_last_chances(&self, still: &[ConnHandle]) {
+        if still.is_empty() {
+            return;
+        }
+        let Ok(namespace) = timeouts() else { return };
+        let now = self.engine.now_ms();
+        for conn in still {
+            let Usage::LastUsed { at_ms, .. } = self.engine.conn_update(conn) else { continue };
+            let timeout = self.timeout(conn, &namespace);
+            if now >= last_chance_ms(at_ms, timeout, self.pause) && !conn.is_dead() {
+                tracing::debug!(%conn, "seems idle, and expires soon: software is to see whether it is");
+                self.engine.conn_retract(conn);
             }
         }
     }
@@ -154,9 +198,26 @@ fn timeout_of(learnt: Option<Duration>, namespace: Duration) -> Duration {
     learnt.unwrap_or_default().max(namespace)
 }
 
+/// When a connection that was last seen used then is taken back into software. Before it expires, by
+/// the longest time until the next sweep and some seconds for a packet to come by; and not before half
+/// of its timeout has passed.
+fn last_chance_ms(used_ms: u64, timeout: Duration, pause: Duration) -> u64 {
+    let before = pause.saturating_mul(2).saturating_add(Duration::from_secs(5)).min(timeout / 2);
+    let after = timeout.saturating_sub(before);
+    used_ms.saturating_add(u64::try_from(after.as_millis()).unwrap_or(u64::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_chance_comes_before_the_end_and_in_the_second_half() {
+        let s = Duration::from_secs;
+        assert_eq!(last_chance_ms(1000, s(120), s(5)), 1000 + 105_000);
+        assert_eq!(last_chance_ms(0, s(12), s(5)), 6000);
+        assert_eq!(last_chance_ms(u64::MAX, s(12), s(5)), u64::MAX);
+    }
 
     #[test]
     fn a_timeout_of_unacknowledged_data_is_not_taken_for_the_states() {

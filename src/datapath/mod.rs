@@ -153,7 +153,7 @@ impl KernelDatapath {
         })?;
         datapath.spawn("keepalive", {
             let stop = Arc::clone(&stop);
-            move || keepalive::Keeper::new(backend, engine).run(sweeps, &stop)
+            move || keepalive::Keeper::new(backend, engine, sweeps).run(&stop)
         })?;
         if first_sync.recv_timeout(Duration::from_secs(10)).is_err() {
             datapath.stop();

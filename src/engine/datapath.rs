@@ -111,6 +111,13 @@ pub trait Datapath: Send + Sync {
     /// These slots are empty again: the next packet of each is to be offered again.
     fn rearm(&self, sights: &[Sight]);
 
+    /// How many packets of each of these the datapath has forwarded itself since it was last armed;
+    /// `None` where it cannot tell. A sweep asks for slots whose rules the NIC has and whose counters
+    /// stand still.
+    fn forwarded_itself(&self, sights: &[Sight]) -> Vec<Option<u64>> {
+        vec![None; sights.len()]
+    }
+
     /// A slot has changed. For those who watch; called while the slot is locked, so it must neither
     /// block nor call the engine.
     fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {

@@ -15,6 +15,7 @@
 //! * [`datapath`]: what the engine asks of the datapath;
 //! * [`capacity`]: how many rules a port may have, and which give way;
 //! * [`latency`]: how long providers take;
+//! * `doubt`: rules that the NIC says it has, and that do nothing;
 //! * [`reconcile`]: what engines that died have left;
 //! * [`usage`]: what rules carried, and when a connection was last used.
 //!
@@ -54,6 +55,7 @@ pub mod clock;
 pub mod conn;
 mod contain;
 pub mod datapath;
+mod doubt;
 pub mod latency;
 mod port;
 mod queue;

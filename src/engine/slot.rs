@@ -325,6 +325,16 @@ impl SlotWord {
         })
     }
 
+    /// The delete was acknowledged, and the slot is not to be offered again for now: Rejected. False:
+    /// the slot has moved on.
+    pub fn deleted_because(&self, op: OpNumber, reason: Reason) -> bool {
+        self.update(|s| {
+            let ok = s.state() == SlotState::Deleting && s.has(IN_FLIGHT) && s.op() == op;
+            let next = s.empty().with_state(SlotState::Rejected);
+            (ok.then(|| next.set((reason as u64) << REASON_SHIFT)), ok)
+        })
+    }
+
     /// A rejected slot may be tried again. True when it was Rejected and is Empty now.
     pub fn retry(&self) -> bool {
         self.update(|s| {

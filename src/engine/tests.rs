@@ -29,6 +29,8 @@ struct TestDatapath {
     unprepared: StdMutex<Option<Rejection>>,
     /// What rules that a dead engine left are recognised as, by their tuple.
     living: StdMutex<Vec<(Tuple, u16)>>,
+    /// Packets of every slot that it has forwarded itself.
+    forwarded: AtomicU64,
 }
 
 impl Datapath for TestDatapath {
@@ -60,6 +62,9 @@ impl Datapath for TestDatapath {
                 Some(Recognised { conn, direction: l.cookie.direction, path })
             })
             .collect()
+    }
+    fn forwarded_itself(&self, sights: &[Sight]) -> Vec<Option<u64>> {
+        vec![Some(self.forwarded.load(Ordering::SeqCst)); sights.len()]
     }
     fn rearm(&self, sights: &[Sight]) {
         let mut rearmed = self.rearmed.lock().unwrap();
@@ -1015,6 +1020,77 @@ fn a_rule_that_somebody_removed_is_noticed_and_its_sight_rearmed() {
     b.settle();
     assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
     b.install(1, &conn, Original);
+}
+
+/// A port with a rule that the NIC says it has, its first sweep done; then software sees packets.
+fn seen_in_software(dummy: &DummyClass) -> (Bench, ConnHandle, Strays) {
+    let b = Bench::new(&[dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    b.rearmed();
+    b.datapath.forwarded.store(1000, Ordering::SeqCst);
+    let mut strays = Strays::default();
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 0, "what was seen before says nothing");
+    b.datapath.forwarded.store(1010, Ordering::SeqCst);
+    (b, conn, strays)
+}
+
+#[test]
+fn a_rule_in_hardware_that_does_nothing_is_deleted_and_comes_back_after_a_pause() {
+    let dummy = DummyClass::new("dummy");
+    let (b, conn, mut strays) = seen_in_software(&dummy);
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 1);
+    b.settle();
+    assert!(dummy.rules(ifindex(1)).is_empty());
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Rejected));
+    let slot = b.engine.slots(&conn).remove(0);
+    let why = slot.rejection.expect("a rejection");
+    assert_eq!(why.reason, Reason::NoEffect);
+    assert!(why.to_string().contains("10 packets"), "{why}");
+    assert_eq!(slot.retry_in_ms, Some(100));
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::NoEffect, 1)]);
+    assert_eq!(b.rearmed(), []);
+    b.clock.fetch_add(100, Ordering::SeqCst);
+    wait_for(|| b.rearmed() == [(ifindex(1), 1, Original)]);
+    b.install(1, &conn, Original);
+    // It does not help: the pause is longer.
+    b.engine.sweep(&mut strays);
+    b.datapath.forwarded.store(1020, Ordering::SeqCst);
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 1);
+    b.settle();
+    assert_eq!(b.engine.slots(&conn)[0].retry_in_ms, Some(3000));
+    // A connection that ends leaves nothing behind.
+    b.engine.conn_del(&conn);
+    b.settle();
+    assert_eq!(b.state(1, &conn, Original), None);
+}
+
+#[test]
+fn a_rule_that_carries_packets_or_is_software_is_not_doubted() {
+    let dummy = DummyClass::new("dummy");
+    let (b, conn, mut strays) = seen_in_software(&dummy);
+    assert!(dummy.carry(ifindex(1), dummy.rules(ifindex(1))[0].cookie, 1, 100));
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 0);
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Installed));
+    let software = DummyClass::new("dummy");
+    software.set_in_hw(Some(false));
+    let (b, conn, mut strays) = seen_in_software(&software);
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 0);
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Installed));
+}
+
+#[test]
+fn a_connection_that_ends_while_its_rule_is_taken_back_leaves_no_slot() {
+    let dummy = DummyClass::new("dummy");
+    let (b, conn, mut strays) = seen_in_software(&dummy);
+    dummy.set_latency(Some(Duration::MAX));
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 1);
+    b.drained(&dummy, 1);
+    b.engine.conn_del(&conn);
+    dummy.release_pending();
+    wait_for(|| b.state(1, &conn, Original).is_none());
+    assert_eq!(b.engine.ports()[0].reasons, []);
 }
 
 #[test]

@@ -6,7 +6,8 @@
 //!
 //! A sweep also finds what is not as it should be: a rule that no slot stands for (seen by two
 //! sweeps in a row: it is deleted), and a slot whose rule is gone (somebody removed it: the slot is
-//! emptied, so that the next packet offers it again).
+//! emptied, so that the next packet offers it again), and a rule that the NIC says it has and that
+//! does nothing (see `doubt`).
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
@@ -18,6 +19,7 @@ use super::Engine;
 use super::capacity::{Candidate, Pace, Slowest};
 use super::conn::ConnHandle;
 use super::contain::contained;
+use super::doubt::Doubts;
 use super::port::Port;
 use super::queue::Command;
 use super::slot::SlotState;
@@ -60,12 +62,17 @@ pub fn extended_expiry(expiry_ms: u64, usage: Usage, timeout_ms: u64, now_ms: u6
 pub struct Sweep {
     /// Connections used since the sweep before, each once.
     pub used: Vec<ConnHandle>,
+    /// Connections of rules that the NIC has and whose counters have not moved since the sweep before:
+    /// idle ones, and such as the NIC keeps no counters for. Maybe more than once.
+    pub still: Vec<ConnHandle>,
     /// Rules reported.
     pub rules: u64,
     /// Rules that no slot stands for.
     pub strays: u64,
     /// Slots whose rule was gone.
     pub lost: u64,
+    /// Slots whose rule the NIC says it has, and that does nothing.
+    pub without_effect: u64,
     /// Ports that could not be swept to the end.
     pub faults: Vec<(String, Fault)>,
 }
@@ -86,8 +93,17 @@ impl Engine {
                 continue;
             };
             sweep.rules += reports.len() as u64;
+            let mut still = Vec::new();
             for report in reports {
-                self.reported(port, id, report, &mut sweep, &mut used, &before, strays);
+                self.reported(port, id, report, &mut sweep, &mut used, &before, strays, &mut still);
+            }
+            sweep.still.extend(still.iter().map(|(conn, _)| conn.clone()));
+            let without_effect = self.doubt(port, still, id, &mut strays.1);
+            if without_effect > 0 {
+                sweep.without_effect += without_effect;
+                if let Err(panicked) = contained(|| binding.provider.hardware_suspect()) {
+                    port.set_fault(panicked);
+                }
             }
             match result {
                 Ok(()) => sweep.lost += self.find_lost(port, id, started),
@@ -97,6 +113,7 @@ impl Engine {
                 }
             }
         }
+        strays.1.settle(id);
         sweep
     }
 
@@ -156,6 +173,7 @@ impl Engine {
         used: &mut HashSet<u64>,
         before: &HashSet<(u32, u64)>,
         strays: &mut Strays,
+        still: &mut Vec<(ConnHandle, Direction)>,
     ) {
         let RuleReport { cookie, rule, counters, in_hw } = report;
         // A connection that is ending has slots until its deletes are acknowledged.
@@ -185,6 +203,9 @@ impl Engine {
                     if used.insert(conn.epoch().0) {
                         sweep.used.push(conn.clone());
                     }
+                    strays.1.dispel(port.generation(), conn, cookie.direction);
+                } else if detail.in_hw == Some(true) {
+                    still.push((conn.clone(), cookie.direction));
                 }
                 detail.packets = counters.packets;
                 detail.bytes = counters.bytes;
@@ -273,9 +294,10 @@ impl Engine {
     }
 }
 
-/// Rules that the sweep before found without a slot: kept by whoever sweeps.
+/// What one sweep leaves for the next, kept by whoever sweeps: rules without a slot, and slots whose
+/// rule may do nothing.
 #[derive(Debug, Default)]
-pub struct Strays(HashSet<(u32, u64)>);
+pub struct Strays(HashSet<(u32, u64)>, Doubts);
 
 #[cfg(test)]
 mod tests {

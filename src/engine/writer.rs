@@ -17,7 +17,7 @@ use netdev_providers::{
 };
 
 use super::capacity::{Candidate, Pace, Place};
-use super::conn::{ConnClaim, ConnHandle, Moment, PathTaken, Slot};
+use super::conn::{ConnClaim, ConnHandle, Detail, Moment, PathTaken, Slot};
 use super::contain::contained;
 use super::datapath::{Path, PathSpec, Sight, SlotChange, flow};
 use super::latency::OpKind;
@@ -681,19 +681,39 @@ fn taken(path: &Path, flow: &Flow) -> PathTaken {
 
 /// The slot is empty: its detail is cleared, its traffic goes to the port's past and the
 /// connection's.
-pub(super) fn forget(
-    port: &Port,
-    conn: &ConnHandle,
-    d: Direction,
-    detail: &mut super::conn::Detail,
-) {
+pub(super) fn forget(port: &Port, conn: &ConnHandle, d: Direction, detail: &mut Detail) {
+    leave(port, conn, detail);
+    port.held().remove(conn, d, detail.path.map(|p| p.egress));
+    *detail = Detail::default();
+}
+
+/// The rule is gone: its traffic is the port's past and the connection's.
+fn leave(port: &Port, conn: &ConnHandle, detail: &Detail) {
     port.counters.past(detail.packets, detail.bytes);
     conn.past_traffic(detail.packets, detail.bytes);
-    port.held().remove(conn, d, detail.path.map(|p| p.egress));
     if let Some(rule) = detail.rule {
         port.adopted().remove(&rule);
     }
-    *detail = super::conn::Detail::default();
+}
+
+/// Asks for the deletion of an installed rule that does nothing, after which the slot is rejected
+/// for a while. False: the slot has moved on.
+pub(super) fn refute(
+    port: &Port,
+    conn: &ConnHandle,
+    d: Direction,
+    rejection: Rejection,
+    retry_at_ms: u64,
+) -> bool {
+    let Some(slot) = conn.slot(port.generation(), d) else { return false };
+    let mut detail = slot.detail();
+    if slot.word.load().state() != SlotState::Installed || slot.word.unwind() != Unwind::Delete {
+        return false;
+    }
+    detail.rejection = Some(Box::new(rejection));
+    detail.retry_at = Moment::at(retry_at_ms);
+    port.queue.push(Command::Delete(conn.clone(), d));
+    true
 }
 
 /// Asks for the slot to become empty; what is installed is left to be deleted by the caller.
@@ -792,6 +812,15 @@ fn settle_added(
 fn settle_deleted(shared: &Shared, port: &Port, conn: &ConnHandle, d: Direction, op: OpNumber) {
     let Some(slot) = conn.slot(port.generation(), d) else { return };
     let mut detail = slot.detail();
+    if let Some(rejection) = detail.rejection.take()
+        && !conn.is_dead()
+    {
+        if slot.word.deleted_because(op, rejection.reason) {
+            port.counters.deletes.fetch_add(1, Ordering::Relaxed);
+            settle_refuted(shared, port, conn, d, &mut detail, rejection);
+        }
+        return;
+    }
     if slot.word.deleted(op) {
         port.counters.deletes.fetch_add(1, Ordering::Relaxed);
         tracing::debug!(port = %port.netdev, %conn, %d, "deleted");
@@ -802,6 +831,30 @@ fn settle_deleted(shared: &Shared, port: &Port, conn: &ConnHandle, d: Direction,
             port.queue.push(Command::Rearm(conn.clone(), d));
         }
     }
+}
+
+/// The rule is gone because it did nothing: the slot stays rejected for the pause that was set when
+/// that was noticed.
+fn settle_refuted(
+    shared: &Shared,
+    port: &Port,
+    conn: &ConnHandle,
+    d: Direction,
+    detail: &mut Detail,
+    rejection: Box<Rejection>,
+) {
+    tracing::warn!(port = %port.netdev, %conn, %d, "{rejection}");
+    port.counters.count(rejection.reason);
+    shared.datapath.slot_changed(&port.netdev, conn, d, SlotChange::Rejected(&rejection));
+    let retry_at = detail.retry_at.ms().unwrap_or_else(|| shared.clock.now_ms());
+    leave(port, conn, detail);
+    *detail = Detail {
+        path: detail.path,
+        rejection: Some(rejection),
+        retry_at: Moment::at(retry_at),
+        ..Detail::default()
+    };
+    port.queue.push(Command::Rejected(conn.clone(), d));
 }
 
 fn settle_undeleted(

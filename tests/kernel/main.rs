@@ -1,5 +1,5 @@
 //! Tests against a real kernel: root, and a kernel with the TC and nf_tables modules. They run in
-//! `scripts/lab` on Debian 6.1 and 6.12 (`scripts/test` does it); each test has a network namespace
+//! `scripts/lab --nic` on Debian 6.1 and 6.12 (`scripts/test` does it); each test has a network namespace
 //! of its own.
 
 mod flower;
@@ -8,4 +8,5 @@ mod hardware;
 mod netfilter;
 mod netlink;
 mod netns;
+mod nic_faults;
 mod router;

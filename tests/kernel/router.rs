@@ -17,10 +17,10 @@ use serde_json::Value;
 use crate::netns::NetNs;
 
 /// Emulated kernels are slow, above all when they load modules.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A router with netdevs `lan` and `wan`, and a host behind each.
-struct Router {
+pub(crate) struct Router {
     daemon: Option<Child>,
     name: String,
     ns: NetNs,
@@ -28,12 +28,17 @@ struct Router {
 
 impl Router {
     fn new(test: &str) -> Self {
+        Self::of(test, "veth")
+    }
+
+    /// Its netdevs are one end each of a pair of this kind.
+    pub(crate) fn of(test: &str, kind: &str) -> Self {
         let ns = NetNs::new();
         let router = Self { daemon: None, name: test.to_owned(), ns };
         for (i, dev) in [(1, "lan"), (2, "wan")] {
             let host = router.host(dev);
             router.run(&format!("ip netns add {host}"));
-            router.run(&format!("ip link add {dev} type veth peer name e0 netns {host}"));
+            router.run(&format!("ip link add {dev} type {kind} peer name e0 netns {host}"));
             router.run(&format!("ip addr add 10.{i}.0.1/24 dev {dev} && ip link set {dev} up"));
             router.run(&format!(
                 "ip -n {host} addr add 10.{i}.0.2/24 dev e0 && ip -n {host} link set e0 up && ip -n {host} route add default via 10.{i}.0.1"
@@ -47,11 +52,11 @@ impl Router {
         format!("{}-{dev}", self.name)
     }
 
-    fn run(&self, line: &str) -> String {
+    pub(crate) fn run(&self, line: &str) -> String {
         self.ns.run(line)
     }
 
-    fn start(&mut self, args: &[&str]) {
+    pub(crate) fn start(&mut self, args: &[&str]) {
         let child = Command::new(env!("CARGO_BIN_EXE_ctoffloadd"))
             .args(args)
             .stderr(Stdio::inherit())
@@ -61,18 +66,18 @@ impl Router {
         wait_until("the daemon answers", || self.cli(&["stats"]).status.success());
     }
 
-    fn cli(&self, args: &[&str]) -> Output {
+    pub(crate) fn cli(&self, args: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_ctoffload")).args(args).output().expect("ctoffload")
     }
 
-    fn json(&self, args: &[&str]) -> Value {
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
         let out = self.cli(&[&["-j"], args].concat());
         assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
         serde_json::from_slice(&out.stdout).expect("JSON")
     }
 
     /// Every slot of every connection: port, direction, state, reason.
-    fn slots(&self) -> Vec<(String, String, String, String)> {
+    pub(crate) fn slots(&self) -> Vec<(String, String, String, String)> {
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
         let conns = self.json(&["conn", "show"]);
         let conns = conns.as_array().cloned().unwrap_or_default();
@@ -87,12 +92,12 @@ impl Router {
         slots
     }
 
-    fn installed(&self) -> Vec<String> {
+    pub(crate) fn installed(&self) -> Vec<String> {
         let slots = self.slots().into_iter().filter(|s| s.2 == "installed");
         slots.map(|(port, direction, ..)| format!("{port} {direction}")).collect()
     }
 
-    fn wait_installed(&self, want: &[&str], connection: &mut Connection) {
+    pub(crate) fn wait_installed(&self, want: &[&str], connection: &mut Connection) {
         wait_until(&format!("{want:?} installed"), || {
             connection.ping();
             self.installed() == want
@@ -100,7 +105,7 @@ impl Router {
     }
 
     /// Flow rules of ours on a netdev, as `tc` sees them.
-    fn rules(&self, dev: &str) -> usize {
+    pub(crate) fn rules(&self, dev: &str) -> usize {
         let out = self.run(&format!("tc filter show dev {dev} ingress"));
         out.lines().filter(|l| l.contains(" flower ") && l.contains("handle 0x")).count()
     }
@@ -112,8 +117,13 @@ impl Router {
         child.wait().expect("wait").code()
     }
 
-    fn connect(&self) -> Connection {
-        let address: SocketAddr = "10.2.0.2:5001".parse().expect("an address");
+    pub(crate) fn connect(&self) -> Connection {
+        self.connect_to(5001)
+    }
+
+    /// To a server of its own at this port of the host behind `wan`.
+    pub(crate) fn connect_to(&self, port: u16) -> Connection {
+        let address = SocketAddr::from(([10, 2, 0, 2], port));
         let (ready, listening) = mpsc::channel();
         let server = in_netns(self.host("wan"), move || {
             let listener = TcpListener::bind(address).expect("bind");
@@ -150,13 +160,13 @@ impl Drop for Router {
 }
 
 /// A TCP connection through the router, whose far end echoes.
-struct Connection {
+pub(crate) struct Connection {
     stream: TcpStream,
     server: Option<JoinHandle<()>>,
 }
 
 impl Connection {
-    fn ping(&mut self) {
+    pub(crate) fn ping(&mut self) {
         self.stream.write_all(b"x").expect("the connection carries a byte there");
         self.stream.read_exact(&mut [0]).expect("and back");
     }
@@ -169,7 +179,7 @@ impl Connection {
         alive
     }
 
-    fn close(mut self) {
+    pub(crate) fn close(mut self) {
         self.stream.shutdown(std::net::Shutdown::Both).expect("shutdown");
         if let Some(server) = self.server.take() {
             server.join().expect("the server ends");
@@ -188,7 +198,7 @@ fn in_netns<R: Send + 'static>(
     })
 }
 
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
@@ -196,7 +206,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-const BOTH: [&str; 2] = ["lan original", "wan reply"];
+pub(crate) const BOTH: [&str; 2] = ["lan original", "wan reply"];
 const PORTS: [&str; 4] = ["--port", "lan", "--port", "wan"];
 
 #[test]

@@ -63,6 +63,7 @@ pub struct Socket {
     inner: netlink_sys::Socket,
     seq: u32,
     buf: Vec<u8>,
+    warning: Option<Box<str>>,
 }
 
 impl Socket {
@@ -81,7 +82,7 @@ impl Socket {
         inner.bind_auto().map_err(io("bind"))?;
         inner.set_ext_ack(true).map_err(io("setsockopt(NETLINK_EXT_ACK)"))?;
         inner.set_cap_ack(true).map_err(io("setsockopt(NETLINK_CAP_ACK)"))?;
-        let socket = Self { inner, seq: 0, buf: vec![0; RECV_BUF] };
+        let socket = Self { inner, seq: 0, buf: vec![0; RECV_BUF], warning: None };
         // Without CAP_NET_ADMIN the limit of net.core.rmem_max holds, which is enough for reading.
         if setsockopt(&socket.inner, sockopt::RcvBufForce, &SOCKET_RCVBUF).is_err() {
             let _ = setsockopt(&socket.inner, sockopt::RcvBuf, &SOCKET_RCVBUF);
@@ -263,18 +264,30 @@ impl Socket {
         }
         self.send(messages)?;
         let mut ended = false;
+        let mut warning = None;
         while !ended {
             self.recv(ANSWER_WITHIN, |answers| {
                 for m in answers.filter(|m| m.ty == NLMSG_ERROR) {
                     let index = m.seq.wrapping_sub(first_seq) as usize;
                     if let Some(ack) = acks.get_mut(index) {
                         *ack = parse_ack(&m);
+                        if ack.is_ok() {
+                            warning = words_of(&m).map(Into::into).or(warning.take());
+                        }
                         ended |= index + 1 == count;
                     }
                 }
             })?;
         }
+        self.warning = warning.or(self.warning.take());
         Ok(acks)
+    }
+
+    /// What the kernel said with the last acknowledgement of a [`batch`](Self::batch) that was a
+    /// success and had words all the same, once. Only requests that ask for an acknowledgement get
+    /// such words.
+    pub fn take_warning(&mut self) -> Option<Box<str>> {
+        self.warning.take()
     }
 }
 
@@ -327,22 +340,27 @@ fn parse_ack(m: &Received<'_>) -> Ack {
     if code == 0 {
         return Ok(());
     }
-    let extack = (m.flags & ACK_TLVS != 0).then(|| {
-        let quoted = if m.flags & CAPPED != 0 {
-            NLMSG_HDRLEN
-        } else {
-            // The whole request is quoted; its length is in its header.
-            m.payload
-                .get(4..)
-                .and_then(|b| b.first_chunk().map(|b| u32::from_ne_bytes(*b) as usize))
-                .unwrap_or(NLMSG_HDRLEN)
-        };
-        m.attrs(4 + align(quoted)).find_type(NLMSGERR_ATTR_MSG).and_then(|a| a.str())
-    });
     Err(KernelError {
         errno: Errno::from_raw(code.wrapping_neg()),
-        extack: extack.flatten().map(Into::into),
+        extack: words_of(m).map(Into::into),
     })
+}
+
+/// The extended ACK of an answer, in words.
+fn words_of<'a>(m: &Received<'a>) -> Option<&'a str> {
+    if m.flags & ACK_TLVS == 0 {
+        return None;
+    }
+    let quoted = if m.flags & CAPPED != 0 {
+        NLMSG_HDRLEN
+    } else {
+        // The whole request is quoted; its length is in its header.
+        m.payload
+            .get(4..)
+            .and_then(|b| b.first_chunk().map(|b| u32::from_ne_bytes(*b) as usize))
+            .unwrap_or(NLMSG_HDRLEN)
+    };
+    m.attrs(4 + align(quoted)).find_type(NLMSGERR_ATTR_MSG).and_then(|a| a.str())
 }
 
 /// `NLMSG_DONE` carries the dump's error, and with `NLM_F_ACK_TLVS` attributes behind it.

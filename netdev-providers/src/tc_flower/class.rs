@@ -102,7 +102,7 @@ impl ProviderClass for TcFlowerClass {
             },
         )
         .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
-        let plan = Plan { instance, found, batch: self.config.batch };
+        let plan = Plan { instance, found, batch: self.config.batch, nic_said: Mutex::default() };
         let provider = TcFlower::new(plan, hook, reader);
         info!(%netdev, "tc-flower bound: {}", provider.describe());
         Ok(Arc::new(provider))

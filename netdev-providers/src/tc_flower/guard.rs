@@ -77,12 +77,11 @@ pub(super) const fn knodes(family: Family) -> &'static [Knode] {
 fn start<'b>(
     buf: &'b mut Vec<u8>,
     seq: u32,
-    ifindex: Ifindex,
-    prio: Prio,
-    family: Family,
+    flags: u16,
+    (ifindex, prio, family): (Ifindex, Prio, Family),
     handle: Option<NonZeroU32>,
 ) -> Message<'b> {
-    let mut m = Message::new(buf, RTM_NEWTFILTER, REQUEST | ACK | CREATE | EXCL, seq);
+    let mut m = Message::new(buf, RTM_NEWTFILTER, flags, seq);
     let tcmsg = TcMsg {
         ifindex: ifindex.get(),
         handle: handle.map_or(0, NonZeroU32::get),
@@ -105,7 +104,8 @@ pub(super) fn u32(
     knode: Knode,
     cookie: Cookie,
 ) {
-    let mut m = start(buf, seq, ifindex, prio, family, None);
+    let flags = REQUEST | ACK | CREATE | EXCL;
+    let mut m = start(buf, seq, flags, (ifindex, prio, family), None);
     // struct tc_u32_sel with one struct tc_u32_key; mask and value are big-endian.
     let mut sel = [0; 32];
     sel[0] = TC_U32_TERMINAL;
@@ -124,7 +124,8 @@ pub(super) fn u32(
     m.finish();
 }
 
-/// Appends the flower guard of TTL or hop limit 0 and 1, for hardware only.
+/// Appends the flower guard of TTL or hop limit 0 and 1, for hardware only. One that is there already
+/// is replaced, so that the NIC is given it anew, and at no time is without.
 pub(super) fn flower_ttl(
     buf: &mut Vec<u8>,
     seq: u32,
@@ -133,7 +134,8 @@ pub(super) fn flower_ttl(
     family: Family,
     cookie: Cookie,
 ) {
-    let mut m = start(buf, seq, ifindex, prio, family, NonZeroU32::new(1));
+    let flags = REQUEST | ACK | CREATE;
+    let mut m = start(buf, seq, flags, (ifindex, prio, family), NonZeroU32::new(1));
     m.attr(TCA_KIND, b"flower\0");
     m.nested_plain(TCA_OPTIONS, |m| {
         m.be16(TCA_FLOWER_KEY_ETH_TYPE, family.ethertype());

@@ -44,7 +44,7 @@ impl Mode {
         match self {
             Self::Software => TCA_CLS_FLAGS_SKIP_HW,
             Self::Hardware => TCA_CLS_FLAGS_SKIP_SW,
-            Self::Both => 0,
+            Self::Both => TCA_CLS_FLAGS_VERBOSE,
         }
     }
 
@@ -236,6 +236,18 @@ pub(super) fn put_up_guards(
     }
     if found.mode.has_software() {
         software_guards(hook, found, guards)?;
+    }
+    Ok(())
+}
+
+/// Gives the NIC the guards that it should have, whether or not it has them.
+pub(super) fn renew_hardware_guards(
+    hook: &mut Hook,
+    found: &Found,
+    guards: Guards,
+) -> Result<(), NetlinkError> {
+    if found.mode.has_hardware() {
+        hardware_guards(hook, found, guards, &Left::default())?;
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::actions::NatForm;
 use super::handles::Handles;
@@ -31,6 +31,8 @@ pub(super) struct Plan {
     pub(super) instance: Instance,
     pub(super) found: Found,
     pub(super) batch: usize,
+    /// Why the NIC did not take the last rule that went to software for it.
+    pub(super) nic_said: Mutex<Option<Box<str>>>,
 }
 
 /// The provider of one netdev.
@@ -39,6 +41,8 @@ pub(super) struct TcFlower {
     plan: Plan,
     /// Set by a sweep that did not find the guards: somebody removed the qdisc.
     guards_lost: AtomicBool,
+    /// Set when the NIC may have lost what it was given: the guards in it too.
+    hardware_suspect: AtomicBool,
     writer: Mutex<Writer>,
     reader: Mutex<Hook>,
     adopted: Adopted,
@@ -75,6 +79,7 @@ impl TcFlower {
         Self {
             plan,
             guards_lost: AtomicBool::new(false),
+            hardware_suspect: AtomicBool::new(false),
             writer: Mutex::new(writer),
             reader: Mutex::new(reader),
             adopted,
@@ -90,6 +95,9 @@ impl Provider for TcFlower {
     fn submit(&self, batch: Vec<Operation>) {
         let mut w = lock(&self.writer);
         w.settle();
+        if self.hardware_suspect.swap(false, Ordering::AcqRel) && !w.renew_guards(&self.plan) {
+            self.guards_lost.store(true, Ordering::Release);
+        }
         if self.guards_lost.swap(false, Ordering::AcqRel) && !w.restore_guards(&self.plan) {
             self.guards_lost.store(true, Ordering::Release);
             for op in batch {
@@ -156,6 +164,10 @@ impl Provider for TcFlower {
         }
     }
 
+    fn hardware_suspect(&self) {
+        self.hardware_suspect.store(true, Ordering::Release);
+    }
+
     fn flush(&self) -> Result<u64, Fault> {
         lock(&self.writer).flush(&self.plan)
     }
@@ -177,6 +189,9 @@ impl Provider for TcFlower {
         };
         if let Some(why) = &found.no_hardware {
             text += &format!(", because the NIC does not take the TTL guard: {why}");
+        }
+        if let Some(words) = &*lock(&self.plan.nic_said) {
+            text += &format!("; the NIC did not take all of them: {words}");
         }
         let whose = if found.made_qdisc { "ours" } else { "not ours" };
         text += &format!("; prios {}; {} qdisc, {whose}", found.prios, found.qdisc_kind);
@@ -238,6 +253,15 @@ impl Plan {
                 Form { flags: TCA_CLS_FLAGS_SKIP_HW, nat, percpu_stats }
             }
             _ => Form { flags: TCA_CLS_FLAGS_SKIP_SW, nat: Some(NatForm::Hardware), percpu_stats },
+        }
+    }
+
+    /// Remembers why a rule is in software only.
+    fn nic_refused(&self, words: &str) {
+        let mut said = lock(&self.nic_said);
+        if said.as_deref() != Some(words) {
+            info!("in software only: {words}");
+            *said = Some(words.into());
         }
     }
 
@@ -448,6 +472,10 @@ impl Writer {
                 let form = plan.form(flow, *software);
                 let subject = Subject { seq, handle: p.handle, cookie: *cookie, flow };
                 self.templates.add(&mut self.hook.buf, p.place, form, &subject);
+                // The NIC's words come with an acknowledgement only.
+                if form.flags & TCA_CLS_FLAGS_VERBOSE != 0 {
+                    rule::ask_for_ack(&mut self.hook.buf, self.last_at);
+                }
             }
         }
         self.pending.push(p);
@@ -473,6 +501,9 @@ impl Writer {
         let mut sent = std::mem::replace(&mut self.pending, Vec::with_capacity(plan.batch));
         let mut again = Vec::new();
         let mut restore = false;
+        if let Some(words) = self.hook.socket.take_warning() {
+            plan.nic_refused(&words);
+        }
         match acks {
             Ok(acks) => {
                 let mut now = Circumstances::default();
@@ -560,6 +591,7 @@ impl Writer {
                     && !matches!(e.errno, Errno::EEXIST | Errno::ENODEV) =>
             {
                 *software = true;
+                plan.nic_refused(&e.to_string());
                 return Some((p, false));
             }
             What::Add { flow, .. } => {
@@ -639,6 +671,16 @@ impl Writer {
                 Err(_) => self.unsettled.push((place, handle)),
             }
         }
+    }
+
+    /// Gives the NIC its guards anew.
+    fn renew_guards(&mut self, plan: &Plan) -> bool {
+        let guards = Guards { instance: plan.instance, made_qdisc: self.made_qdisc };
+        probe::renew_hardware_guards(&mut self.hook, &plan.found, guards)
+            .inspect_err(
+                |e| warn!(ifindex = %self.hook.ifindex, "giving the NIC its guards anew: {e}"),
+            )
+            .is_ok()
     }
 
     /// Makes the qdisc again if it is gone, and the guards. They are removed first, so that none

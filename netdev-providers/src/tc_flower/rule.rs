@@ -32,7 +32,7 @@ impl Place {
 /// Where the rule runs and how its checksums are kept right.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Form<'p> {
-    /// `TCA_CLS_FLAGS_*`, 0 for hardware and software.
+    /// `TCA_CLS_FLAGS_*`: neither of `SKIP_HW` and `SKIP_SW` for hardware and software.
     pub(super) flags: u32,
     /// `None` for a flow without NAT.
     pub(super) nat: Option<NatForm<'p>>,

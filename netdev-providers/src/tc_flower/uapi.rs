@@ -44,6 +44,8 @@ pub(super) const TCA_CLS_FLAGS_SKIP_HW: u32 = 1 << 0;
 pub(super) const TCA_CLS_FLAGS_SKIP_SW: u32 = 1 << 1;
 pub(super) const TCA_CLS_FLAGS_IN_HW: u32 = 1 << 2;
 pub(super) const TCA_CLS_FLAGS_NOT_IN_HW: u32 = 1 << 3;
+/// The driver's words are wanted also where its refusal is none of the rule.
+pub(super) const TCA_CLS_FLAGS_VERBOSE: u32 = 1 << 4;
 
 // linux/pkt_cls.h: attributes of an action
 pub(super) const TCA_ACT_KIND: u16 = 1;

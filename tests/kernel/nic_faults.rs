@@ -1,0 +1,284 @@
+//! The daemon on a router whose netdevs are ports of a NIC that offloads (`tests/simnic`), and what
+//! becomes of connections when the NIC is not what it should be. They need the machine of
+//! `scripts/lab --nic`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::router::{BOTH, Connection, Router, wait_until};
+
+const PORTS: [&str; 2] = ["lan", "wan"];
+
+/// A router with the daemon on it.
+struct Hardware {
+    router: Router,
+}
+
+impl Hardware {
+    /// Its ports are to be used in this way (`offload` in the configuration), after the knobs of the
+    /// NIC were set.
+    fn start(test: &str, offload: &str, knobs: &[(&str, &str)]) -> Self {
+        assert!(std::env::var_os("CTOFFLOAD_SIMNIC").is_some(), "this needs scripts/lab --nic");
+        let hardware = Self { router: Router::of(test, "simnic") };
+        hardware.router.run(
+            "nft 'add table inet count; add counter inet count seen; add chain inet count host { type filter hook prerouting priority raw; }; add rule inet count host meta l4proto { tcp, udp } counter name seen'",
+        );
+        for (knob, value) in knobs {
+            PORTS.iter().for_each(|port| hardware.set(port, knob, value));
+        }
+        hardware.daemon(test, offload)
+    }
+
+    fn daemon(mut self, test: &str, offload: &str) -> Self {
+        let file = std::env::temp_dir().join(format!("ctoffload-{test}.toml"));
+        let config = format!(
+            "[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"?an\"\noffload = \"{offload}\"\n"
+        );
+        std::fs::write(&file, config).expect("a file");
+        self.router.start(&["--config", file.to_str().expect("a path")]);
+        wait_until("the ports are there", || self.ports().len() == PORTS.len());
+        self
+    }
+
+    fn ports(&self) -> Vec<Value> {
+        self.router.json(&["port", "show"]).as_array().cloned().unwrap_or_default()
+    }
+
+    fn port(&self, name: &str) -> Value {
+        self.router.json(&["port", "show", name])[0].clone()
+    }
+
+    /// Rejections on a port for this reason, so far.
+    fn rejections(&self, port: &str, reason: &str) -> u64 {
+        let port = self.port(port);
+        let reasons = port["reasons"].as_array().cloned().unwrap_or_default();
+        let found = reasons.iter().find(|r| r["reason"] == reason);
+        found.and_then(|r| r["count"].as_u64()).unwrap_or(0)
+    }
+
+    fn slot(&self, port: &str) -> Value {
+        let conns = self.router.json(&["conn", "show"]);
+        let slots = conns[0]["slots"].as_array().cloned().unwrap_or_default();
+        slots.into_iter().find(|s| s["port"] == port).unwrap_or_default()
+    }
+
+    fn knob(&self, port: &str, knob: &str) -> PathBuf {
+        let links: Value =
+            serde_json::from_str(&self.router.run(&format!("ip -d -j link show {port}")))
+                .expect("JSON");
+        let dir = links[0]["phys_port_name"].as_str().expect("a port of the NIC").to_owned();
+        ["/sys/kernel/debug/simnic", &dir, knob].iter().collect()
+    }
+
+    fn set(&self, port: &str, knob: &str, value: &str) {
+        std::fs::write(self.knob(port, knob), value).expect("a knob");
+    }
+
+    fn read(&self, port: &str, knob: &str) -> String {
+        std::fs::read_to_string(self.knob(port, knob)).expect("a knob")
+    }
+
+    /// How many rules of a port are in this state, guards and all.
+    fn rules(&self, port: &str, state: &str) -> usize {
+        let rules = self.read(port, "rules");
+        rules.lines().filter(|l| l.split_whitespace().any(|w| w == state)).count()
+    }
+
+    /// TCP and UDP packets that the host has seen of the test.
+    fn host_packets(&self) -> u64 {
+        let listed = self.router.run("nft list counter inet count seen");
+        let words: Vec<_> = listed.split_whitespace().collect();
+        let at = words.iter().position(|w| *w == "packets").expect("a counter");
+        words[at + 1].parse().expect("a number")
+    }
+
+    /// Both directions go by the NIC: of ten round trips the host sees nothing.
+    fn wait_in_hardware(&self, c: &mut Connection) {
+        self.router.wait_installed(&BOTH, c);
+        wait_until("the host sees nothing of it", || {
+            let before = self.host_packets();
+            for _ in 0..10 {
+                c.ping();
+            }
+            self.host_packets() == before
+        });
+        assert_eq!(self.router.installed(), BOTH);
+        for port in PORTS {
+            assert_eq!(self.slot(port)["in_hw"], true);
+        }
+    }
+}
+
+#[test]
+fn hardware_that_was_reset_gets_its_rules_again_guards_and_all() {
+    let h = Hardware::start("reset", "skip-sw", &[]);
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    let there = PORTS.map(|port| h.rules(port, "active"));
+    assert_eq!(there, [3, 3], "a flow, and two guards");
+    for port in PORTS {
+        h.set(port, "reset", "1");
+        assert_eq!((h.rules(port, "active"), h.rules(port, "lost")), (0, 3));
+    }
+    assert_eq!(h.router.rules("lan"), 1 + 2, "tc goes on showing them");
+    wait_until("the rules are in the NIC again", || {
+        c.ping();
+        PORTS.iter().all(|port| h.rules(port, "active") == 3 && h.rules(port, "lost") == 0)
+    });
+    h.wait_in_hardware(&mut c);
+    for port in PORTS {
+        assert_eq!(h.rejections(port, "no-effect"), 1, "{}", h.port(port));
+    }
+}
+
+#[test]
+fn a_rule_that_the_nic_accepts_and_does_not_act_on_is_found_out() {
+    let h = Hardware::start("silent", "skip-sw", &[("silent", "1")]);
+    let mut c = h.router.connect();
+    wait_until("it was found twice, and is left alone for a while", || {
+        c.ping();
+        h.rejections("lan", "no-effect") >= 2 && h.slot("lan")["state"] == "rejected"
+    });
+    let slot = h.slot("lan");
+    assert_eq!(slot["reason"], "no-effect", "{slot}");
+    let detail = slot["detail"].as_str().expect("a detail");
+    assert!(detail.contains("the counters of the rule stood still"), "{detail}");
+    PORTS.iter().for_each(|port| h.set(port, "silent", "0"));
+    h.wait_in_hardware(&mut c);
+}
+
+#[test]
+fn a_rule_that_works_is_not_doubted_because_its_counters_stand_still() {
+    let h = Hardware::start("frozen", "skip-sw", &[("stats_frozen", "1")]);
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    let sweeps = || h.router.json(&["stats"])["sweeps"].as_u64().expect("a number");
+    let (seen, until) = (h.host_packets(), sweeps() + 6);
+    wait_until("some sweeps", || {
+        c.ping();
+        sweeps() >= until
+    });
+    assert_eq!(h.host_packets(), seen);
+    assert_eq!(h.slot("lan")["packets"], 0);
+    assert_eq!(h.rejections("lan", "no-effect") + h.rejections("wan", "no-effect"), 0);
+}
+
+#[test]
+fn a_connection_in_use_does_not_expire_because_the_nic_says_nothing_of_it() {
+    let h = Hardware::start("expiry", "skip-sw", &[("stats_frozen", "1")]);
+    h.router.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=16");
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    let id = || {
+        let entry = h.router.run("conntrack -L -p tcp --dport 5001 -o id 2>/dev/null");
+        entry.split_whitespace().find(|w| w.starts_with("id=")).expect("an id").to_owned()
+    };
+    let (before, until) = (id(), Instant::now() + Duration::from_secs(40));
+    while Instant::now() < until {
+        c.ping();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(id(), before, "it is the same entry, which has been kept alive");
+    h.wait_in_hardware(&mut c);
+}
+
+#[test]
+fn a_nic_that_fails_at_times_is_asked_again() {
+    let h = Hardware::start("fails", "skip-sw", &[]);
+    // EBUSY, twice; a delete that fails (the kernel does not tell); statistics that cannot be read.
+    PORTS.iter().for_each(|port| h.set(port, "fail_insert", "1 16 2"));
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    assert_eq!(h.rejections("lan", "busy"), 2, "{}", h.port("lan"));
+    PORTS.iter().for_each(|port| h.set(port, "fail_delete", "1 5 0"));
+    PORTS.iter().for_each(|port| h.set(port, "fail_stats", "1 5 0"));
+    c.close();
+    wait_until("the rules are gone", || h.router.installed().is_empty());
+    let mut c = h.router.connect_to(5002);
+    h.wait_in_hardware(&mut c);
+    for port in PORTS {
+        assert_eq!(h.port(port)["fault"], Value::Null);
+        assert_eq!(h.rejections(port, "no-effect"), 0);
+    }
+}
+
+#[test]
+fn what_a_nic_cannot_do_is_refused_in_its_words_or_done_in_software() {
+    let cannot = [("unsupported", "act-csum")];
+    let words = "simnic: updating checksums (csum) is not supported";
+    let h = Hardware::start("cannot", "skip-sw", &cannot);
+    let mut c = h.router.connect();
+    wait_until("it is refused", || {
+        c.ping();
+        h.slot("lan")["state"] == "rejected"
+    });
+    let slot = h.slot("lan");
+    assert_eq!(slot["reason"], "not-in-hardware");
+    assert!(slot["detail"].to_string().contains(words), "{slot}");
+    drop(h);
+
+    let h = Hardware::start("canboth", "both", &cannot);
+    let mut c = h.router.connect();
+    h.router.wait_installed(&BOTH, &mut c);
+    wait_until("it is read back that the NIC does not have it", || {
+        c.ping();
+        h.slot("lan")["in_hw"] == false
+    });
+    let port = h.port("lan");
+    assert_eq!(port["in_hw"], 0);
+    assert!(port["about"].to_string().contains(words), "{port}");
+    let rules = h.router.run("tc filter show dev lan ingress pref 49412");
+    assert!(rules.contains("  not_in_hw") && !rules.contains("skip_hw"), "{rules}");
+    let seen = h.host_packets();
+    for _ in 0..10 {
+        c.ping();
+    }
+    assert_eq!(h.host_packets(), seen, "software rules forward it in front of the host's stack");
+}
+
+#[test]
+fn rules_of_a_port_for_both_stand_in_both() {
+    let h = Hardware::start("both", "both", &[]);
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    let rules = h.router.run("tc filter show dev lan ingress pref 49412");
+    assert!(rules.contains("  in_hw ") && !rules.contains("skip_sw"), "{rules}");
+    assert_eq!(h.port("lan")["in_hw"], 1);
+}
+
+#[test]
+fn a_nic_that_cannot_guard_the_ttl_gets_no_rules() {
+    let cannot = [("unsupported", "match-ttl")];
+    let words = "simnic: match on the TTL (ip_ttl) is not supported";
+    let h = Hardware::start("guard", "skip-sw", &cannot);
+    let port = h.port("lan");
+    assert_eq!(port["provider"], Value::Null);
+    assert!(port["refusals"].to_string().contains(words), "{port}");
+    drop(h);
+    let h = Hardware::start("guardboth", "both", &cannot);
+    assert!(h.port("lan")["about"].to_string().contains(words), "{}", h.port("lan"));
+    let mut c = h.router.connect();
+    h.router.wait_installed(&BOTH, &mut c);
+    assert_eq!(h.slot("lan")["in_hw"], false);
+}
+
+#[test]
+fn a_slow_nic_holds_nothing_up() {
+    let h = Hardware::start("slow", "skip-sw", &[("insert_latency_us", "300000")]);
+    let mut connections: Vec<_> = (5001..=5004).map(|port| h.router.connect_to(port)).collect();
+    wait_until("all are in hardware", || {
+        connections.iter_mut().for_each(Connection::ping);
+        h.router.installed().len() == 8
+    });
+}
+
+#[test]
+fn a_cable_that_is_pulled_and_plugged_in_again() {
+    let h = Hardware::start("flap", "skip-sw", &[]);
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    h.set("wan", "link_flap_ms", "500");
+    h.wait_in_hardware(&mut c);
+}
