@@ -8,5 +8,6 @@ mod hardware;
 mod netfilter;
 mod netlink;
 mod netns;
+mod nic;
 mod nic_faults;
 mod router;
