@@ -157,6 +157,7 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::NoEffect => {
             "see whether the NIC was reset, and what its driver says in the kernel log; packets that no rule is for (fragments) look the same"
         }
+        Reason::NotAdmitted => "change the [[admit]] rules of the daemon's configuration",
         _ => return None,
     })
 }

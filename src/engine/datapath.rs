@@ -64,6 +64,10 @@ pub enum PathSpec {
     Known(Box<Path>),
     /// [`Datapath::resolve`] is asked, on the port's queue thread.
     Resolve(PathHint),
+    /// There is to be none: the datapath's own policy keeps the direction on the slow path. The slot
+    /// is Rejected for this reason, and so decided for packets to come, and neither the datapath nor
+    /// the provider is asked.
+    Refused(Box<Rejection>),
 }
 
 /// One direction of one connection on one port.

@@ -605,6 +605,30 @@ fn a_transient_rejection_is_rearmed_after_a_pause_that_grows() {
 }
 
 #[test]
+fn what_the_datapath_refuses_is_rejected_and_asked_again_after_a_flush_only() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    let refusal = Rejection::with_detail(Reason::NotAdmitted, "rule 7");
+    let refused = || PathSpec::Refused(Box::new(refusal.clone()));
+    let worker = b.engine.worker();
+    let port = worker.port(ifindex(1)).unwrap();
+    assert_eq!(port.conn_seen(&conn, Original, refused()), Offer::Queued);
+    b.settle();
+    let slot = b.engine.slots(&conn)[0].clone();
+    assert_eq!((slot.state, slot.rejection), (SlotState::Rejected, Some(refusal.clone())));
+    assert_eq!(slot.retry_in_ms, None);
+    assert!(port.is_decided(&conn, Original), "no packet asks again");
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::NotAdmitted, 1)]);
+    assert_eq!(dummy.requests(), 0, "the provider is not asked");
+    b.engine.flush(&FlushFilter::default()).unwrap();
+    assert!(b.engine.slots(&conn).is_empty());
+    assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
+    b.install(1, &conn, Original);
+}
+
+#[test]
 fn a_full_queue_is_a_refusal_that_leaves_the_slot_open() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::with_limits(&[&dummy], Limits { queue: 0, ..Limits::default() });

@@ -334,6 +334,7 @@ impl Writer {
         let path = match spec {
             PathSpec::Known(path) => *path,
             PathSpec::Resolve(hint) => self.shared.datapath.resolve(sight, &hint)?,
+            PathSpec::Refused(rejection) => return Err(*rejection),
         };
         let flow = Box::new(flow(&sight.conn, sight.direction, &path));
         self.port.takes(&flow, &*self.provider)?;

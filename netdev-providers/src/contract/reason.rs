@@ -95,6 +95,8 @@ reasons! {
     NatChecksum = 20, "nat-checksum", Permanent;
     /// The engine keeps as many connections as it is configured for.
     ConnTableFull = 21, "conn-table-full", Transient;
+    /// The admission policy of the configuration keeps the connection on the slow path.
+    NotAdmitted = 22, "not-admitted", Permanent;
     /// The NIC said that it had the rule, and software went on seeing the packets: the NIC lost the rule, or never acted on it.
     NoEffect = 25, "no-effect", Transient;
 }
