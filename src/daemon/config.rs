@@ -30,7 +30,40 @@
 //! providers = ["tc-flower"]  # in order; ["none"]: attach without offload; default: all
 //! offload = "both"           # or "skip-sw" (hardware only), "skip-hw" (software only)
 //! capacity = 100000          # rules at most; default: until the NIC says that it is full
+//!
+//! [admission]                # which of the connections that can be offloaded are to be
+//! default = "offload"        # or "never": those that no [[admit]] rule matches
+//! min-bytes = 0              # only from so many bytes on, both directions together
+//!
+//! [[admit]]                  # the first that matches a connection counts
+//! verdict = "never"          # or "offload"
+//! netdev = "eth*"            # the port's name; *, ?, [abc]
+//! source = ["10.0.0.0/8", "2001:db8::/32"]
+//! destination = ["198.51.100.7"]
+//! protocol = "tcp"           # or "udp"
+//! source-ports = ["1024-65535"]
+//! destination-ports = [443, "8000-8999"]
+//! zones = [0, "100-199"]
 //! ```
+//!
+//! # Admission
+//!
+//! A rule matches when all of its fields do; a field that is left out matches everything, a list
+//! matches when one of its elements does. Addresses, ports, protocol and zone are those of the
+//! connection's original tuple: its first packet, before NAT, whichever direction is sighted. What
+//! is not admitted is told by `ctoffload explain` as `not-admitted`, with the rule and its line; it is
+//! asked again only after a flush. How many rules a port may have is the port's `capacity`. (The
+//! `nf-flowtable` provider takes both directions of a connection at once: there, a rule for one of the
+//! two netdevs does not keep the direction of the other on the slow path.)
+//!
+//! `min-bytes` counts IP packets with their headers, as conntrack counts them: those that the slow
+//! path forwards. A connection is not sighted before the packet that completes the number, by no
+//! port. The counters are conntrack's, which are off by default: the daemon says so when it finds them
+//! off at its start (the kernel switches them on then, `net.netfilter.nf_conntrack_acct = 1`, and they
+//! stay on), and does not start (exit status 5) when they cannot be had. A connection that is older
+//! than its counters stays on the slow path as long as it lives: set the sysctl at boot.
+
+mod admit;
 
 use std::num::{NonZeroU16, NonZeroU32};
 use std::ops::Range;
@@ -40,6 +73,8 @@ use netdev_providers::HwFlags;
 use serde::Deserialize;
 use toml::Spanned;
 
+use self::admit::{RawAdmission, RawAdmit};
+use crate::datapath::admission::Admission;
 use crate::datapath::{OnRulesetChange, PortSpec};
 
 /// Why a configuration was not taken.
@@ -91,8 +126,15 @@ pub struct Config {
     pub control_group: Option<String>,
     /// The first of tc-flower's prios.
     pub tc_prio_base: Option<NonZeroU16>,
+    /// Which connections may be offloaded.
+    pub admission: Admission,
+    /// From how many bytes on.
+    pub min_bytes: u64,
     ports: Vec<(glob::Pattern, PortSpec)>,
 }
+
+/// Where something is wrong, and what.
+type Wrong = (Range<usize>, String);
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -104,6 +146,8 @@ struct Raw {
     control: RawControl,
     tc_flower: RawTcFlower,
     port: Vec<RawPort>,
+    admission: RawAdmission,
+    admit: Vec<Spanned<RawAdmit>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -197,7 +241,7 @@ impl Default for Config {
         let raw = Raw::default();
         // The defaults are within every range.
         #[expect(clippy::expect_used, reason = "no input is involved")]
-        Self::check(raw, &[]).expect("the defaults are valid")
+        Self::check(raw, &[], |_| 1).expect("the defaults are valid")
     }
 }
 
@@ -221,12 +265,10 @@ impl Config {
     /// # Errors
     /// What is wrong, and where.
     pub fn parse(text: &str, classes: &[&str]) -> Result<Self, (usize, String)> {
-        let line = |span: Range<usize>| {
-            text.as_bytes().iter().take(span.start).filter(|b| **b == b'\n').count() + 1
-        };
+        let line = |at: usize| text.as_bytes().iter().take(at).filter(|b| **b == b'\n').count() + 1;
         let raw: Raw = toml::from_str(text)
-            .map_err(|e| (line(e.span().unwrap_or(0..0)), e.message().replace('\n', " ")))?;
-        Self::check(raw, classes).map_err(|(span, message)| (line(span), message))
+            .map_err(|e| (line(e.span().map_or(0, |s| s.start)), e.message().replace('\n', " ")))?;
+        Self::check(raw, classes, line).map_err(|(span, message)| (line(span.start), message))
     }
 
     /// Adds patterns whose netdevs are attached with all defaults.
@@ -253,13 +295,13 @@ impl Config {
         self.ports.iter().find(|(pattern, _)| pattern.matches(name)).map(|(_, spec)| spec.clone())
     }
 
-    fn check(raw: Raw, classes: &[&str]) -> Result<Self, (Range<usize>, String)> {
+    fn check(raw: Raw, classes: &[&str], line: impl Fn(usize) -> usize) -> Result<Self, Wrong> {
         fn ranged<T: Copy + PartialOrd + std::fmt::Display>(
             value: Option<Spanned<T>>,
             default: T,
             range: std::ops::RangeInclusive<T>,
             name: &str,
-        ) -> Result<T, (Range<usize>, String)> {
+        ) -> Result<T, Wrong> {
             let Some(value) = value else { return Ok(default) };
             if range.contains(value.get_ref()) {
                 return Ok(*value.get_ref());
@@ -269,9 +311,7 @@ impl Config {
         }
         let mut ports = Vec::with_capacity(raw.port.len());
         for port in raw.port {
-            let pattern = glob::Pattern::new(port.pattern.get_ref()).map_err(|e| {
-                (port.pattern.span(), format!("'{}': {}", port.pattern.get_ref(), e.msg))
-            })?;
+            let pattern = pattern(&port.pattern)?;
             if let Some(names) = &port.providers {
                 check_providers(names, classes)?;
             }
@@ -309,6 +349,8 @@ impl Config {
             )?,
             adopt: matches!(raw.restart.rules, RawLeftRules::Adopt),
             control_group: raw.control.group,
+            admission: admit::check(&raw.admission, raw.admit, line)?,
+            min_bytes: raw.admission.min_bytes,
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             ports,
         })
@@ -318,10 +360,12 @@ impl Config {
 /// 0x1337 is nobody's default; ulogd and friends use small numbers.
 const DEFAULT_GROUP: NonZeroU16 = NonZeroU16::new(4919).unwrap();
 
-fn check_providers(
-    names: &Spanned<Vec<String>>,
-    classes: &[&str],
-) -> Result<(), (Range<usize>, String)> {
+fn pattern(text: &Spanned<String>) -> Result<glob::Pattern, Wrong> {
+    glob::Pattern::new(text.get_ref())
+        .map_err(|e| (text.span(), format!("'{}': {}", text.get_ref(), e.msg)))
+}
+
+fn check_providers(names: &Spanned<Vec<String>>, classes: &[&str]) -> Result<(), Wrong> {
     let list = names.get_ref();
     if list.is_empty() {
         return Err((names.span(), "providers is empty: say [\"none\"] for no offload".to_owned()));

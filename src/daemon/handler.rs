@@ -14,8 +14,9 @@ use crate::control::info::{
     PortVerdict, ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
+use crate::datapath::netfilter::conntrack::accounting;
 use crate::datapath::routing::links::Links;
-use crate::datapath::{Backend, KernelDatapath, Observer, PortSpec};
+use crate::datapath::{self, Backend, KernelDatapath, Observer, PortSpec};
 use crate::engine::conn::ConnHandle;
 use crate::engine::datapath::SlotChange;
 use crate::engine::latency::LatencyBucket;
@@ -260,8 +261,31 @@ fn help_for(reason: Reason) -> Option<&'static str> {
         Reason::NoEffect => {
             "see whether the NIC was reset, and what its driver says in the kernel log"
         }
+        Reason::NotAdmitted => {
+            "change the [[admit]] rules of the configuration, and start the daemon again"
+        }
         _ => return None,
     })
+}
+
+/// From when on a connection is sighted.
+fn eligible(proto: L4Proto, config: &datapath::Config) -> String {
+    let mut text = match proto {
+        L4Proto::Tcp => "a TCP connection is sighted once conntrack calls it assured",
+        L4Proto::Udp if config.one_way_udp => "a UDP connection is sighted",
+        L4Proto::Udp => "a UDP connection is sighted once it was answered",
+    }
+    .to_owned();
+    if config.min_bytes > 0 {
+        text.push_str(&format!(
+            ", and conntrack has counted {} bytes of it (min-bytes)",
+            config.min_bytes
+        ));
+        if let Ok(false) = accounting() {
+            text.push_str(", which it does not do now (net.netfilter.nf_conntrack_acct is 0)");
+        }
+    }
+    text
 }
 
 fn verdict(slot: &SlotView, links: &Links) -> (String, Option<String>) {
@@ -372,10 +396,7 @@ impl ControlHandler for Handler {
     fn explain(&self, tuple: &Tuple, zone: Zone) -> Result<Explain, ControlError> {
         let ports = self.engine.ports();
         let Some(conn) = self.find_conn(tuple, Some(zone)) else {
-            let eligible = match tuple.proto() {
-                L4Proto::Tcp => "a TCP connection is sighted once conntrack calls it assured",
-                L4Proto::Udp => "a UDP connection is sighted once it was answered",
-            };
+            let eligible = eligible(tuple.proto(), self.backend.config());
             return Err(ControlError::not_found(format!(
                 "{tuple} (zone {zone}) has not been sighted on any of {} ports: {eligible}, by the next packet that the router forwards in software",
                 ports.len()

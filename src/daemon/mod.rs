@@ -104,6 +104,7 @@ impl DaemonError {
             | Self::Datapath(DatapathError::Nflog(NflogError::NotPermitted))
             | Self::Datapath(DatapathError::Conntrack(ConntrackError::NotPermitted)) => 4,
             Self::Datapath(DatapathError::Ledger(LedgerError::Unsupported { .. }))
+            | Self::Datapath(DatapathError::Accounting)
             | Self::Datapath(DatapathError::Nflog(NflogError::Unsupported(_)))
             | Self::Datapath(DatapathError::Conntrack(ConntrackError::Unsupported(_))) => 5,
             _ => 1,
@@ -168,6 +169,8 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         nflog_group: config.nflog_group.get(),
         ledger_size: config.ledger_size.get(),
         one_way_udp: config.one_way_udp,
+        admission: config.admission.clone(),
+        min_bytes: config.min_bytes,
         on_ruleset_change: config.on_ruleset_change,
         adopt: config.adopt,
     })?);
@@ -272,6 +275,7 @@ mod tests {
         assert_eq!(code(ConntrackError::NotPermitted.into()), 4);
         assert_eq!(DaemonError::NotRoot.exit_code(), 4);
         assert_eq!(code(LedgerError::AlreadyOwned { table: "ctoffload".into() }.into()), 3);
+        assert_eq!(code(DatapathError::Accounting), 5);
         assert_eq!(code(LedgerError::TableExists { table: "ctoffload".into() }.into()), 1);
         assert_eq!(DaemonError::NoGroup("readers".into()).exit_code(), 2);
     }

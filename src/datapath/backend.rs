@@ -13,7 +13,8 @@ use netdev_providers::{
 use nix::errno::Errno;
 
 use super::DatapathError;
-use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState};
+use super::admission::Admission;
+use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Ledger, LedgerConfig, LedgerKey};
 use super::routing::links::Links;
 use super::routing::path::PathResolver;
@@ -31,6 +32,10 @@ pub struct Config {
     pub ledger_size: u32,
     /// Offload UDP that nobody has answered.
     pub one_way_udp: bool,
+    /// Which connections may be offloaded.
+    pub admission: Admission,
+    /// From how many bytes on, both directions together; 0: from the first packet that can be.
+    pub min_bytes: u64,
     /// What happens to offloaded connections when the firewall's rules change.
     pub on_ruleset_change: OnRulesetChange,
     /// Rules that a dead daemon left, and that are what they would be now, are taken over.
@@ -115,12 +120,26 @@ impl Backend {
         let links = Links::default();
         let resolver = PathResolver::new(links.clone()).map_err(DatapathError::Route)?;
         let conntrack = Conntrack::open()?;
+        let counted_before = accounting();
         let ledger = Ledger::install(LedgerConfig {
             group: config.nflog_group,
             size: config.ledger_size,
             one_way_udp: config.one_way_udp,
+            min_bytes: config.min_bytes,
             ..LedgerConfig::default()
         })?;
+        if config.min_bytes > 0 {
+            // The kernel switches it on for the ledger's rule.
+            if !matches!(accounting(), Ok(true)) {
+                return Err(DatapathError::Accounting);
+            }
+            if !matches!(counted_before, Ok(true)) {
+                tracing::warn!(
+                    min_bytes = config.min_bytes,
+                    "net.netfilter.nf_conntrack_acct was 0 and is 1 now, and stays so: connections that are there already are not counted and so not offloaded; set it at boot"
+                );
+            }
+        }
         Ok(Self {
             config,
             links,
@@ -360,6 +379,8 @@ impl Datapath for Backend {
                 }
                 let id = entry.id?;
                 let key = ConnKey { zone: entry.zone, original: entry.original };
+                // What is no longer admitted goes; its next packet is told why.
+                self.config.admission.admit(&self.links.name(port.ifindex), &key).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.
                 let mut known = self.known.entry(id).or_insert_with(|| Known {

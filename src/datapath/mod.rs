@@ -15,6 +15,7 @@
 //! | module | its thread |
 //! |---|---|
 //! | [`backend`] | none: callbacks on the engine's port threads |
+//! | [`admission`] | none: which connections may be offloaded, asked by `sights` |
 //! | `sights` | reads NFLOG, is a worker of the engine |
 //! | `ends` | reads conntrack events |
 //! | `changes` | reads link, neighbour and route events; attaches and detaches ports |
@@ -22,6 +23,7 @@
 //! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive |
 //! | [`netfilter`], [`routing`] | none: what they speak with the kernel |
 
+pub mod admission;
 pub mod backend;
 mod changes;
 mod ends;
@@ -77,6 +79,11 @@ pub enum DatapathError {
     /// conntrack.
     #[error("conntrack")]
     Conntrack(#[from] ConntrackError),
+    /// `min-bytes` without counters to read.
+    #[error(
+        "min-bytes needs conntrack's counters: `sysctl net.netfilter.nf_conntrack_acct=1`, and a kernel that has it"
+    )]
+    Accounting,
     /// Routes and neighbours.
     #[error("rtnetlink")]
     Route(#[source] NetlinkError),

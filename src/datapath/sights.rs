@@ -112,8 +112,15 @@ impl Reader {
             }
             return;
         };
-        let path =
-            PathSpec::Resolve(PathHint { ingress: None, egress: sight.out_dev, mark: sight.mark });
+        let name = self.backend.links().name(sight.in_dev);
+        let path = match self.backend.config().admission.admit(&name, conn.key()) {
+            Ok(()) => PathSpec::Resolve(PathHint {
+                ingress: None,
+                egress: sight.out_dev,
+                mark: sight.mark,
+            }),
+            Err(rejection) => PathSpec::Refused(Box::new(rejection)),
+        };
         match port.conn_seen(&conn, direction, path) {
             Offer::Refused(reason) => {
                 tracing::debug!(%conn, %direction, %reason, "offer refused");

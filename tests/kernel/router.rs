@@ -16,6 +16,8 @@ use serde_json::Value;
 
 use crate::netns::NetNs;
 
+mod admission;
+
 /// Emulated kernels are slow, above all when they load modules.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 

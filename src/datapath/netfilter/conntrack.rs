@@ -448,5 +448,15 @@ pub fn timeouts() -> Result<Timeouts, ConntrackError> {
     })
 }
 
+/// Whether conntrack counts the packets and bytes of connections that come into being now, in the
+/// network namespace of the calling thread.
+///
+/// # Errors
+/// When nf_conntrack is not loaded.
+pub fn accounting() -> io::Result<bool> {
+    let text = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_acct")?;
+    Ok(text.trim() != "0")
+}
+
 #[cfg(test)]
 mod tests;

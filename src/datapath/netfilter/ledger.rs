@@ -10,6 +10,7 @@
 //!     ct status & (seq-adjust|dying|nat-clash|template|helper[|offload|hw-offload]) != 0 accept
 //!     meta secpath exists accept               # came out of an IPsec tunnel
 //!     rt ipsec exists accept                   # goes into one
+//!     [ct bytes < N accept]                    # both directions together, this packet included
 //!     meta pkttype != host accept              # multicast routing
 //!     ip ihl != 5 accept                       # IPv4 options
 //!     ip6 nexthdr != tcp ip6 nexthdr != udp accept   # extension headers
@@ -32,6 +33,9 @@
 //! - The rule tests `assured`, which a connection keeps while it closes, and the ACK of a FIN
 //!   carries no FIN: after a re-arm it is a sight. The state in the record
 //!   ([`CtEntry::tcp_state`](super::conntrack::CtEntry::tcp_state)) tells.
+//! - With the rule on bytes the kernel switches accounting (`net.netfilter.nf_conntrack_acct`) on for
+//!   the namespace, and leaves it on. Connections that are older than that have no counters: to the
+//!   rule they never carry anything.
 //! - A helper that came with an expectation (H.245) does not set the status bit; the record's
 //!   [`CtEntry::helper`](super::conntrack::CtEntry::helper) tells.
 //! - Fragments do not get here: conntrack, which the `ct` expressions switch on for the namespace,
@@ -155,6 +159,9 @@ pub struct LedgerConfig {
     pub size: u32,
     /// Sight UDP connections that never had a reply, from their second packet on.
     pub one_way_udp: bool,
+    /// Do not sight connections before conntrack has counted so many bytes of their IP packets, both
+    /// directions together; 0: at once.
+    pub min_bytes: u64,
     /// Do not sight connections that a flowtable has taken (`IPS_OFFLOAD`). Off when a flowtable on
     /// some netdevs is to stand beside other providers on others.
     pub skip_offloaded: bool,
@@ -167,6 +174,7 @@ impl Default for LedgerConfig {
             group: 0xc70f,
             size: 1 << 20,
             one_way_udp: false,
+            min_bytes: 0,
             skip_offloaded: true,
         }
     }
@@ -608,6 +616,14 @@ fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
         expr::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
         expr::accept(m);
     });
+    if config.min_bytes > 0 {
+        rule(Step::new("the rule on bytes", NEEDS_CT), &|m| {
+            expr::ct(m, expr::NFT_CT_BYTES, expr::NFT_REG_1);
+            expr::to_be64(m);
+            expr::cmp(m, Cmp::Lt, &config.min_bytes.to_be_bytes());
+            expr::accept(m);
+        });
+    }
     if with_xfrm {
         let xfrm = |what| Step { what, needs: NEEDS_XFRM, optional: true };
         rule(xfrm("the rule on packets from IPsec"), &|m| {

@@ -35,7 +35,7 @@ fn built(config: &LedgerConfig) -> Vec<u8> {
 
 #[test]
 fn the_table_is_what_an_independent_decoder_reads() {
-    let bytes = built(&LedgerConfig { size: 1000, ..LedgerConfig::default() });
+    let bytes = built(&LedgerConfig { size: 1000, min_bytes: u64::MAX, ..LedgerConfig::default() });
     let mut rules = 0;
     for m in MessageIter::new(&bytes) {
         let attrs = m.payload.get(4..).unwrap();
@@ -72,7 +72,25 @@ fn the_table_is_what_an_independent_decoder_reads() {
             other => panic!("{other}"),
         }
     }
-    assert_eq!(rules, 9);
+    assert_eq!(rules, 10);
+}
+
+/// The rule on bytes, byte for byte what `nft` 1.0.6 sends for `ct bytes < 100000 accept`, less its
+/// verdict.
+#[test]
+fn the_test_of_bytes_is_the_bytes_of_nft() {
+    let of_nft = unhex(
+        "20000180 0700010063740000 14000280 080002000000000f 0800010000000001 \
+         40000180 0e00010062797465 6f72646572000000 2c000280 0800010000000001 \
+         0800020000000001 0800030000000001 0800040000000008 0800050000000008 \
+         30000180 08000100636d7000 24000280 0800010000000001 0800020000000002 \
+         10000380 0c00010000000000000186a0",
+    );
+    let of = |min_bytes| built(&LedgerConfig { min_bytes, ..LedgerConfig::default() });
+    let with = of(100_000);
+    assert!(with.windows(of_nft.len()).any(|w| w == of_nft));
+    let load = &of_nft[..32];
+    assert!(!of(0).windows(load.len()).any(|w| w == load));
 }
 
 /// The rule on UDP, byte for byte what `nft` 1.0.6 sends for its part that is the same: dynset

@@ -50,6 +50,8 @@ pub const NFT_CT_STATUS: u32 = 2;
 pub const NFT_CT_PROTO_SRC: u32 = 11;
 /// `NFT_CT_PROTO_DST`.
 pub const NFT_CT_PROTO_DST: u32 = 12;
+/// `NFT_CT_BYTES`.
+pub const NFT_CT_BYTES: u32 = 15;
 /// `NFT_CT_ZONE`.
 pub const NFT_CT_ZONE: u32 = 17;
 /// `NFT_CT_SRC_IP`.
@@ -80,6 +82,8 @@ pub enum Cmp {
     Eq = 0,
     /// Not equal.
     Neq = 1,
+    /// Less, as numbers in network order are ([`to_be64`]).
+    Lt = 2,
 }
 
 fn expr(m: &mut Message<'_>, name: &str, data: impl FnOnce(&mut Message<'_>)) {
@@ -134,6 +138,15 @@ pub fn cmp(m: &mut Message<'_>, op: Cmp, data: &[u8]) {
         m.be32(1, NFT_REG_1).be32(2, op as u32).nested(3, |m| {
             m.attr(NFTA_DATA_VALUE, data);
         });
+    });
+}
+
+/// The 64 bits of register 1 from host into network order, in place: what [`cmp`] can order.
+pub fn to_be64(m: &mut Message<'_>) {
+    const NFT_BYTEORDER_HTON: u32 = 1;
+    expr(m, "byteorder", |m| {
+        // NFTA_BYTEORDER_SREG, _DREG, _OP, _LEN, _SIZE
+        m.be32(1, NFT_REG_1).be32(2, NFT_REG_1).be32(3, NFT_BYTEORDER_HTON).be32(4, 8).be32(5, 8);
     });
 }
 

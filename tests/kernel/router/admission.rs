@@ -1,0 +1,170 @@
+//! The admission policy: what the configuration keeps on the slow path stays there and says why, and
+//! everything else is offloaded.
+
+use super::*;
+
+/// A connection to an address of the host behind `wan`, at a port of its own.
+fn connect(r: &Router, to: &str) -> Connection {
+    let to: SocketAddr = to.parse().expect("an address");
+    let (ready, listening) = mpsc::channel();
+    let server = in_netns(r.host("wan"), move || {
+        let listener = TcpListener::bind(to).expect("bind");
+        ready.send(()).expect("ready");
+        let (mut stream, _) = listener.accept().expect("accept");
+        let mut byte = [0];
+        while stream.read_exact(&mut byte).is_ok() && stream.write_all(&byte).is_ok() {}
+    });
+    listening.recv().expect("the server listens");
+    let stream = in_netns(r.host("lan"), move || {
+        TcpStream::connect_timeout(&to, PATIENCE).expect("connect")
+    })
+    .join()
+    .expect("the client connects");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+    Connection { stream, server: Some(server) }
+}
+
+fn start(r: &mut Router, config: &str) {
+    let file = std::env::temp_dir().join(format!("ctoffload-{}.toml", r.name));
+    std::fs::write(&file, config).expect("a file");
+    r.start(&["--config", file.to_str().expect("a path")]);
+}
+
+/// `ctoffload explain`, as a person asks it.
+fn explain(r: &Router, c: &Connection) -> (Option<i32>, String) {
+    let ends = [c.stream.local_addr(), c.stream.peer_addr()];
+    let [from, to] = ends.map(|a| a.expect("an address").to_string());
+    let out = r.cli(&["explain", "tcp", &from, &to]);
+    let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    (out.status.code(), text)
+}
+
+/// How often each port has refused something by the policy: `lan`, `wan`.
+fn refused(r: &Router) -> [u64; 2] {
+    ["lan", "wan"].map(|port| {
+        let ports = r.json(&["port", "show", port]);
+        let reasons = ports[0]["reasons"].as_array().cloned().unwrap_or_default();
+        let ours = reasons.iter().find(|c| c["reason"] == "not-admitted");
+        ours.and_then(|c| c["count"].as_u64()).unwrap_or(0)
+    })
+}
+
+#[test]
+fn an_excluded_server_stays_on_the_slow_path_and_explain_names_the_rule() {
+    let mut r = Router::new("admit");
+    let host = r.host("wan");
+    r.run(&format!("ip -n {host} addr add 10.2.0.3/24 dev e0"));
+    start(
+        &mut r,
+        "\
+[[port]]
+match = \"?an\"
+
+# Not reached: another netdev.
+[[admit]]
+verdict = \"never\"
+netdev = \"eth*\"
+
+[[admit]]
+verdict = \"never\"
+destination = [\"192.0.2.0/24\", \"10.2.0.3\"]
+destination-ports = [\"6000-6999\"]
+",
+    );
+    let mut excluded = connect(&r, "10.2.0.3:6001");
+    wait_until("both directions are refused", || {
+        excluded.ping();
+        refused(&r) == [1, 1]
+    });
+    let slot = |port: &str, direction: &str| {
+        [port, direction, "rejected", "not-admitted"].map(str::to_owned).into()
+    };
+    assert_eq!(r.slots(), [slot("lan", "original"), slot("wan", "reply")]);
+    let (status, text) = explain(&r, &excluded);
+    assert_eq!(status, Some(0), "{text}");
+    let why = "[[admit]] rule 2, line 9 of the configuration says never";
+    assert_eq!(text.matches(&format!("\"{why}\"")).count(), 2, "{text}");
+    let stats = String::from_utf8(r.cli(&["stats"]).stdout).expect("text");
+    assert!(stats.contains("not-admitted"), "{stats}");
+
+    // The same server at another port, and another server at the same port, are offloaded.
+    for to in ["10.2.0.3:7001", "10.2.0.2:6001"] {
+        let mut other = connect(&r, to);
+        r.wait_installed(&BOTH, &mut other);
+        other.close();
+        wait_until("its rules are gone", || r.rules("lan") + r.rules("wan") == 0);
+    }
+    // Decided once: packets do not ask again, a flush does.
+    for _ in 0..10 {
+        excluded.ping();
+    }
+    assert_eq!(refused(&r), [1, 1]);
+    assert!(r.cli(&["flush", "--all"]).status.success());
+    wait_until("both directions are refused again", || {
+        excluded.ping();
+        refused(&r) == [2, 2]
+    });
+    assert_eq!((r.rules("lan"), r.rules("wan")), (0, 0));
+    // Nor has anything been done to it in conntrack: its windows are checked as before.
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    excluded.ping();
+}
+
+/// Bytes that conntrack has counted of the connection to a port, both directions; `None`: it does
+/// not count them.
+fn counted(r: &Router, port: u16) -> Option<u64> {
+    let entry = r.run(&format!("conntrack -L -p tcp --orig-port-dst {port} 2>/dev/null"));
+    let numbers = entry.split_whitespace().filter_map(|w| w.strip_prefix("bytes="));
+    let numbers: Vec<u64> = numbers.map(|n| n.parse().expect("a number")).collect();
+    (!numbers.is_empty()).then(|| numbers.iter().sum())
+}
+
+#[test]
+fn a_connection_is_offloaded_only_after_min_bytes() {
+    const MIN: u64 = 20_000;
+    let mut r = Router::new("bytes");
+    // Conntrack, without accounting, and a connection of that time.
+    r.run("nft add table inet early && nft 'add chain inet early c { type filter hook forward priority 0; }' && nft add rule inet early c ct state invalid accept");
+    assert_eq!(r.run("sysctl -n net.netfilter.nf_conntrack_acct").trim(), "0");
+    let mut old = connect(&r, "10.2.0.2:6001");
+    old.ping();
+    assert_eq!(counted(&r, 6001), None);
+    start(&mut r, &format!("[[port]]\nmatch = \"?an\"\n[admission]\nmin-bytes = {MIN}\n"));
+    assert_eq!(r.run("sysctl -n net.netfilter.nf_conntrack_acct").trim(), "1");
+
+    let mut c = connect(&r, "10.2.0.2:6002");
+    let sights = |r: &Router| r.json(&["stats"])["sights"].as_u64().expect("a number");
+    let mut below = 0;
+    loop {
+        for _ in 0..8 {
+            c.ping();
+        }
+        // In this order: what is sighted has carried enough before.
+        let sighted = sights(&r) > 0;
+        let now = counted(&r, 6002).expect("counted");
+        if sighted {
+            assert!(now >= MIN, "sighted after {now} bytes");
+            break;
+        }
+        if now < MIN {
+            below = now;
+        }
+        if now < MIN / 2 {
+            let (status, text) = explain(&r, &c);
+            assert_eq!(status, Some(5), "{text}");
+            assert!(text.contains("has counted 20000 bytes"), "{text}");
+        }
+    }
+    assert!(below > MIN / 4, "not sighted while it had carried {below} bytes");
+    r.wait_installed(&BOTH, &mut c);
+
+    // Older than its counters: to the policy it has carried nothing.
+    for _ in 0..150 {
+        old.ping();
+    }
+    assert_eq!(counted(&r, 6001), None);
+    assert_eq!(r.json(&["conn", "show"]).as_array().map(Vec::len), Some(1));
+    // After a flush what it has carried still counts.
+    assert!(r.cli(&["flush", "--all"]).status.success());
+    r.wait_installed(&BOTH, &mut c);
+}
