@@ -109,6 +109,9 @@ pub struct KernelDatapath {
 
 /// How often threads that wait for the kernel look whether they are to stop.
 const TICK: Duration = Duration::from_millis(200);
+/// How long the netdevs that are there may take at the start: binding them loads kernel modules and
+/// finds out what each takes, which is seconds on a busy machine.
+const FIRST_SYNC: Duration = Duration::from_secs(60);
 
 impl KernelDatapath {
     /// Starts the threads: ports are attached by `policy`, now and when netdevs appear. Returns
@@ -162,7 +165,7 @@ impl KernelDatapath {
             let stop = Arc::clone(&stop);
             move || keepalive::Keeper::new(backend, engine, sweeps).run(&stop)
         })?;
-        if first_sync.recv_timeout(Duration::from_secs(10)).is_err() {
+        if first_sync.recv_timeout(FIRST_SYNC).is_err() {
             datapath.stop();
             return Err(DatapathError::Links);
         }
