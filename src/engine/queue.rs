@@ -52,6 +52,8 @@ pub(super) struct Stopped {
 
 pub(super) struct Queue {
     commands: SegQueue<Command>,
+    /// What follows up an operation that has just completed: it comes before all that waits.
+    follow_ups: SegQueue<Command>,
     adds: AtomicUsize,
     /// Commands that were pushed and have not been carried out.
     unfinished: AtomicUsize,
@@ -64,6 +66,7 @@ impl Queue {
     pub(super) fn new(limit: usize) -> Self {
         Self {
             commands: SegQueue::new(),
+            follow_ups: SegQueue::new(),
             adds: AtomicUsize::new(0),
             unfinished: AtomicUsize::new(0),
             limit,
@@ -99,6 +102,14 @@ impl Queue {
         self.wake();
     }
 
+    /// Queues the delete of a rule whose add was cancelled too late, before all that waits: the add of
+    /// a successor with the same match may be there already, and must find the match free.
+    pub(super) fn push_first(&self, command: Command) {
+        self.unfinished.fetch_add(1, Ordering::Relaxed);
+        self.follow_ups.push(command);
+        self.wake();
+    }
+
     /// Wakes the writer if it sleeps: the system call is made by one of many who push.
     pub(super) fn wake(&self) {
         // Pairs with the fence in `park`: either the sleeper sees what was pushed, or we see it
@@ -116,6 +127,9 @@ impl Queue {
     }
 
     pub(super) fn pop(&self) -> Option<Command> {
+        if let Some(command) = self.follow_ups.pop() {
+            return Some(command);
+        }
         let command = self.commands.pop()?;
         if matches!(command, Command::Add(..)) {
             self.adds.fetch_sub(1, Ordering::Relaxed);
@@ -143,7 +157,7 @@ impl Queue {
         // before, and then nothing else tells.)
         self.sleeping.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
-        if self.commands.is_empty() {
+        if self.commands.is_empty() && self.follow_ups.is_empty() {
             park_timeout(at_most);
         }
         self.sleeping.store(false, Ordering::Relaxed);

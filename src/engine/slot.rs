@@ -113,6 +113,12 @@ impl Snapshot {
         self.0 & IN_FLIGHT != 0
     }
 
+    /// True when a delete was asked for while the add was pending.
+    #[must_use]
+    pub const fn is_cancelled(self) -> bool {
+        self.has(CANCEL)
+    }
+
     const fn with_state(self, s: SlotState) -> Self {
         Self((self.0 & !STATE) | ((s as u64) << STATE_SHIFT))
     }

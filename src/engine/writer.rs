@@ -381,7 +381,7 @@ impl Writer {
         let then = move |_| {
             let must_go = conn.slot(port.generation(), d).is_some_and(|s| s.word.established(op));
             if must_go {
-                port.queue.push(Command::Delete(conn, d));
+                port.queue.push_first(Command::Delete(conn, d));
             }
         };
         let request = Request::Established { rule, cookie };
@@ -430,6 +430,11 @@ impl Writer {
                     let ready = prepared.next().unwrap_or(Ok(()));
                     let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
                     let (conn, d) = (sight.conn, sight.direction);
+                    // Cancelled since it was staged: its successor may be in this very batch.
+                    let cancelled = conn
+                        .slot(port.generation(), d)
+                        .is_some_and(|s| s.word.load().is_cancelled());
+                    let ready = if cancelled { Err(Reason::Cancelled.into()) } else { ready };
                     if let Err(rejection) = ready {
                         port.gave_up_place();
                         if let Some(found) = &found {
@@ -805,7 +810,7 @@ fn settle_added(
     detail.pace = Pace::UNKNOWN;
     match after {
         AfterAdd::TellReply => port.queue.push(Command::Established(conn.clone(), d)),
-        AfterAdd::Delete => port.queue.push(Command::Delete(conn.clone(), d)),
+        AfterAdd::Delete => port.queue.push_first(Command::Delete(conn.clone(), d)),
         AfterAdd::Settled | AfterAdd::Late => {}
     }
 }
