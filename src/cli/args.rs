@@ -132,7 +132,7 @@ pub(super) enum PortVerb {
     },
     /// Make a netdev a port: bind it to the first provider that accepts it.
     #[command(
-        after_help = "Examples:\n    ctoffload port add eth0\n    ctoffload port add eth0 --provider tc-flower --offload skip-sw"
+        after_help = "Examples:\n    ctoffload port add eth0\n    ctoffload port add eth0 --provider tc-flower --offload skip-sw\n    ctoffload port add eth1 --provider nf-flowtable"
     )]
     Add(PortAdd),
     /// Detach a netdev. Its rules are removed; its connections live on in software.

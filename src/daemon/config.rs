@@ -25,9 +25,13 @@
 //! [tc-flower]
 //! prio-base = 49408          # 1..=65000: the first of our prios
 //!
+//! [nf-flowtable]
+//! accounting = true          # switch conntrack's accounting on while a port uses it: its counters
+//!
 //! [[port]]                   # the first that matches a netdev's name counts
 //! match = "eth*"             # *, ?, [abc]
-//! providers = ["tc-flower"]  # in order; ["none"]: attach without offload; default: all
+//! # in order; ["none"]: attach without offload; default: all, tc-flower first
+//! providers = ["tc-flower", "nf-flowtable"]
 //! offload = "both"           # or "skip-sw" (hardware only), "skip-hw" (software only)
 //! capacity = 100000          # rules at most; default: until the NIC says that it is full
 //!
@@ -130,6 +134,8 @@ pub struct Config {
     pub admission: Admission,
     /// From how many bytes on.
     pub min_bytes: u64,
+    /// Whether nf-flowtable switches conntrack's accounting on.
+    pub flowtable_accounting: bool,
     ports: Vec<(glob::Pattern, PortSpec)>,
 }
 
@@ -145,6 +151,7 @@ struct Raw {
     restart: RawRestart,
     control: RawControl,
     tc_flower: RawTcFlower,
+    nf_flowtable: RawNfFlowtable,
     port: Vec<RawPort>,
     admission: RawAdmission,
     admit: Vec<Spanned<RawAdmit>>,
@@ -197,6 +204,12 @@ struct RawControl {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 struct RawTcFlower {
     prio_base: Option<Spanned<u16>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawNfFlowtable {
+    accounting: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -351,6 +364,7 @@ impl Config {
             control_group: raw.control.group,
             admission: admit::check(&raw.admission, raw.admit, line)?,
             min_bytes: raw.admission.min_bytes,
+            flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             ports,
         })
@@ -389,7 +403,7 @@ fn check_providers(names: &Spanned<Vec<String>>, classes: &[&str]) -> Result<(),
 mod tests {
     use super::*;
 
-    const CLASSES: &[&str] = &["tc-flower"];
+    const CLASSES: &[&str] = &crate::daemon::CLASSES;
 
     fn error(text: &str) -> (usize, String) {
         Config::parse(text, CLASSES).unwrap_err()

@@ -212,8 +212,12 @@ fn slot_info(links: &Links, v: &SlotView) -> SlotInfo {
         bytes: v.bytes,
         idle_ms: v.idle_ms,
         cookie: Some(v.cookie.to_string()),
-        // tc-flower: prio and handle, as `tc filter show` has them.
-        rule: v.rule.map(|r| format!("pref {} handle {:#x}", r.0 >> 32, r.0 & 0xffff_ffff)),
+        rule: v.rule.map(|r| match r.0 >> 32 {
+            // nf-flowtable: elements have no name of their own, and are counted.
+            0 => format!("element {}", r.0),
+            // tc-flower: prio and handle, as `tc filter show` has them.
+            prio => format!("pref {prio} handle {:#x}", r.0 & 0xffff_ffff),
+        }),
     }
 }
 
@@ -294,7 +298,7 @@ fn verdict(slot: &SlotView, links: &Links) -> (String, Option<String>) {
         SlotState::Installed => {
             let place = match slot.in_hw {
                 Some(true) => "in hardware",
-                Some(false) => "in software (the NIC did not take the rule)",
+                Some(false) => "in software",
                 None => "installed; where is known after the next sweep",
             };
             (
@@ -354,6 +358,9 @@ impl ControlHandler for Handler {
                 ports: ports as u64,
                 note: match class {
                     "tc-flower" => "Linux TC flower rules, in NIC hardware where it takes them",
+                    "nf-flowtable" => {
+                        "the flowtable of nf_tables, in NIC hardware where it takes it"
+                    }
                     _ => "",
                 }
                 .to_owned(),

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use netdev_providers::ProviderClass;
+use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Group, geteuid};
@@ -32,6 +33,9 @@ use crate::datapath::{self, Backend, DatapathError, KernelDatapath, SweepBounds}
 use crate::engine::clock::Clock;
 use crate::engine::registry::RegistryError;
 use crate::engine::{Engine, Limits};
+
+/// The provider classes that there are, in order of priority.
+const CLASSES: [&str; 2] = ["tc-flower", "nf-flowtable"];
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -142,7 +146,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         .init();
 
     let config = match &args.config {
-        Some(path) => Config::read(path, &["tc-flower"])?,
+        Some(path) => Config::read(path, &CLASSES)?,
         None => Config::default(),
     };
     let config = Arc::new(
@@ -186,6 +190,12 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     }
     let class: Arc<dyn ProviderClass> = Arc::new(TcFlowerClass::new(tc_config));
     engine.register(class)?;
+    let flowtable = Arc::new(NfFlowtableClass::new(NfFlowtableConfig {
+        accounting: config.flowtable_accounting,
+        ..NfFlowtableConfig::default()
+    }));
+    engine.register(Arc::clone(&flowtable) as Arc<dyn ProviderClass>)?;
+    backend.set_own_changes(Box::new(move |port_id| flowtable.is_own_change(port_id)));
     backend.set_observer(Box::new(handler::Events(server.publisher())));
 
     let policy = {

@@ -109,7 +109,11 @@ pub struct Backend {
     pub(super) neighbours: Mutex<HashMap<(Ifindex, IpAddr), MacAddr>>,
     counts: Counts,
     observer: OnceLock<Box<dyn Observer>>,
+    own_changes: OnceLock<OwnChanges>,
 }
+
+/// Whether a change of nf_tables that is announced with this netlink port id is a provider's.
+type OwnChanges = Box<dyn Fn(u32) -> bool + Send + Sync>;
 
 impl Backend {
     /// Loads the ledger and opens the sockets, in the network namespace of the calling thread.
@@ -126,6 +130,9 @@ impl Backend {
             size: config.ledger_size,
             one_way_udp: config.one_way_udp,
             min_bytes: config.min_bytes,
+            // A flowtable on one netdev of a connection can stand beside another provider on the
+            // other: `sights` tells ours from those of others.
+            skip_offloaded: false,
             ..LedgerConfig::default()
         })?;
         if config.min_bytes > 0 {
@@ -150,12 +157,25 @@ impl Backend {
             neighbours: Mutex::default(),
             counts: Counts::default(),
             observer: OnceLock::new(),
+            own_changes: OnceLock::new(),
         })
     }
 
     /// Who watches. Once.
     pub fn set_observer(&self, observer: Box<dyn Observer>) {
         let _ = self.observer.set(observer);
+    }
+
+    /// How to tell the changes of nf_tables that providers make: they are no change of the
+    /// firewall. Once.
+    pub fn set_own_changes(&self, own: Box<dyn Fn(u32) -> bool + Send + Sync>) {
+        let _ = self.own_changes.set(own);
+    }
+
+    /// Whether a change of nf_tables that is announced with this netlink port id is ours.
+    pub(super) fn is_own_change(&self, port_id: u32) -> bool {
+        self.ledger_port_id() == Some(port_id)
+            || self.own_changes.get().is_some_and(|own| own(port_id))
     }
 
     pub(super) fn observer(&self) -> Option<&dyn Observer> {
@@ -192,8 +212,8 @@ impl Backend {
         elements
     }
 
-    /// The netlink port id that our own changes of nf_tables are announced with.
-    pub(super) fn ledger_port_id(&self) -> Option<u32> {
+    /// The netlink port id that the ledger's changes of nf_tables are announced with.
+    fn ledger_port_id(&self) -> Option<u32> {
         let mut id = None;
         self.with_ledger(|ledger| id = ledger.port_id().ok());
         id

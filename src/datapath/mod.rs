@@ -148,7 +148,9 @@ impl KernelDatapath {
             let (backend, engine, stop) = (Arc::clone(&backend), engine.clone(), Arc::clone(&stop));
             move || ends::run(&backend, &engine, ct_events, &stop)
         })?;
-        if let Some(watch) = ruleset::Watch::open(&backend).map_err(DatapathError::Ruleset)? {
+        if let Some(watch) =
+            ruleset::Watch::open(Arc::clone(&backend)).map_err(DatapathError::Ruleset)?
+        {
             let (engine, stop) = (engine.clone(), Arc::clone(&stop));
             datapath.spawn("ruleset", move || watch.run(&engine, &stop))?;
         }

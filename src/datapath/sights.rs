@@ -76,6 +76,11 @@ impl Reader {
             return;
         };
         let key = LedgerKey { iif: sight.in_dev, ct_id: id, direction };
+        // In the flowtable of somebody else: it is left to that one, and looked at again.
+        if entry.status.offload() && !self.is_ours(&entry, id) {
+            self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+            return;
+        }
         let offloadable = match entry.tcp_state {
             Some(state) => state == TcpState::Established,
             None => true,
@@ -130,6 +135,12 @@ impl Reader {
             }
             Offer::Queued | Offer::Decided | Offer::Unbound => {}
         }
+    }
+
+    /// Whether the engine knows the connection: a flowtable that has it can be a provider's.
+    fn is_ours(&self, entry: &CtEntry, id: CtId) -> bool {
+        let key = ConnKey { zone: entry.zone, original: entry.original };
+        self.engine.conn(&key).is_some_and(|c| c.tag() == u64::from(id.0))
     }
 
     /// The conntrack entry of a sight: in the log message itself, or, where the kernel does not put

@@ -162,8 +162,8 @@ pub struct LedgerConfig {
     /// Do not sight connections before conntrack has counted so many bytes of their IP packets, both
     /// directions together; 0: at once.
     pub min_bytes: u64,
-    /// Do not sight connections that a flowtable has taken (`IPS_OFFLOAD`). Off when a flowtable on
-    /// some netdevs is to stand beside other providers on others.
+    /// Do not sight connections that a flowtable has taken (`IPS_OFFLOAD`). The daemon has it off:
+    /// a flowtable on some netdevs can stand beside other providers on others.
     pub skip_offloaded: bool,
 }
 
