@@ -29,7 +29,7 @@ pub(crate) struct Router {
 }
 
 impl Router {
-    fn new(test: &str) -> Self {
+    pub(crate) fn new(test: &str) -> Self {
         Self::of(test, "veth")
     }
 
@@ -50,7 +50,7 @@ impl Router {
         router
     }
 
-    fn host(&self, dev: &str) -> String {
+    pub(crate) fn host(&self, dev: &str) -> String {
         format!("{}-{dev}", self.name)
     }
 
@@ -112,7 +112,7 @@ impl Router {
         out.lines().filter(|l| l.contains(" flower ") && l.contains("handle 0x")).count()
     }
 
-    fn signal(&mut self, signal: Signal) -> Option<i32> {
+    pub(crate) fn signal(&mut self, signal: Signal) -> Option<i32> {
         let mut child = self.daemon.take()?;
         let pid = i32::try_from(child.id()).expect("a pid");
         kill(Pid::from_raw(pid), signal).expect("kill");
@@ -174,7 +174,7 @@ impl Connection {
     }
 
     /// Whether a byte comes back within a second.
-    fn is_alive(&mut self) -> bool {
+    pub(crate) fn is_alive(&mut self) -> bool {
         self.stream.set_read_timeout(Some(Duration::from_secs(1))).expect("a time-out");
         let alive = self.stream.write_all(b"x").is_ok() && self.stream.read_exact(&mut [0]).is_ok();
         self.stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
@@ -189,7 +189,7 @@ impl Connection {
     }
 }
 
-fn in_netns<R: Send + 'static>(
+pub(crate) fn in_netns<R: Send + 'static>(
     name: String,
     f: impl FnOnce() -> R + Send + 'static,
 ) -> JoinHandle<R> {

@@ -1,0 +1,260 @@
+//! Ports of different providers in one connection, as the daemon runs them: tc-flower on one netdev,
+//! nf-flowtable on the other, none on a third.
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::router::{BOTH, Connection, Router, wait_until};
+
+const FLOWER: &str = "tc-flower";
+const FLOWTABLE: &str = "nf-flowtable";
+
+/// A router whose forward hook counts, with a second way to the host behind `wan`, by `wan2`.
+fn router(test: &str) -> Router {
+    let r = Router::new(test);
+    let host = r.host("wan");
+    r.run(&format!(
+        "set -e; ip link add wan2 type veth peer name e1 netns {host}
+         ip addr add 10.3.0.1/24 dev wan2; ip link set wan2 up
+         ip -n {host} addr add 10.3.0.2/24 dev e1; ip -n {host} link set e1 up"
+    ));
+    r.run(
+        "nft '
+         table inet watch {
+           counter lan { }
+           counter wan { }
+           counter wan2 { }
+           chain forward { type filter hook forward priority -10
+             ip protocol tcp iifname lan counter name lan
+             ip protocol tcp iifname wan counter name wan
+             ip protocol tcp iifname wan2 counter name wan2
+           }
+         }
+         '",
+    );
+    r
+}
+
+/// Each netdev with its providers.
+fn configure(test: &str, ports: &[(&str, &[&str])]) -> String {
+    let mut text = String::from("[usage]\nsweep-seconds = 1\n");
+    for (name, providers) in ports {
+        text += &format!("[[port]]\nmatch = \"{name}\"\nproviders = {providers:?}\n");
+    }
+    let file = std::env::temp_dir().join(format!("ctoffload-{test}.toml"));
+    std::fs::write(&file, text).expect("a file");
+    file.to_str().expect("a path").to_owned()
+}
+
+/// Packets in the forward hook since the last call, of each ingress netdev.
+fn forwarded(r: &Router) -> [u64; 3] {
+    let text = r.run("nft reset counters table inet watch");
+    ["lan", "wan", "wan2"].map(|name| {
+        let at = text.find(&format!("counter {name} ")).expect("the counter");
+        let mut words = text[at..].split_whitespace().skip_while(|w| *w != "packets");
+        words.nth(1).and_then(|n| n.parse().ok()).expect("a number")
+    })
+}
+
+/// Packets of a conversation that cross the forward hook, by ingress netdev. `installed` is said
+/// when the element is in; the entry is made by the next packet.
+fn crossing(r: &Router, c: &mut Connection) -> [bool; 3] {
+    c.ping();
+    c.ping();
+    forwarded(r);
+    (0..10).for_each(|_| c.ping());
+    forwarded(r).map(|n| n >= 10)
+}
+
+fn wait_crossing(r: &Router, c: &mut Connection, want: [bool; 3]) {
+    wait_until(&format!("{want:?} cross the forward hook"), || crossing(r, c) == want);
+}
+
+fn provider(r: &Router, port: &str) -> Value {
+    r.json(&["port", "show", port])[0]["provider"].clone()
+}
+
+fn ok(r: &Router, args: &[&str]) {
+    let out = r.cli(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn mixed_each_netdev_offloads_its_own_direction_with_its_own_provider() {
+    for (test, lan, wan) in
+        [("mix1", FLOWER, FLOWTABLE), ("mix2", FLOWTABLE, FLOWER), ("mix3", FLOWTABLE, FLOWTABLE)]
+    {
+        let mut r = router(test);
+        let file = configure(test, &[("lan", &[lan]), ("wan", &[wan])]);
+        r.start(&["--config", &file]);
+        assert_eq!((provider(&r, "lan"), provider(&r, "wan")), (lan.into(), wan.into()));
+        let mut c = r.connect();
+        r.wait_installed(&BOTH, &mut c);
+        wait_crossing(&r, &mut c, [false; 3]);
+        let rules = |provider: &str| usize::from(provider == FLOWER);
+        assert_eq!((r.rules("lan"), r.rules("wan")), (rules(lan), rules(wan)));
+        let entry = r.run("conntrack -L -p tcp --dport 5001 2>/dev/null");
+        assert!(entry.contains("OFFLOAD"), "{entry}");
+
+        // Either port goes, and comes back. The other's direction stays where it is.
+        ok(&r, &["port", "del", "wan"]);
+        wait_crossing(&r, &mut c, [false, true, false]);
+        ok(&r, &["port", "add", "wan"]);
+        r.wait_installed(&BOTH, &mut c);
+        wait_crossing(&r, &mut c, [false; 3]);
+        ok(&r, &["port", "del", "lan"]);
+        wait_crossing(&r, &mut c, [true, false, false]);
+        ok(&r, &["port", "add", "lan"]);
+        r.wait_installed(&BOTH, &mut c);
+        wait_crossing(&r, &mut c, [false; 3]);
+
+        c.close();
+        wait_until("nothing is left of the connection", || r.slots().is_empty());
+        let sets = r.run("nft list table inet ctoffload_flow");
+        assert!(!sets.contains("elements = { 0x"), "{sets}");
+        assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+        assert_eq!(r.run("nft list tables"), "table inet watch\n");
+    }
+}
+
+#[test]
+fn mixed_a_port_of_no_provider_stays_on_the_slow_path() {
+    let mut r = router("none");
+    let file = configure("none", &[("lan", &[FLOWTABLE]), ("wan", &["none"])]);
+    r.start(&["--config", &file]);
+    assert_eq!(provider(&r, "wan"), Value::Null);
+    let mut c = r.connect();
+    r.wait_installed(&["lan original"], &mut c);
+    wait_crossing(&r, &mut c, [false, true, false]);
+    ok(&r, &["port", "del", "lan"]);
+    ok(&r, &["port", "add", "lan", "--provider", "none"]);
+    wait_crossing(&r, &mut c, [true, true, false]);
+    assert_eq!(r.installed(), [""; 0]);
+}
+
+#[test]
+fn mixed_a_connection_moves_from_one_provider_to_another() {
+    for (test, lan, wan, wan2) in [
+        ("move1", FLOWER, FLOWTABLE, FLOWER),
+        ("move2", FLOWTABLE, FLOWTABLE, FLOWER),
+        ("move3", FLOWTABLE, FLOWER, FLOWTABLE),
+        ("move4", FLOWTABLE, FLOWTABLE, FLOWTABLE),
+    ] {
+        let mut r = router(test);
+        let host = r.host("wan");
+        let ports: [(&str, &[&str]); 3] = [("lan", &[lan]), ("wan", &[wan]), ("wan2", &[wan2])];
+        let file = configure(test, &ports);
+        r.start(&["--config", &file]);
+        let mut c = r.connect();
+        r.wait_installed(&BOTH, &mut c);
+        wait_crossing(&r, &mut c, [false; 3]);
+        r.run(&format!(
+            "ip -n {host} route replace 10.1.0.0/24 via 10.3.0.1 dev e1
+             ip route replace 10.2.0.2 via 10.3.0.2 dev wan2"
+        ));
+        r.wait_installed(&["lan original", "wan2 reply"], &mut c);
+        wait_crossing(&r, &mut c, [false; 3]);
+        r.run(&format!("ip route del 10.2.0.2 && ip -n {host} route del 10.1.0.0/24"));
+        r.wait_installed(&BOTH, &mut c);
+        wait_crossing(&r, &mut c, [false; 3]);
+        // And by force: the netdev goes.
+        r.run(&format!(
+            "ip -n {host} route replace 10.1.0.0/24 via 10.3.0.1 dev e1
+             ip route replace 10.2.0.2 via 10.3.0.2 dev wan2; ip link del wan"
+        ));
+        // The host's address went with the link that it was on.
+        r.run(&format!("ip -n {host} addr add 10.2.0.2/32 dev lo; ip -n {host} link set lo up"));
+        r.wait_installed(&["lan original", "wan2 reply"], &mut c);
+        wait_crossing(&r, &mut c, [false; 3]);
+    }
+}
+
+#[test]
+fn mixed_a_change_of_the_firewall_reaches_connections_in_the_flowtable() {
+    let mut r = router("wall2");
+    let file = configure("wall2", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
+    r.start(&["--config", &file]);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    wait_crossing(&r, &mut c, [false; 3]);
+    r.run("nft add table inet wall && nft 'add chain inet wall forward { type filter hook forward priority 0; }'");
+    r.run("nft add rule inet wall forward tcp dport 5001 drop");
+    wait_until("the firewall stops it", || !c.is_alive());
+    let entry = r.run("conntrack -L -p tcp --dport 5001 2>/dev/null");
+    assert!(!entry.contains("OFFLOAD"), "{entry}");
+    r.run("nft delete table inet wall");
+    wait_until("it goes on", || c.is_alive());
+    r.wait_installed(&BOTH, &mut c);
+    wait_crossing(&r, &mut c, [false; 3]);
+}
+
+#[test]
+fn mixed_a_flush_of_the_ruleset_is_survived() {
+    let mut r = router("flush");
+    let file = configure("flush", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
+    r.start(&["--config", &file]);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    let before = r.json(&["stats"])["adds"].as_u64().expect("a number");
+    r.run("nft flush ruleset");
+    assert_eq!(
+        r.run("nft list tables"),
+        "table inet ctoffload\ntable inet ctoffload_flow\n",
+        "tables with an owner are passed over"
+    );
+    wait_until("it is noticed: connections were taken back, and are offloaded again", || {
+        c.ping();
+        r.json(&["stats"])["adds"].as_u64().expect("a number") > before && r.installed() == BOTH
+    });
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    assert_eq!(r.run("nft list tables"), "");
+}
+
+#[test]
+fn mixed_what_is_asked_for_by_hand_is_bound_or_refused_with_the_reasons() {
+    let mut r = router("hand");
+    r.start(&["--port", "wan"]);
+    assert_eq!(provider(&r, "wan"), FLOWER, "the first in order of priority");
+    ok(&r, &["port", "add", "lan", "--provider", FLOWTABLE]);
+    assert_eq!(provider(&r, "lan"), FLOWTABLE);
+    let refused = |args: &[&str], status: i32| {
+        let out = r.cli(args);
+        assert_eq!(out.status.code(), Some(status), "{out:?}");
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    };
+    let words =
+        refused(&["port", "add", "wan2", "--provider", FLOWTABLE, "--offload", "skip-sw"], 7);
+    assert!(words.contains("nf-flowtable declined") && words.contains("hardware"), "{words}");
+    let words = refused(&["port", "add", "lo"], 7);
+    assert!(
+        words.contains("tc-flower declined") && words.contains("nf-flowtable declined"),
+        "{words}"
+    );
+    let words = refused(&["port", "add", "wan2", "--provider", "nf-flow"], 2);
+    assert!(words.contains("nf-flow"), "{words}");
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    assert_eq!(r.run("nft list tables"), "table inet watch\n");
+}
+
+/// A connection that ends by itself costs the others nothing.
+#[test]
+fn mixed_the_flowtable_is_renewed_only_where_an_entry_would_live_on() {
+    let mut r = router("renew");
+    let file = configure("renew", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
+    r.start(&["--config", &file]);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    wait_crossing(&r, &mut c, [false; 3]);
+    let flowtable = |r: &Router| r.run("nft list flowtables | grep 'flowtable f'");
+    let before = flowtable(&r);
+    c.close();
+    wait_until("nothing is left of the connection", || r.slots().is_empty());
+    assert_eq!(flowtable(&r), before);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    wait_crossing(&r, &mut c, [false; 3]);
+    ok(&r, &["flush"]);
+    assert_ne!(flowtable(&r), before);
+    r.wait_installed(&BOTH, &mut c);
+    wait_crossing(&r, &mut c, [false; 3]);
+}
