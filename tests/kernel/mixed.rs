@@ -253,7 +253,7 @@ fn mixed_the_flowtable_is_renewed_only_where_an_entry_would_live_on() {
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
     wait_crossing(&r, &mut c, [false; 3]);
-    ok(&r, &["flush"]);
+    ok(&r, &["flush", "--all"]);
     assert_ne!(flowtable(&r), before);
     r.wait_installed(&BOTH, &mut c);
     wait_crossing(&r, &mut c, [false; 3]);

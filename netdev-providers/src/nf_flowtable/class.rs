@@ -124,21 +124,19 @@ impl Shared {
             state.switched_on = self.config.accounting && switch_accounting_on();
             return Ok(());
         };
-        if !table.is_hardware() {
-            return table.add_port(link);
-        }
-        if wants_hardware {
-            match table.add_port(link) {
-                Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => {}
-                other => return other,
+        if table.is_hardware() {
+            if wants_hardware {
+                match table.add_port(link, true) {
+                    Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => {}
+                    other => return other,
+                }
             }
+            info!(
+                port = link.name,
+                "the flowtable goes on without its offload flag, which holds for all its ports or for none"
+            );
         }
-        info!(
-            port = link.name,
-            "the flowtable goes on without its offload flag, which holds for all its ports or for none"
-        );
-        table.renew_as(false)?;
-        table.add_port(link)
+        table.add_port(link, false)
     }
 
     /// Takes the port out again, and with the last one the table.

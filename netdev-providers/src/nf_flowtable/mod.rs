@@ -44,7 +44,8 @@
 //! closing anyway, the flowtable is **renewed**: one transaction puts a new one in the place of the
 //! old, and all entries end with that. The other connections' elements still stand, so that each is
 //! back after one packet on the slow path (a driver that takes one flowtable at a time sees the old
-//! one go first). Deletes of one batch share a renewal. A delete whose
+//! one go first). Deletes of one batch share a renewal. So does a port
+//! that is added: entries of before would serve it at once. A delete whose
 //! evaluation overlaps with a packet on another processor is caught by the next usage sweep.
 //!
 //! # What can be read back

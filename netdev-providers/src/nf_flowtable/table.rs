@@ -127,25 +127,24 @@ impl Table {
         &self.ports
     }
 
-    /// Adds a port. Entries of others stay.
-    pub(super) fn add_port(&mut self, port: &Link) -> Result<(), TableError> {
-        if self.without_flowtable {
-            self.renew()?;
-        }
+    /// Adds a port, and goes on with or without the `offload` flag. The flowtable is renewed: an entry
+    /// that was made while the netdev was no port has its other direction there, which it has not
+    /// seen.
+    pub(super) fn add_port(&mut self, port: &Link, hardware: bool) -> Result<(), TableError> {
         let mut t = Transaction::new(&mut self.socket);
         put_port(&mut t, &self.name, NFT_MSG_NEWSETELEM, CREATE, port.ifindex);
-        let flowtable = flowtable_name(self.generation);
-        t.add(
-            Step::new("the port in the flowtable", NEEDS_FLOWTABLE),
-            NFT_MSG_NEWFLOWTABLE,
-            CREATE,
-            |m| {
-                put_flowtable(m, &self.name, &flowtable, self.hardware, [&*port.name]);
-            },
-        );
         done(t, &self.name)?;
         self.ports.push(port.ifindex);
-        Ok(())
+        let before = self.hardware;
+        let Err(refused) = self.renew_as(hardware) else { return Ok(()) };
+        self.ports.pop();
+        let mut t = Transaction::new(&mut self.socket);
+        put_port(&mut t, &self.name, NFT_MSG_DELSETELEM, 0, port.ifindex);
+        done(t, &self.name)?;
+        if self.without_flowtable {
+            self.renew_as(before)?;
+        }
+        Err(refused)
     }
 
     /// Takes a port out: from now on no packet that comes in there is looked up. Entries that other
