@@ -31,6 +31,9 @@ use nix::unistd::gettid;
 
 use crate::netns::NetNs;
 
+mod slow_path;
+mod tagged;
+
 const LAN: MacAddr = MacAddr([2, 0, 0, 0, 1, 1]);
 const CLIENT: MacAddr = MacAddr([2, 0, 0, 0, 1, 2]);
 const WAN: MacAddr = MacAddr([2, 0, 0, 0, 2, 1]);
@@ -246,7 +249,9 @@ const UDP6: &str = "udp [fd01::2]:4000 > [fd02::2]:53";
 struct Wire(OwnedFd);
 
 const SOL_PACKET: i32 = 263;
+const PACKET_AUXDATA: i32 = 8;
 const PACKET_VNET_HDR: i32 = 15;
+const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
 
 impl Wire {
     fn open(name: &str, vnet_hdr: bool) -> Self {
@@ -264,6 +269,7 @@ impl Wire {
             };
             assert_eq!(r, 0, "setsockopt");
         };
+        int(SOL_PACKET, PACKET_AUXDATA, 1);
         if vnet_hdr {
             int(SOL_PACKET, PACKET_VNET_HDR, 1);
         }
@@ -284,19 +290,50 @@ impl Wire {
         assert_eq!(n, bytes.len());
     }
 
+    /// The next frame, with the VLAN tag that the kernel has taken out of it put back.
+    fn receive_one(&self, buf: &mut [u8]) -> nix::Result<Vec<u8>> {
+        // struct cmsghdr and struct tpacket_auxdata: status, two lengths, two offsets, TCI, TPID.
+        let mut control = [0u64; 8];
+        let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+        // SAFETY: all zeros is a valid msghdr; what it is then pointed to (one iovec over `buf`, and
+        // `control`) outlives the call. Of the control messages only the header that
+        // `CMSG_FIRSTHDR` finds within `control`, and the 20 bytes behind it, are read.
+        let (n, aux) = unsafe {
+            let mut msg: libc::msghdr = std::mem::zeroed();
+            msg.msg_iov = &raw mut iov;
+            msg.msg_iovlen = 1;
+            msg.msg_control = control.as_mut_ptr().cast();
+            msg.msg_controllen = size_of_val(&control);
+            let n = libc::recvmsg(self.0.as_raw_fd(), &raw mut msg, libc::MSG_DONTWAIT);
+            let n = nix::errno::Errno::result(n)?;
+            let header = libc::CMSG_FIRSTHDR(&raw const msg);
+            let aux = (!header.is_null() && (*header).cmsg_level == SOL_PACKET)
+                .then(|| libc::CMSG_DATA(header).cast::<[u8; 20]>().read_unaligned());
+            (n as usize, aux)
+        };
+        let mut frame = buf[..n].to_vec();
+        if let Some(aux) = aux
+            && u32::from_ne_bytes([aux[0], aux[1], aux[2], aux[3]]) & TP_STATUS_VLAN_VALID != 0
+        {
+            let half = |at: usize| u16::from_ne_bytes([aux[at], aux[at + 1]]).to_be_bytes();
+            frame.splice(12..12, [half(18), half(16)].concat());
+        }
+        Ok(frame)
+    }
+
     /// Frames that arrive until `within` has passed without one that `want` wants, at most `max`.
     fn receive(&self, max: usize, within: Duration, want: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
         let mut got = Vec::new();
         let mut until = Instant::now() + within;
         let mut buf = vec![0; 70_000];
         while got.len() < max && Instant::now() < until {
-            let flags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
-            match nix::sys::socket::recv(self.0.as_raw_fd(), &mut buf, flags) {
-                Ok(n) if want(&buf[..n]) => {
-                    got.push(buf[..n].to_vec());
-                    until = Instant::now() + within;
+            match self.receive_one(&mut buf) {
+                Ok(frame) => {
+                    if want(&frame) {
+                        got.push(frame);
+                        until = Instant::now() + within;
+                    }
                 }
-                Ok(_) => {}
                 Err(nix::errno::Errno::EAGAIN) => std::thread::sleep(Duration::from_millis(2)),
                 Err(e) => panic!("recv: {e}"),
             }
@@ -346,6 +383,8 @@ struct Packet {
     /// UDP without a checksum.
     no_checksum: bool,
     eth_dst: MacAddr,
+    /// VLAN tags, the outermost first: ethertype and TCI.
+    tags: Vec<(u16, u16)>,
 }
 
 impl Packet {
@@ -360,7 +399,13 @@ impl Packet {
             payload: (0..101).collect(),
             no_checksum: false,
             eth_dst: LAN,
+            tags: Vec::new(),
         }
+    }
+
+    /// Where the IP header begins.
+    fn l3_at(&self) -> usize {
+        14 + 4 * self.tags.len()
     }
 
     fn l3_len(&self) -> usize {
@@ -414,6 +459,9 @@ impl Packet {
         l4[at..at + 2].copy_from_slice(&check.to_be_bytes());
 
         let mut f = [self.eth_dst.0, CLIENT.0].concat();
+        for (ethertype, tci) in &self.tags {
+            f.extend([ethertype.to_be_bytes(), tci.to_be_bytes()].concat());
+        }
         if t.is_ipv6() {
             let (first, extension) = self.extension.clone().unwrap_or((t.proto().number(), vec![]));
             f.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
@@ -443,7 +491,7 @@ impl Packet {
         let mut h = [0; 10];
         if partial {
             h[0] = 1; // VIRTIO_NET_HDR_F_NEEDS_CSUM
-            let start = 14 + self.l3_len();
+            let start = self.l3_at() + self.l3_len();
             h[6..8].copy_from_slice(&u16::try_from(start).unwrap().to_ne_bytes());
             h[8..10].copy_from_slice(&u16::try_from(self.check_at()).unwrap().to_ne_bytes());
         }
@@ -453,7 +501,7 @@ impl Packet {
                 (L4Proto::Tcp, true) => 4,  // VIRTIO_NET_HDR_GSO_TCPV6
                 (L4Proto::Udp, _) => 5,     // VIRTIO_NET_HDR_GSO_UDP_L4
             };
-            let headers = 14 + self.l3_len() + self.l4_header_len();
+            let headers = self.l3_at() + self.l3_len() + self.l4_header_len();
             h[2..4].copy_from_slice(&u16::try_from(headers).unwrap().to_ne_bytes());
             h[4..6].copy_from_slice(&gso.to_ne_bytes());
         }
@@ -466,6 +514,8 @@ impl Packet {
 struct Seen {
     dst: MacAddr,
     src: MacAddr,
+    /// VLAN tags, the outermost first: ethertype and TCI.
+    tags: Vec<(u16, u16)>,
     tuple: Tuple,
     ttl: u8,
     ip_checksum_right: bool,
@@ -477,8 +527,14 @@ struct Seen {
 /// `None` for frames that are not plain TCP or UDP over IP.
 fn parse(frame: &[u8]) -> Option<Seen> {
     let mac = |at: usize| Some(MacAddr(frame.get(at..at + 6)?.try_into().ok()?));
-    let ip = frame.get(14..)?;
-    let (proto, ttl, src, dst, l4, ip_ok): (_, _, IpAddr, IpAddr, _, _) = match frame.get(12..14)? {
+    let mut tags = Vec::new();
+    let mut rest = frame.get(12..)?;
+    while let &[0x81, 0, t0, t1, ..] | &[0x88, 0xa8, t0, t1, ..] = rest {
+        tags.push((u16::from_be_bytes([rest[0], rest[1]]), u16::from_be_bytes([t0, t1])));
+        rest = &rest[4..];
+    }
+    let ip = rest.get(2..)?;
+    let (proto, ttl, src, dst, l4, ip_ok): (_, _, IpAddr, IpAddr, _, _) = match rest.get(..2)? {
         [8, 0] => {
             let header = ip.get(..usize::from(ip.first()? & 15) * 4)?;
             let total = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
@@ -502,6 +558,7 @@ fn parse(frame: &[u8]) -> Option<Seen> {
     Some(Seen {
         dst: mac(0)?,
         src: mac(6)?,
+        tags,
         tuple: Tuple::new(proto, src, port(0)?, dst, port(2)?)?,
         ttl,
         ip_checksum_right: ip_ok,
@@ -823,7 +880,7 @@ fn a_large_batch_gives_every_operation_its_own_result() {
         match n % 50 {
             7 => f = flow_of(n - 1),
             13 => f.forward.egress = Ifindex::new(9999).unwrap(),
-            29 => f.forward.mtu = 1400,
+            29 => f.forward.tuple = tuple(TCP4),
             _ => {}
         }
         requests.push(add(u64::from(n), f));
@@ -835,7 +892,7 @@ fn a_large_batch_gives_every_operation_its_own_result() {
         match n % 50 {
             7 => assert_eq!(reason, Some(Reason::Conflict), "{n} {outcome:?}"),
             13 => assert_eq!(reason, Some(Reason::EgressUnsupported), "{n} {outcome:?}"),
-            29 => assert_eq!(reason, Some(Reason::MtuMismatch), "{n} {outcome:?}"),
+            29 => assert_eq!(reason, Some(Reason::Unsupported), "{n} {outcome:?}"),
             _ => match outcome {
                 Ok(Done::Added { rule, in_hw: Some(false) }) => rules.push((n as u64, *rule)),
                 other => panic!("{n}: {other:?}"),
@@ -878,7 +935,7 @@ fn foreign_filters_are_left_alone_and_given_way_to() {
     );
     let foreign = net.ns.run("tc filter show dev lan0 ingress");
     let port = net.bind("lan0");
-    assert!(port.provider.describe().contains("prios 49414-49419"), "{}", port.provider.describe());
+    assert!(port.provider.describe().contains("prios 49420-49431"), "{}", port.provider.describe());
     port.add(1, flow(tuple(TCP4), tuple(TCP4)));
     assert_eq!(port.packets(1), 0);
     assert_eq!(port.provider.flush().unwrap(), 1);
@@ -968,8 +1025,8 @@ fn what_a_dead_engine_left_goes_on_and_is_adopted_if_it_is_what_it_would_be() {
     assert_eq!(cookies, [11, 13, 14]);
     assert!(!text.contains("cookie c70f0100000000010000000000000002"), "{text}");
     assert!(text.contains("pref 7 "), "{text}");
-    assert_eq!(text.matches("u32").count(), 11, "7 guards, 2 hash tables, 2 prios: {text}");
-    assert_eq!(text.matches("cookie c70f010000000002ffff").count(), 7, "all of them ours: {text}");
+    assert_eq!(text.matches("u32").count(), 22, "14 guards, 4 hash tables, 4 prios: {text}");
+    assert_eq!(text.matches("cookie c70f010000000002ffff").count(), 14, "all of them ours: {text}");
     assert_eq!(port.provider.observe().unwrap().leftovers, []);
 
     // From now on they are rules like any other, and their handles are taken.
@@ -1036,19 +1093,19 @@ fn rules_outlive_a_removed_qdisc() {
     assert_eq!(port.delete(1, rule), Ok(Done::Deleted));
     // Noticed by the sweep: guards are up again before the next rule.
     port.add(2, flow(t, t));
-    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 7);
+    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 14);
     assert_eq!(net.pass(Packet::new(t).frame(false), false, t, 1).len(), 1);
     // Noticed by the add itself.
     net.ns.run("tc qdisc del dev lan0 clsact");
     let udp = tuple(UDP6);
     port.add(3, flow(udp, udp));
-    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 7);
+    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 14);
     assert_eq!(port.usage().len(), 1);
     // Put back by somebody else, without our guards: noticed by the sweep.
     net.ns.run("tc qdisc del dev lan0 clsact; tc qdisc add dev lan0 clsact");
     assert!(port.provider.usage(&mut |_| ()).is_err());
     port.add(4, flow(t, t));
-    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 7);
+    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 14);
     port.provider.release().unwrap();
 }
 

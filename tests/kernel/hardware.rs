@@ -125,7 +125,7 @@ fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
     };
     let p0 = bind("p0", HwFlags::Both, 1);
     let p1 = bind("p1", HwFlags::Both, 1);
-    assert_eq!((nic.rules("p0"), nic.rules("p1")), (2, 2), "the TTL guards alone");
+    assert_eq!((nic.rules("p0"), nic.rules("p1")), (4, 4), "the TTL guards alone");
     let text = nic.0.run("tc filter show dev p0 ingress");
     assert!(!text.contains("mirred"), "{text}");
     for shape in ["match ipv4 tcp", "flow ipv4 udp nat", "flow ipv6 tcp", "action csum"] {
@@ -151,7 +151,7 @@ fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
     let v4 = flow("tcp 10.0.1.2:1 > 10.0.2.2:2");
     let request = Request::Add { cookie: cookie(2, 1), flow: Box::new(v4) };
     assert!(matches!(submit(&*p0, request), Ok(Done::Added { in_hw: Some(true), .. })));
-    assert_eq!(nic.rules("p0"), 3);
+    assert_eq!(nic.rules("p0"), 5);
     p0.release().unwrap();
     assert_eq!(nic.rules("p0"), 0);
 }
@@ -170,7 +170,7 @@ fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
     }
     drop(dead);
     let port = bind("p0", HwFlags::SkipSw, 2);
-    assert_eq!(nic.rules("p0"), 4, "two guards, two flows");
+    assert_eq!(nic.rules("p0"), 6, "four guards, two flows");
     let mut left = port.observe().unwrap().leftovers;
     left.sort_by_key(|l| l.cookie.epoch);
     let adopt = |at: usize, flow: Flow| {
@@ -180,7 +180,7 @@ fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
     assert_eq!(adopt(0, nat), Ok(Done::Added { rule: left[0].rule, in_hw: Some(true) }));
     let other = flow("udp [fd01::2]:1 > [fd02::2]:3");
     assert_eq!(adopt(1, other).unwrap_err().reason, Reason::Conflict);
-    assert_eq!(nic.rules("p0"), 3);
+    assert_eq!(nic.rules("p0"), 5);
     port.release().unwrap();
     assert_eq!(nic.rules("p0"), 0);
 }
@@ -254,8 +254,8 @@ impl World {
 fn hardware_that_is_full_teaches_the_port_its_capacity_and_idle_rules_give_way() {
     let Some(nic) = Nic::new() else { return };
     let w = World::new(None);
-    // Two guards, and three flows.
-    nic.set("p0", "capacity", "5");
+    // Four guards, and three flows.
+    nic.set("p0", "capacity", "7");
     let conns: Vec<_> = (1..=5).map(|n| w.conn(n)).collect();
     for conn in &conns[..3] {
         assert_eq!(w.offer(conn), (SlotState::Installed, None));
@@ -270,7 +270,7 @@ fn hardware_that_is_full_teaches_the_port_its_capacity_and_idle_rules_give_way()
     }
     // None of them has carried anything for more than ten seconds.
     assert_eq!(w.offer(&conns[4]), (SlotState::Installed, None));
-    assert_eq!(nic.rules("p0"), 5, "one went, one came");
+    assert_eq!(nic.rules("p0"), 7, "one went, one came");
     let port = &w.engine.ports()[0];
     assert_eq!((port.slots.installed, port.evictions), (3, 1));
     assert!(w.engine.close().iter().all(|d| d.faults.is_empty()));
@@ -285,7 +285,7 @@ fn hardware_is_not_asked_for_more_than_was_configured() {
         assert_eq!(w.offer(&w.conn(n)), (SlotState::Installed, None));
     }
     assert_eq!(w.offer(&w.conn(3)), (SlotState::Rejected, Some(Reason::TableFull)));
-    assert_eq!(nic.rules("p0"), 4);
+    assert_eq!(nic.rules("p0"), 6);
     let port = &w.engine.ports()[0];
     assert_eq!((port.capacity, port.capacity_learnt), (Some(2), false));
     w.engine.close();

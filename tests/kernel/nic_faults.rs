@@ -117,15 +117,15 @@ fn hardware_that_was_reset_gets_its_rules_again_guards_and_all() {
     let mut c = h.router.connect();
     h.wait_in_hardware(&mut c);
     let there = PORTS.map(|port| h.rules(port, "active"));
-    assert_eq!(there, [3, 3], "a flow, and two guards");
+    assert_eq!(there, [5, 5], "a flow, and four guards");
     for port in PORTS {
         h.set(port, "reset", "1");
-        assert_eq!((h.rules(port, "active"), h.rules(port, "lost")), (0, 3));
+        assert_eq!((h.rules(port, "active"), h.rules(port, "lost")), (0, 5));
     }
-    assert_eq!(h.router.rules("lan"), 1 + 2, "tc goes on showing them");
+    assert_eq!(h.router.rules("lan"), 1 + 4, "tc goes on showing them");
     wait_until("the rules are in the NIC again", || {
         c.ping();
-        PORTS.iter().all(|port| h.rules(port, "active") == 3 && h.rules(port, "lost") == 0)
+        PORTS.iter().all(|port| h.rules(port, "active") == 5 && h.rules(port, "lost") == 0)
     });
     h.wait_in_hardware(&mut c);
     for port in PORTS {

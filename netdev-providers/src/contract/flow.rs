@@ -67,4 +67,16 @@ impl Flow {
     pub fn has_nat(&self) -> bool {
         self.matches.tuple != self.forward.tuple
     }
+
+    /// True when packets can arrive that are longer than may be sent.
+    #[must_use]
+    pub const fn may_exceed_mtu(&self) -> bool {
+        self.ingress_mtu > self.forward.mtu
+    }
+
+    /// True when the packets carry a VLAN tag, on arrival or on departure.
+    #[must_use]
+    pub const fn has_vlan(&self) -> bool {
+        self.matches.vlan.is_some() || self.forward.vlan.is_some()
+    }
 }

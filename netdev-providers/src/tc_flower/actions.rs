@@ -1,8 +1,16 @@
 //! Actions: what a rule does to its packets.
 //!
-//! The order is that of the design: MAC addresses, NAT, one off the TTL (all three in one
-//! `pedit`), checksums, redirect. Around the `pedit` of a NAT rule in software stand two `bpf`
+//! The order is that of the design: VLAN pop, MAC addresses, NAT, one off the TTL (all three in one
+//! `pedit`), checksums, VLAN push, redirect. Around the `pedit` of a NAT rule in software stand two `bpf`
 //! actions that keep the L4 checksum right; see [`super::bpf`] for why `csum` cannot.
+//!
+//! # police
+//! Where packets can arrive that are longer than may be sent, a `police` without a rate stands first:
+//! what is longer than its `mtu` gets the verdict `pass` and goes up the stack, untouched, where it
+//! is fragmented or answered with an ICMP error; the rest goes on to the next action. This is exact
+//! (`tcf_police_mtu_check`, since Linux 5.19): of a single packet the kernel compares the length
+//! with the Ethernet header, without the tag, which stands beside the packet; of a GSO packet that
+//! of the longest segment it will be cut into, as the forwarding code does.
 //!
 //! # pedit
 //! A key is a 32-bit word at an offset that is a multiple of 4: `word = (word & mask) ^ value`,
@@ -22,7 +30,7 @@ use std::net::IpAddr;
 use super::bpf::NatProgram;
 use super::uapi::*;
 use crate::contract::flow::Flow;
-use crate::contract::types::{Ifindex, L4Proto};
+use crate::contract::types::{Ifindex, L4Proto, VlanId};
 use crate::netlink::wire::Message;
 
 /// How the L4 checksum of a NAT rule is kept right.
@@ -34,16 +42,26 @@ pub(super) enum NatForm<'p> {
     Hardware,
 }
 
-/// The actions that every port needs.
+/// What is done to the tag.
+#[derive(Clone, Copy, Debug)]
+enum Vlan {
+    Pop,
+    Push(VlanId),
+}
+
+/// The actions that rules are made of; `bpf`, for NAT in software, is looked for apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Gact,
     Pedit,
     Csum,
     Mirred,
+    Vlan,
+    Police,
 }
 
 impl Action {
+    /// Those that every port needs.
     pub(super) const ALL: [Self; 4] = [Self::Gact, Self::Pedit, Self::Csum, Self::Mirred];
 
     /// The module that brings it, and the kernel option that makes the module.
@@ -53,6 +71,8 @@ impl Action {
             Self::Pedit => "act_pedit: CONFIG_NET_ACT_PEDIT",
             Self::Csum => "act_csum: CONFIG_NET_ACT_CSUM",
             Self::Mirred => "act_mirred: CONFIG_NET_ACT_MIRRED",
+            Self::Vlan => "act_vlan: CONFIG_NET_ACT_VLAN",
+            Self::Police => "act_police: CONFIG_NET_ACT_POLICE",
         }
     }
 }
@@ -131,6 +151,35 @@ impl<'m, 'b> ActionList<'m, 'b> {
         });
     }
 
+    /// Lets only IP packets of at most this length go on to the next action.
+    fn police(&mut self, mtu: u32) {
+        // struct tc_police: index, action (of what exceeds), limit, burst, mtu, two rates, ...
+        let mut parms = [0; 56];
+        parms[4..8].copy_from_slice(&TC_ACT_OK.to_ne_bytes());
+        parms[16..20].copy_from_slice(&mtu.saturating_add(ETH_HLEN).to_ne_bytes());
+        self.push(b"police\0", None, |m| {
+            m.attr(TCA_POLICE_TBF, &parms);
+            m.attr(TCA_POLICE_RESULT, &TC_ACT_PIPE.to_ne_bytes());
+        });
+    }
+
+    fn vlan(&mut self, what: Vlan) {
+        let mut parms = [0; 24];
+        parms[..20].copy_from_slice(&tc_gen(TC_ACT_PIPE));
+        let action = match what {
+            Vlan::Pop => TCA_VLAN_ACT_POP,
+            Vlan::Push(_) => TCA_VLAN_ACT_PUSH,
+        };
+        parms[20..].copy_from_slice(&action.to_ne_bytes());
+        self.push(b"vlan\0", None, |m| {
+            m.attr(TCA_VLAN_PARMS, &parms);
+            if let Vlan::Push(id) = what {
+                m.u16(TCA_VLAN_PUSH_VLAN_ID, id.get());
+                m.be16(TCA_VLAN_PUSH_VLAN_PROTOCOL, ETH_P_8021Q);
+            }
+        });
+    }
+
     fn redirect(&mut self, egress: Ifindex, cookie: &[u8; 16]) {
         let mut parms = [0; 28];
         parms[..20].copy_from_slice(&tc_gen(TC_ACT_STOLEN));
@@ -147,6 +196,8 @@ impl<'m, 'b> ActionList<'m, 'b> {
             Action::Gact => self.pass(cookie),
             Action::Pedit => self.pedit(&PeditKeys::of(flow, None)),
             Action::Csum => self.csum(TCA_CSUM_UPDATE_FLAG_IPV4HDR),
+            Action::Police => self.police(flow.forward.mtu),
+            Action::Vlan => self.vlan(Vlan::Pop),
             Action::Mirred => self.redirect(flow.forward.egress, cookie),
         }
     }
@@ -155,6 +206,12 @@ impl<'m, 'b> ActionList<'m, 'b> {
     pub(super) fn flow(&mut self, flow: &Flow, nat: Option<NatForm<'_>>, cookie: &[u8; 16]) {
         let keys = PeditKeys::of(flow, nat);
         let nat = nat.filter(|_| flow.has_nat());
+        if flow.may_exceed_mtu() {
+            self.police(flow.forward.mtu);
+        }
+        if flow.matches.vlan.is_some() {
+            self.vlan(Vlan::Pop);
+        }
         if let Some(NatForm::Software { before, .. }) = nat {
             self.bpf(before);
         }
@@ -167,6 +224,9 @@ impl<'m, 'b> ActionList<'m, 'b> {
         let update = checksums_to_update(flow, nat);
         if update != 0 {
             self.csum(update);
+        }
+        if let Some(id) = flow.forward.vlan {
+            self.vlan(Vlan::Push(id));
         }
         self.redirect(flow.forward.egress, cookie);
     }

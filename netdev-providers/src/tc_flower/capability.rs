@@ -40,11 +40,11 @@ impl Shape {
 
     fn of(flow: &Flow) -> Self {
         let tuple = &flow.matches.tuple;
-        Self { family: Family::of(tuple.is_ipv6()), proto: tuple.proto(), nat: flow.has_nat() }
+        Self { family: Family::of_ip(tuple.is_ipv6()), proto: tuple.proto(), nat: flow.has_nat() }
     }
 
     fn all() -> impl Iterator<Item = Self> {
-        Family::BOTH.into_iter().flat_map(|family| {
+        Family::UNTAGGED.into_iter().flat_map(|family| {
             [L4Proto::Tcp, L4Proto::Udp]
                 .into_iter()
                 .flat_map(move |proto| [false, true].map(|nat| Self { family, proto, nat }))
@@ -55,8 +55,8 @@ impl Shape {
 impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let family = match self.family {
-            Family::Ipv4 => "ipv4",
-            Family::Ipv6 => "ipv6",
+            Family::Ipv4 | Family::TaggedIpv4 => "ipv4",
+            Family::Ipv6 | Family::TaggedIpv6 => "ipv6",
         };
         write!(f, "{family} {}{}", self.proto, if self.nat { " nat" } else { "" })
     }
@@ -95,6 +95,8 @@ impl Capabilities {
                 Action::Pedit => "pedit",
                 Action::Csum => "csum",
                 Action::Mirred => "mirred",
+                Action::Vlan => "vlan",
+                Action::Police => "police",
             };
             lines.push(trials.part(format!("action {kind}"), shape, action)?);
         }
@@ -242,8 +244,12 @@ impl Trials<'_> {
 /// A flow that no packet belongs to: all its addresses and ports are 0.
 pub(super) fn trial_flow(ifindex: Ifindex, shape: Shape) -> Flow {
     let (zero, other): (IpAddr, IpAddr) = match shape.family {
-        Family::Ipv4 => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into()),
-        Family::Ipv6 => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into()),
+        Family::Ipv4 | Family::TaggedIpv4 => {
+            (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into())
+        }
+        Family::Ipv6 | Family::TaggedIpv6 => {
+            (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into())
+        }
     };
     let tuple = |dst, port| {
         #[expect(clippy::expect_used, reason = "both addresses are of one family")]

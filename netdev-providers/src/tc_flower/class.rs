@@ -17,8 +17,8 @@ use crate::netlink::error::NetlinkError;
 /// Options of the class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcFlowerConfig {
-    /// The first of six consecutive prios that rules stand at; should somebody else's filters be at
-    /// one of them, the next six are tried, and so on. The default, 0xc100, is behind all that the
+    /// The first of twelve consecutive prios that rules stand at; should somebody else's filters be at
+    /// one of them, the next twelve are tried, and so on. The default, 0xc100, is behind all that the
     /// kernel gives to filters without a prio.
     pub prio_base: u16,
     /// How many messages go to the kernel in one system call.
@@ -74,7 +74,7 @@ impl ProviderClass for TcFlowerClass {
     fn init(&self) -> Result<(), Fault> {
         if Prios::new(self.config.prio_base).is_none() {
             return Err(Fault::new(format!(
-                "prio_base {}: six prios from 1 to 65535 are needed",
+                "prio_base {}: twelve prios from 1 to 65535 are needed",
                 self.config.prio_base
             )));
         }
@@ -133,7 +133,7 @@ mod tests {
         assert!(TcFlowerClass::default().init().is_ok());
         let with = |config| TcFlowerClass::new(config).init();
         assert!(with(TcFlowerConfig { prio_base: 0, ..Default::default() }).is_err());
-        assert!(with(TcFlowerConfig { prio_base: 0xfffe, ..Default::default() }).is_err());
+        assert!(with(TcFlowerConfig { prio_base: 0xfff5, ..Default::default() }).is_err());
         assert!(with(TcFlowerConfig { batch: 0, ..Default::default() }).is_err());
     }
 }

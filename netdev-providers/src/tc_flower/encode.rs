@@ -3,7 +3,7 @@
 //! Every flow of one family and protocol has the same keys with full masks, because flower keeps
 //! one hash table per distinct mask and walks the masks in a row, dissecting the packet anew for
 //! each (`fl_classify`): two masks per prio, one for TCP and one for UDP, and twice that at most,
-//! when routed and bridged flows stand on one port.
+//! when routed and bridged flows stand on one port. Tagged flows have prios of their own.
 
 use std::net::IpAddr;
 
@@ -19,7 +19,13 @@ const TCP_FLAGS_FOR_CONNTRACK: u16 = 0x0007;
 /// Writes the keys into the options of a flower rule.
 pub(super) fn flow_keys(m: &mut Message<'_>, flow: &FlowMatch) {
     let tuple = &flow.tuple;
-    m.be16(TCA_FLOWER_KEY_ETH_TYPE, Family::of(tuple.is_ipv6()).ethertype());
+    let family = Family::of(flow);
+    m.be16(TCA_FLOWER_KEY_ETH_TYPE, family.ethertype());
+    if let Some(vlan) = flow.vlan {
+        m.u16(TCA_FLOWER_KEY_VLAN_ID, vlan.get());
+        // Of what stands behind the first tag, so a frame with two of them is none of ours.
+        m.be16(TCA_FLOWER_KEY_VLAN_ETH_TYPE, family.ip_ethertype());
+    }
     if let Some(mac) = flow.eth_dst {
         m.attr(TCA_FLOWER_KEY_ETH_DST, &mac.0);
         m.attr(TCA_FLOWER_KEY_ETH_DST_MASK, &[0xff; 6]);

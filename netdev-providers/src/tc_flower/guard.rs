@@ -10,6 +10,8 @@
 //! | IPv4 options | u32 | not told apart |
 //! | IPv6 hop-by-hop, routing, destination headers in front | u32 | not told apart |
 //!
+//! They stand twice: for untagged and for tagged frames.
+//!
 //! In software all of it is u32, which compares a word of the header; one more flower prio would
 //! have every packet dissected once more, before the flows are even looked at. In hardware the TTL
 //! guard has to be flower, which drivers take; being `skip_sw` it is not asked in software for a result,
@@ -63,14 +65,26 @@ const fn next_header(number: u32) -> Knode {
     Knode { at: 4, mask: 0x0000_ff00, value: number << 8 }
 }
 
+/// The first four bits of the header: what a tagged frame carries. The prio of tagged frames says
+/// nothing of that. Where a tag was taken off, the network header is what stood behind it; something
+/// else than IP that begins with these bits would be passed on up the stack, where it goes anyway.
+const VERSION_4: Knode = Knode { at: 0, mask: 0xf000_0000, value: 0x4000_0000 };
+const VERSION_6: Knode = Knode { at: 0, mask: 0xf000_0000, value: 0x6000_0000 };
+
 const IPV4: &[Knode] = &[TTL, IHL_8_TO_15, IHL_6_7];
 const IPV6: &[Knode] = &[HOP_LIMIT, next_header(0), next_header(43), next_header(60)];
 
 /// The comparisons of a family.
 pub(super) const fn knodes(family: Family) -> &'static [Knode] {
+    if family.is_ipv6() { IPV6 } else { IPV4 }
+}
+
+/// What is compared before, where the prio does not do it.
+const fn version(family: Family) -> Option<Knode> {
     match family {
-        Family::Ipv4 => IPV4,
-        Family::Ipv6 => IPV6,
+        Family::Ipv4 | Family::Ipv6 => None,
+        Family::TaggedIpv4 => Some(VERSION_4),
+        Family::TaggedIpv6 => Some(VERSION_6),
     }
 }
 
@@ -106,16 +120,20 @@ pub(super) fn u32(
 ) {
     let flags = REQUEST | ACK | CREATE | EXCL;
     let mut m = start(buf, seq, flags, (ifindex, prio, family), None);
-    // struct tc_u32_sel with one struct tc_u32_key; mask and value are big-endian.
-    let mut sel = [0; 32];
+    // struct tc_u32_sel with one or two struct tc_u32_key; mask and value are big-endian.
+    let mut sel = [0; 16 + 2 * 16];
     sel[0] = TC_U32_TERMINAL;
-    sel[2] = 1; // nkeys
-    sel[16..20].copy_from_slice(&knode.mask.to_be_bytes());
-    sel[20..24].copy_from_slice(&knode.value.to_be_bytes());
-    sel[24..28].copy_from_slice(&knode.at.to_ne_bytes());
+    let mut len = 16;
+    for key in version(family).into_iter().chain([knode]) {
+        sel[len..len + 4].copy_from_slice(&key.mask.to_be_bytes());
+        sel[len + 4..len + 8].copy_from_slice(&key.value.to_be_bytes());
+        sel[len + 8..len + 12].copy_from_slice(&key.at.to_ne_bytes());
+        len += 16;
+        sel[2] += 1; // nkeys
+    }
     m.attr(TCA_KIND, b"u32\0");
     m.nested_plain(TCA_OPTIONS, |m| {
-        m.attr(TCA_U32_SEL, &sel);
+        m.attr(TCA_U32_SEL, &sel[..len]);
         m.u32(TCA_U32_FLAGS, TCA_CLS_FLAGS_SKIP_HW);
         m.nested_plain(TCA_U32_ACT, |m| {
             ActionList::new(m, true).pass(&cookie.to_bytes());
@@ -139,6 +157,9 @@ pub(super) fn flower_ttl(
     m.attr(TCA_KIND, b"flower\0");
     m.nested_plain(TCA_OPTIONS, |m| {
         m.be16(TCA_FLOWER_KEY_ETH_TYPE, family.ethertype());
+        if family.is_tagged() {
+            m.be16(TCA_FLOWER_KEY_VLAN_ETH_TYPE, family.ip_ethertype());
+        }
         m.u8(TCA_FLOWER_KEY_IP_TTL, 0);
         m.u8(TCA_FLOWER_KEY_IP_TTL_MASK, 0xfe);
         m.u32(TCA_FLOWER_FLAGS, TCA_CLS_FLAGS_SKIP_SW);

@@ -7,17 +7,22 @@
 //!   prio base+0 ip, +1 ipv6   flower, skip_sw     TTL 0 and 1: pass       (hardware ports)
 //!   prio base+2 ip, +3 ipv6   u32, skip_hw        TTL, options, ...: pass (software ports)
 //!   prio base+4 ip, +5 ipv6   flower              one rule per flow
+//!   prio base+6 to +11        802.1q              the same three for tagged frames
 //! ```
 //! A flow's rule matches the exact tuple, unfragmented, and of TCP only segments without SYN, FIN and
-//! RST; it rewrites MAC addresses, addresses and ports, takes one off the TTL and redirects to the
-//! egress netdev. Everything else goes up the stack as if there were no rules.
+//! RST; it takes the VLAN tag off, rewrites MAC addresses, addresses and ports, takes one off the TTL,
+//! puts a VLAN tag on and redirects to the egress netdev. Everything else goes up the stack as if there were no rules.
 //!
 //! A port that is bound again after its engine died finds the old rules where it would put its own:
 //! they go on forwarding until they are taken over or removed, and the guards never fall.
 //!
 //! # What to know before relying on it
-//! * **Length.** Flower has no key for it: flows whose path has a smaller MTU than the port are
-//!   refused ([`Reason::MtuMismatch`](crate::Reason::MtuMismatch)).
+//! * **Length.** Flower has no key for it: flows whose path has a smaller MTU than the port have a
+//!   `police` in front, in software only (`skip_hw`), which lets packets that are too long go up the
+//!   stack. Without act_police, and on a port for hardware only, they are refused
+//!   ([`Reason::MtuMismatch`](crate::Reason::MtuMismatch)).
+//! * **VLAN.** One 802.1Q tag is matched, taken off, put on; a frame with two is none of ours. What
+//!   arrives tagged with any priority leaves with priority 0.
 //! * **Options and extension headers** are told apart by the u32 guards, in software only. What a NIC
 //!   does with them is its own affair: see `guard.rs`.
 //! * **A NIC that says no.** On a port for hardware and software a rule that the NIC refuses is in

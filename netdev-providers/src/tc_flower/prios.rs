@@ -6,6 +6,11 @@
 //! that other people add without a prio come **before** ours, whether ours are there already or
 //! not, and filters with a small prio of their own as well: ours only take what others let pass.
 
+//!
+//! # Order
+//! First what untagged frames are asked for, then what tagged frames are: a frame passes over the
+//! prios of other ethertypes, which costs a comparison each.
+
 use super::uapi::{Family, Prio};
 
 /// The lowest prio of the block.
@@ -29,7 +34,7 @@ impl Use {
 
 impl Prios {
     /// How many prios a block has; blocks that are tried one after the other are that far apart.
-    pub(super) const COUNT: u16 = 6;
+    pub(super) const COUNT: u16 = 12;
 
     /// `None` when the block does not fit, or begins at 0, which means "choose one".
     pub(super) fn new(base: u16) -> Option<Self> {
@@ -44,14 +49,15 @@ impl Prios {
 
     /// One of its prios.
     pub(super) const fn of(self, what: Use, family: Family) -> Prio {
-        Prio(self.0 + what as u16 + family as u16)
+        let tagged = if family.is_tagged() { Self::COUNT / 2 } else { 0 };
+        Prio(self.0 + tagged + what as u16 + family.is_ipv6() as u16)
     }
 
     /// All of them, in order.
     pub(super) fn all(self) -> impl Iterator<Item = (Use, Family, Prio)> {
-        Use::ALL
+        [Family::UNTAGGED, Family::TAGGED]
             .into_iter()
-            .flat_map(|u| Family::BOTH.map(|f| (u, f)))
+            .flat_map(|families| Use::ALL.into_iter().flat_map(move |u| families.map(|f| (u, f))))
             .map(move |(u, f)| (u, f, self.of(u, f)))
     }
 
@@ -61,7 +67,7 @@ impl Prios {
 
     /// The family whose flows are at this prio.
     pub(super) fn flows_at(self, prio: Prio) -> Option<Family> {
-        Family::BOTH.into_iter().find(|&f| self.of(Use::Flows, f) == prio)
+        Family::ALL.into_iter().find(|&f| self.of(Use::Flows, f) == prio)
     }
 }
 
@@ -76,19 +82,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_has_six_prios_in_a_row() {
+    fn a_block_has_twelve_prios_in_a_row() {
         let p = Prios::new(0xc100).unwrap();
         let all: Vec<u16> = p.all().map(|(_, _, p)| p.0).collect();
-        assert_eq!(all, (0xc100..0xc106).collect::<Vec<_>>());
-        assert!(p.contains(0xc105) && !p.contains(0xc106) && !p.contains(0xc0ff));
+        assert_eq!(all, (0xc100..0xc10c).collect::<Vec<_>>());
+        assert!(p.contains(0xc10b) && !p.contains(0xc10c) && !p.contains(0xc0ff));
         assert_eq!(p.flows_at(Prio(0xc105)), Some(Family::Ipv6));
+        assert_eq!(p.flows_at(Prio(0xc10a)), Some(Family::TaggedIpv4));
         assert_eq!(p.flows_at(Prio(0xc103)), None);
+        assert_eq!(p.flows_at(Prio(0xc109)), None);
     }
 
     #[test]
     fn a_block_that_does_not_fit_is_refused() {
         assert_eq!(Prios::new(0), None);
-        assert_eq!(Prios::new(0xfffb), None);
-        assert_eq!(Prios::new(0xfffa).unwrap().next(), None);
+        assert_eq!(Prios::new(0xfff5), None);
+        assert_eq!(Prios::new(0xfff4).unwrap().next(), None);
     }
 }

@@ -18,7 +18,8 @@ use super::prios::{Prios, Use};
 use super::rule::{self, Form, Place};
 use super::uapi::*;
 use crate::contract::class::BindError;
-use crate::contract::types::{Cookie, HwFlags, Instance, L4Proto, RuleId};
+use crate::contract::flow::{Flow, FlowMatch, Forward};
+use crate::contract::types::{Cookie, HwFlags, Instance, L4Proto, RuleId, VlanId};
 use crate::netlink::error::NetlinkError;
 
 /// What bind is to find out.
@@ -73,16 +74,29 @@ pub(super) struct Found {
     pub(super) capabilities: Capabilities,
     /// Flows' rules of dead engines, which go on forwarding.
     pub(super) left: Vec<RuleId>,
+    /// Why flows with VLAN tags are refused, where they are.
+    pub(super) vlan: Result<(), String>,
+    /// The NIC takes the guards for tagged frames too.
+    pub(super) tagged_in_hw: bool,
+    /// Why packets that are too long for the way out cannot be told apart, where that is so.
+    pub(super) length: Result<(), String>,
 }
 
 impl Found {
     /// Whether guards stand at a prio of this use.
-    pub(super) const fn has_guards_at(&self, what: Use) -> bool {
+    pub(super) const fn has_guards_at(&self, what: Use, family: Family) -> bool {
+        let tagged = family.is_tagged();
         match what {
-            Use::HardwareGuards => self.mode.has_hardware(),
-            Use::SoftwareGuards => self.mode.has_software(),
+            Use::HardwareGuards => self.mode.has_hardware() && (!tagged || self.tagged_in_hw),
+            Use::SoftwareGuards => self.mode.has_software() && (!tagged || self.vlan.is_ok()),
             Use::Flows => false,
         }
+    }
+
+    /// The families whose guards stand at a prio of this use.
+    fn guarded(&self, what: Use) -> impl Iterator<Item = Family> {
+        let found = Family::ALL.map(|f| (f, self.has_guards_at(what, f)));
+        found.into_iter().filter_map(|(f, has)| has.then_some(f))
     }
 }
 
@@ -155,6 +169,9 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
         nat: wanted.nat.clone(),
         capabilities: Capabilities::default(),
         left: left.flows.clone(),
+        vlan: Ok(()),
+        tagged_in_hw: false,
+        length: Ok(()),
     };
     install(hook, wanted, &mut found, &left).map_err(|e| (e, Some(prios)))?;
     Ok(found)
@@ -169,24 +186,25 @@ fn install(
 ) -> Result<(), BindError> {
     let guards = Guards { instance: wanted.instance, made_qdisc: found.made_qdisc };
     if wanted.hw_flags != HwFlags::SkipHw {
-        match hardware_guards(hook, found, guards, left) {
-            Ok(()) if wanted.hw_flags == HwFlags::SkipSw => found.mode = Mode::Hardware,
-            Ok(()) => found.mode = Mode::Both,
+        match hardware_guards(hook, found, guards, left, Family::UNTAGGED) {
+            Ok(()) => {
+                let only = wanted.hw_flags == HwFlags::SkipSw;
+                found.mode = if only { Mode::Hardware } else { Mode::Both };
+                tagged_hardware_guards(hook, found, guards, left);
+            }
             Err(e) if wanted.hw_flags == HwFlags::SkipSw => {
                 return Err(BindError::Declined(format!(
                     "hardware only (skip_sw), and the NIC does not take the TTL guard: {e}"
                 )));
             }
             Err(e) => {
-                for family in Family::BOTH {
-                    let _ = hook.delete_all(found.prios.of(Use::HardwareGuards, family), family);
-                }
+                take_down(hook, found, Use::HardwareGuards, Family::UNTAGGED);
                 found.no_hardware = Some(e.to_string());
             }
         }
     }
     if found.mode.has_software() {
-        software_guards(hook, found, guards).map_err(|e| {
+        software_guards(hook, found, guards, Family::UNTAGGED).map_err(|e| {
             // "TC classifier not found", or "Failed to load TC action module".
             let module = if e.to_string().contains("action") {
                 Action::Gact.module()
@@ -196,12 +214,15 @@ fn install(
             missing("u32", e, module)
         })?;
         try_rules(hook, found, guards)?;
+        tagged_software_guards(hook, found, guards);
+    } else {
+        found.length = Err("a length is told apart in software only (skip_sw)".into());
     }
     found.capabilities = Capabilities::find(hook, found, guards)
         .map_err(|e| failed("finding out which rules the netdev takes", e))?;
     for (what, family, prio, handles) in &left.guards {
         let cleared = match what {
-            _ if !found.has_guards_at(*what) => hook.delete_all(*prio, *family),
+            _ if !found.has_guards_at(*what, *family) => hook.delete_all(*prio, *family),
             Use::SoftwareGuards => {
                 handles.iter().try_for_each(|&h| hook.delete_u32(*prio, *family, h))
             }
@@ -210,6 +231,39 @@ fn install(
         cleared.map_err(|e| failed("removing the guards of a dead engine", e))?;
     }
     Ok(())
+}
+
+fn take_down(hook: &mut Hook, found: &Found, what: Use, families: [Family; 2]) {
+    for family in families {
+        if let Err(e) = hook.delete_all(found.prios.of(what, family), family) {
+            debug!("removing guards: {e}");
+        }
+    }
+}
+
+/// A NIC that takes the guard for untagged frames only serves flows that arrive untagged.
+fn tagged_hardware_guards(hook: &mut Hook, found: &mut Found, guards: Guards, left: &Left) {
+    match hardware_guards(hook, found, guards, left, Family::TAGGED) {
+        Ok(()) => found.tagged_in_hw = true,
+        Err(e) => {
+            take_down(hook, found, Use::HardwareGuards, Family::TAGGED);
+            if !found.mode.has_software() {
+                found.vlan =
+                    Err(format!("the NIC does not take the TTL guard for tagged frames: {e}"));
+            }
+        }
+    }
+}
+
+/// Without `act_vlan` the port still serves flows without tags.
+fn tagged_software_guards(hook: &mut Hook, found: &mut Found, guards: Guards) {
+    if found.vlan.is_err() {
+        return;
+    }
+    if let Err(e) = software_guards(hook, found, guards, Family::TAGGED) {
+        take_down(hook, found, Use::SoftwareGuards, Family::TAGGED);
+        found.vlan = Err(format!("the kernel does not take a guard for tagged frames: {e}"));
+    }
 }
 
 /// What the cookies of guards say.
@@ -231,13 +285,9 @@ pub(super) fn put_up_guards(
     found: &Found,
     guards: Guards,
 ) -> Result<(), NetlinkError> {
-    if found.mode.has_hardware() {
-        hardware_guards(hook, found, guards, &Left::default())?;
-    }
-    if found.mode.has_software() {
-        software_guards(hook, found, guards)?;
-    }
-    Ok(())
+    let none = Left::default();
+    hardware_guards(hook, found, guards, &none, found.guarded(Use::HardwareGuards))?;
+    software_guards(hook, found, guards, found.guarded(Use::SoftwareGuards))
 }
 
 /// Gives the NIC the guards that it should have, whether or not it has them.
@@ -246,15 +296,14 @@ pub(super) fn renew_hardware_guards(
     found: &Found,
     guards: Guards,
 ) -> Result<(), NetlinkError> {
-    if found.mode.has_hardware() {
-        hardware_guards(hook, found, guards, &Left::default())?;
-    }
-    Ok(())
+    let families = found.guarded(Use::HardwareGuards);
+    hardware_guards(hook, found, guards, &Left::default(), families)
 }
 
 /// True when every prio that should have guards has one.
 pub(super) fn guards_stand(hook: &mut Hook, found: &Found) -> Result<bool, NetlinkError> {
-    for (what, family, prio) in found.prios.all().filter(|&(what, ..)| found.has_guards_at(what)) {
+    let guarded = |&(what, family, _): &_| found.has_guards_at(what, family);
+    for (what, family, prio) in found.prios.all().filter(guarded) {
         let mut stands = false;
         hook.filters_at(prio, family, |f| {
             stands |= f.ours().is_some_and(|(cookie, _)| is_guard(&cookie));
@@ -273,8 +322,9 @@ fn hardware_guards(
     found: &Found,
     guards: Guards,
     left: &Left,
+    families: impl IntoIterator<Item = Family>,
 ) -> Result<(), NetlinkError> {
-    for family in Family::BOTH {
+    for family in families {
         let prio = found.prios.of(Use::HardwareGuards, family);
         if !left.guards_at(prio).is_empty() {
             continue;
@@ -286,8 +336,13 @@ fn hardware_guards(
     Ok(())
 }
 
-fn software_guards(hook: &mut Hook, found: &Found, guards: Guards) -> Result<(), NetlinkError> {
-    for family in Family::BOTH {
+fn software_guards(
+    hook: &mut Hook,
+    found: &Found,
+    guards: Guards,
+    families: impl IntoIterator<Item = Family>,
+) -> Result<(), NetlinkError> {
+    for family in families {
         let prio = found.prios.of(Use::SoftwareGuards, family);
         for &knode in guard::knodes(family) {
             hook.request(|buf, seq, ifindex| {
@@ -299,19 +354,35 @@ fn software_guards(hook: &mut Hook, found: &Found, guards: Guards) -> Result<(),
 }
 
 /// Tries a rule with every key and action of each family, and takes it away again. Without the
-/// programs for NAT, or without `act_bpf`, the port still serves flows without NAT.
+/// programs for NAT, or without `act_bpf`, `act_vlan` or `act_police`, the port still serves the
+/// flows that do not need them.
 fn try_rules(hook: &mut Hook, found: &mut Found, guards: Guards) -> Result<(), BindError> {
-    for family in Family::BOTH {
-        if let Err(e) = try_rule(hook, found, guards, family, false) {
+    for family in Family::UNTAGGED {
+        let trial = |nat| trial_flow(hook.ifindex, Shape::new(family, L4Proto::Tcp, nat));
+        let (plain, translated) = (trial(false), trial(true));
+        if let Err(e) = try_rule(hook, found, guards, &plain) {
             let module = name_missing(hook, found, guards, family);
             return Err(missing("flower", e, module));
         }
         if found.nat.is_ok()
-            && let Err(e) = try_rule(hook, found, guards, family, true)
+            && let Err(e) = try_rule(hook, found, guards, &translated)
         {
             found.nat = Err(format!(
                 "the kernel does not take the bpf action (act_bpf: CONFIG_NET_ACT_BPF): {e}"
             ));
+        }
+        let refused = |what: &str, action: Action, e| {
+            Err(format!("the kernel does not take {what} ({}): {e}", action.module()))
+        };
+        if found.length.is_ok()
+            && let Err(e) = try_rule(hook, found, guards, &Flow { ingress_mtu: 1, ..plain })
+        {
+            found.length = refused("a check of the length", Action::Police, e);
+        }
+        if found.vlan.is_ok()
+            && let Err(e) = try_rule(hook, found, guards, &tagged(plain))
+        {
+            found.vlan = refused("a rule for tagged frames", Action::Vlan, e);
         }
     }
     Ok(())
@@ -321,14 +392,13 @@ fn try_rule(
     hook: &mut Hook,
     found: &Found,
     guards: Guards,
-    family: Family,
-    nat: bool,
+    flow: &Flow,
 ) -> Result<(), NetlinkError> {
-    let flow = trial_flow(hook.ifindex, Shape::new(family, L4Proto::Tcp, nat));
+    let family = Family::of(&flow.matches);
     let prio = found.prios.of(Use::Flows, family);
     let handle = Handle(NonZeroU32::MAX);
-    let nat = match (&found.nat, nat) {
-        (Ok(programs), true) => {
+    let nat = match &found.nat {
+        Ok(programs) if flow.has_nat() => {
             let (before, after) = programs.pair(family, L4Proto::Tcp);
             Some(NatForm::Software { before, after })
         }
@@ -337,7 +407,7 @@ fn try_rule(
     let form = Form { flags: TCA_CLS_FLAGS_SKIP_HW, nat, percpu_stats: found.percpu_stats };
     hook.request(|buf, seq, ifindex| {
         let cookie = guards.cookie();
-        rule::add(buf, seq, Place { ifindex, prio, family }, handle, &flow, cookie, form);
+        rule::add(buf, seq, Place { ifindex, prio, family }, handle, flow, cookie, form);
         rule::ask_for_ack(buf, 0);
     })?;
     hook.delete(prio, family, handle)
@@ -372,6 +442,16 @@ fn name_missing(hook: &mut Hook, found: &Found, guards: Guards, family: Family) 
         [Action::Gact, ..] => "cls_flower: CONFIG_NET_CLS_FLOWER",
         [first, ..] => first.module(),
         [] => "all of its parts are there",
+    }
+}
+
+/// The same with a tag on arrival and on departure.
+fn tagged(flow: Flow) -> Flow {
+    let vlan = VlanId::new(1);
+    Flow {
+        matches: FlowMatch { vlan, ..flow.matches },
+        forward: Forward { vlan, ..flow.forward },
+        ..flow
     }
 }
 
@@ -475,7 +555,11 @@ fn clear(
             continue;
         }
         let prio = Prio(prio);
-        let family = Family::of(ethertype == Family::Ipv6.ethertype());
+        // A delete names no more of the family than the ethertype.
+        let fits = |f: &Family| f.ethertype() == ethertype;
+        let at = keep.and_then(|p| p.all().find(|&(_, f, at)| at == prio && fits(&f)));
+        let family = at.map(|(_, f, _)| f).or_else(|| Family::ALL.into_iter().find(fits));
+        let Some(family) = family else { continue };
         let what = keep
             .filter(|_| chain == 0 && o.foreign == 0)
             .and_then(|prios| prios.all().find(|&(_, f, p)| (f, p) == (family, prio)));
@@ -536,7 +620,11 @@ fn free_prios(base: u16, foreign: &[(u16, String)]) -> Result<Prios, BindError> 
     }
     let who: Vec<String> =
         foreign.iter().map(|(prio, kind)| format!("{kind} at prio {prio}")).collect();
-    Err(BindError::Declined(format!("no six free prios from {base} on: {}", who.join(", "))))
+    Err(BindError::Declined(format!(
+        "no {} free prios in a row from {base} on: {}",
+        Prios::COUNT,
+        who.join(", ")
+    )))
 }
 
 /// Removes every rule at the prios. Goes on after a failure.

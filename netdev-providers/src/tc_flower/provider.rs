@@ -54,7 +54,7 @@ type Adopted = Arc<Mutex<HashMap<RuleId, Cookie>>>;
 
 impl TcFlower {
     pub(super) fn new(plan: Plan, writer: Hook, reader: Hook) -> Self {
-        let mut handles = [Handles::default(), Handles::default()];
+        let mut handles: [Handles; 4] = std::array::from_fn(|_| Handles::default());
         for &rule in &plan.found.left {
             if let Some((prio, handle)) = split_rule_id(rule)
                 && let Some(family) = plan.found.prios.flows_at(prio)
@@ -126,7 +126,7 @@ impl Provider for TcFlower {
         let mut hook = lock(&self.reader);
         let fault = |e: NetlinkError| e.into_fault("reading the rules");
         let adopted = lock(&self.adopted).clone();
-        for family in Family::BOTH {
+        for family in Family::ALL {
             let prio = self.plan.found.prios.of(Use::Flows, family);
             let read = |f: Filter<'_>| {
                 let rule = rule_id(prio, Handle(f.at.handle.try_into().ok()?));
@@ -200,6 +200,12 @@ impl Provider for TcFlower {
         {
             text += &format!("; no NAT: {why}");
         }
+        if let Err(why) = &found.vlan {
+            text += &format!("; no VLAN tags: {why}");
+        }
+        if let Err(why) = &found.length {
+            text += &format!("; no smaller MTU on departure: {why}");
+        }
         text
     }
 }
@@ -218,19 +224,22 @@ impl Plan {
                 "the address family or the protocol changes on the way",
             ));
         }
-        if flow.matches.vlan.is_some() || flow.forward.vlan.is_some() {
-            return Err(Rejection::with_detail(Reason::Unsupported, "VLAN tags"));
+        let found = &self.found;
+        if let (true, Err(why)) = (flow.has_vlan(), &found.vlan) {
+            return Err(Rejection::with_detail(Reason::Unsupported, why.as_str()));
         }
-        // Flower has no key for the length of a packet.
-        if flow.forward.mtu < flow.ingress_mtu {
+        if flow.may_exceed_mtu()
+            && let Err(why) = &found.length
+        {
+            let (from, to) = (flow.ingress_mtu, flow.forward.mtu);
             return Err(Rejection::with_detail(
                 Reason::MtuMismatch,
-                format!("MTU {} on arrival, {} on departure", flow.ingress_mtu, flow.forward.mtu),
+                format!("MTU {from} on arrival, {to} on departure, and {why}"),
             ));
         }
         if flow.has_nat()
-            && !self.found.mode.has_hardware()
-            && let Err(why) = &self.found.nat
+            && self.is_for_software(flow)
+            && let Err(why) = &found.nat
         {
             return Err(Rejection::with_detail(Reason::NatChecksum, why.as_str()));
         }
@@ -238,17 +247,26 @@ impl Plan {
         self.found.capabilities.refusal(flow).map_or(Ok(()), Err)
     }
 
+    /// True when the flow's rule is kept out of hardware from the start: what it needs is told apart
+    /// in software only.
+    fn is_for_software(&self, flow: &Flow) -> bool {
+        !self.found.mode.has_hardware()
+            || flow.may_exceed_mtu()
+            || (flow.matches.vlan.is_some() && !self.found.tagged_in_hw)
+    }
+
     /// The form of a flow's rule. A NAT rule is either for hardware or for software, since their
     /// checksums are kept right in different ways; `software` asks for the latter.
     fn form(&self, flow: &Flow, software: bool) -> Form<'_> {
         let percpu_stats = self.found.percpu_stats;
         if !flow.has_nat() {
-            return Form { flags: self.found.mode.flags(), nat: None, percpu_stats };
+            let flags = if software { TCA_CLS_FLAGS_SKIP_HW } else { self.found.mode.flags() };
+            return Form { flags, nat: None, percpu_stats };
         }
         match &self.found.nat {
             Ok(programs) if software => {
-                let tuple = &flow.matches.tuple;
-                let (before, after) = programs.pair(Family::of(tuple.is_ipv6()), tuple.proto());
+                let family = Family::of(&flow.matches);
+                let (before, after) = programs.pair(family, flow.matches.tuple.proto());
                 let nat = Some(NatForm::Software { before, after });
                 Form { flags: TCA_CLS_FLAGS_SKIP_HW, nat, percpu_stats }
             }
@@ -270,7 +288,8 @@ impl Plan {
         match self.found.mode {
             Mode::Software => Some(false),
             Mode::Hardware => Some(true),
-            Mode::Both if flow.has_nat() => Some(!software),
+            Mode::Both if software => Some(false),
+            Mode::Both if flow.has_nat() => Some(true),
             Mode::Both => None,
         }
     }
@@ -314,7 +333,7 @@ struct Writer {
     hook: Hook,
     made_qdisc: bool,
     /// By family.
-    handles: [Handles; 2],
+    handles: [Handles; 4],
     /// Rules of dead engines that nobody has decided about: their handles are taken.
     left: HashSet<RuleId>,
     /// Those of them that were read, what they do, and whether the NIC has them.
@@ -395,9 +414,9 @@ impl Writer {
         flow: Box<Flow>,
     ) -> Result<(Place, Handle, What), Rejection> {
         plan.can_offload(&flow)?;
-        let family = Family::of(flow.matches.tuple.is_ipv6());
+        let family = Family::of(&flow.matches);
         let handle = self.handles(family).take().ok_or(Reason::TableFull)?;
-        let software = !plan.found.mode.has_hardware();
+        let software = plan.is_for_software(&flow);
         let what = What::Add { cookie, flow, software, again: false };
         Ok((self.place(plan, family), handle, what))
     }
@@ -408,8 +427,8 @@ impl Writer {
         if plan.can_offload(flow).is_err() {
             return false;
         }
-        let place = self.place(plan, Family::of(flow.matches.tuple.is_ipv6()));
-        [!plan.found.mode.has_hardware(), true].into_iter().any(|software| {
+        let place = self.place(plan, Family::of(&flow.matches));
+        [plan.is_for_software(flow), true].into_iter().any(|software| {
             let mut buf = Vec::new();
             let form = plan.form(flow, software);
             rule::add(&mut buf, 0, place, Handle(NonZeroU32::MIN), flow, cookie, form);
@@ -705,7 +724,7 @@ impl Writer {
     fn flush(&mut self, plan: &Plan) -> Result<u64, Fault> {
         let mut count = 0;
         let mut result = Ok(());
-        for family in Family::BOTH {
+        for family in Family::ALL {
             // A prio that we have nothing at may be somebody else's by now.
             if self.handles(family).live() == 0 {
                 continue;
@@ -740,7 +759,7 @@ impl Writer {
             }
         };
         for (what, family, prio) in plan.found.prios.all() {
-            if plan.found.has_guards_at(what) {
+            if plan.found.has_guards_at(what, family) {
                 note(self.hook.delete_all(prio, family), "removing the guards of the port");
             }
         }

@@ -20,7 +20,7 @@ use super::{guard, rule::rule_id, rule::split_rule_id};
 use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
 use crate::contract::provider::Counters;
 use crate::contract::types::{
-    Cookie, Direction, Epoch, Ifindex, Instance, L4Proto, MacAddr, Tuple, Zone,
+    Cookie, Direction, Epoch, Ifindex, Instance, L4Proto, MacAddr, Tuple, VlanId, Zone,
 };
 use crate::netlink::wire::{AttrIter, Message, MessageIter, Received};
 
@@ -75,6 +75,8 @@ prop_compose! {
         eth_dst in proptest::option::of(any_mac()),
         macs in proptest::option::of((any_mac(), any_mac())),
         egress in 1u32..0x7fff_ffff,
+        vlans in [proptest::option::of(1u16..4095), proptest::option::of(1u16..4095)],
+        mtu in 1400u32..1600,
     ) -> Flow {
         let ip = |x: [u8; 16]| -> IpAddr {
             if v6 { x.into() } else { [x[0], x[1], x[2], x[3]].into() }
@@ -92,11 +94,11 @@ prop_compose! {
             zone: Zone(0),
             direction: Direction::Original,
             ingress_mtu: 1500,
-            matches: FlowMatch { eth_dst, vlan: None, tuple: tuple(from) },
+            matches: FlowMatch { eth_dst, vlan: vlans[0].and_then(VlanId::new), tuple: tuple(from) },
             forward: Forward {
                 egress: Ifindex::new(egress).unwrap(),
-                vlan: None,
-                mtu: 1500,
+                vlan: vlans[1].and_then(VlanId::new),
+                mtu,
                 tuple: tuple(to),
                 macs: macs.map(|(src, dst)| MacRewrite { src, dst }),
             },
@@ -109,7 +111,7 @@ fn add_message(flow: &Flow, flags: u32) -> Vec<u8> {
     let nat = flow.has_nat().then_some(NatForm::Hardware);
     let form = Form { flags, nat, percpu_stats: true };
     let mut buf = Vec::new();
-    let family = Family::of(flow.matches.tuple.is_ipv6());
+    let family = Family::of(&flow.matches);
     rule::add(&mut buf, 9, place(family), handle(5), flow, cookie(), form);
     buf
 }
@@ -152,7 +154,13 @@ proptest! {
         let t = flow.matches.tuple;
         let mut theirs = Vec::new();
         let mut p = tc::PushFlowerAttrs::new(&mut theirs)
-            .push_key_eth_type(if t.is_ipv6() { 0x86dd } else { 0x0800 });
+            .push_key_eth_type(Family::of(&flow.matches).ethertype());
+        if let Some(vlan) = flow.matches.vlan {
+            // The generated encoder has the id in network order; the kernel reads it in host order
+            // (`nla_get_u16` in `fl_set_key_vlan`).
+            p = p.push_key_vlan_id(vlan.get().to_be());
+            p = p.push_key_vlan_eth_type(if t.is_ipv6() { 0x86dd } else { 0x0800 });
+        }
         if let Some(mac) = flow.matches.eth_dst {
             p = p.push_key_eth_dst(&mac.0).push_key_eth_dst_mask(&[0xff; 6]);
         }
@@ -202,8 +210,9 @@ proptest! {
         prop_assert_eq!(header.ifindex, 2);
         prop_assert_eq!(header.handle, 5);
         prop_assert_eq!(header.parent, 0xffff_fff2);
-        let ethertype = if v6 { 0x86dd_u16 } else { 0x0800 };
-        let prio = if v6 { 0xc105 } else { 0xc104 };
+        let tagged = flow.matches.vlan.is_some();
+        let ethertype = if tagged { 0x8100_u16 } else if v6 { 0x86dd } else { 0x0800 };
+        let prio = if v6 { 0xc105 } else { 0xc104 } + if tagged { 6 } else { 0 };
         prop_assert_eq!(header.info, prio << 16 | u32::from(ethertype.to_be()));
         prop_assert_eq!(attrs.get_kind().unwrap(), c"flower");
         let OptionsMsg::Flower(options) = attrs.get_options().unwrap() else { unreachable!() };
@@ -212,6 +221,29 @@ proptest! {
         for action in options.get_act().unwrap() {
             kinds.push(action.get_kind().unwrap().to_str().unwrap().to_owned());
             let parms = match action.get_options().unwrap() {
+                ActOptionsMsg::Police(o) => {
+                    let tbf = o.get_tbf().unwrap();
+                    prop_assert_eq!((tbf.action, tbf.limit, tbf.burst), (0, 0, 0));
+                    prop_assert_eq!(tbf.mtu, flow.forward.mtu + 14);
+                    prop_assert_eq!((tbf.rate.rate, tbf.peakrate.rate), (0, 0));
+                    prop_assert_eq!(o.get_result().unwrap(), 3);
+                    continue;
+                }
+                ActOptionsMsg::Vlan(o) => {
+                    let parms = o.get_parms().unwrap();
+                    match (parms.v_action, kinds.len()) {
+                        // The first of all, or behind the check of the length.
+                        (1, 1 | 2) => prop_assert!(o.get_push_vlan_id().is_err()),
+                        (2, _) => {
+                            prop_assert_eq!(o.get_push_vlan_protocol().unwrap().to_be(), 0x8100);
+                            let id = o.get_push_vlan_id().unwrap();
+                            prop_assert_eq!(Some(id), flow.forward.vlan.map(VlanId::get));
+                        }
+                        other => prop_assert!(false, "{:?}", other),
+                    }
+                    prop_assert_eq!(parms.action, 3);
+                    continue;
+                }
                 ActOptionsMsg::Pedit(o) => o.get_parms_ex().unwrap(),
                 ActOptionsMsg::Csum(o) => o.get_parms().unwrap(),
                 ActOptionsMsg::Mirred(o) => {
@@ -230,11 +262,20 @@ proptest! {
         let (from, to) = (&flow.matches.tuple, &flow.forward.tuple);
         let addresses = from.src() != to.src() || from.dst() != to.dst();
         let mut want = Vec::new();
+        if flow.ingress_mtu > flow.forward.mtu {
+            want.push("police");
+        }
+        if tagged {
+            want.push("vlan");
+        }
         if routed || flow.has_nat() {
             want.push("pedit");
         }
         if flow.has_nat() || (!v6 && (routed || addresses)) {
             want.push("csum");
+        }
+        if flow.forward.vlan.is_some() {
+            want.push("vlan");
         }
         want.push("mirred");
         prop_assert_eq!(kinds, want);
@@ -305,7 +346,7 @@ proptest! {
             let cookie = Cookie { instance, epoch: Epoch(*epoch), direction };
             let nat = flow.has_nat().then_some(NatForm::Hardware);
             let form = Form { flags, nat, percpu_stats: *epoch % 2 == 0 };
-            let at = place(Family::of(flow.matches.tuple.is_ipv6()));
+            let at = place(Family::of(&flow.matches));
             let subject = Subject { seq, handle: handle(*h), cookie, flow };
             templates.add(&mut patched, at, form, &subject);
             rule::add(&mut fresh, seq, at, handle(*h), flow, cookie, form);
@@ -317,7 +358,7 @@ proptest! {
 
     #[test]
     fn rule_names_read_back(h in 1u32.., v6: bool) {
-        let at = place(Family::of(v6)).prio;
+        let at = place(if v6 { Family::TaggedIpv6 } else { Family::Ipv4 }).prio;
         prop_assert_eq!(split_rule_id(rule_id(at, handle(h))), Some((at, handle(h))));
     }
 
@@ -433,23 +474,34 @@ fn u32_guards_compare_the_right_bits() {
             guard::u32(&mut buf, 1, ifindex, Prio(1), family, knode, cookie());
             let options = only_message(&buf).attrs(20).find_type(TCA_OPTIONS).unwrap().nested();
             let sel = options.find_type(TCA_U32_SEL).unwrap().payload;
-            assert_eq!((sel.len(), sel[0], sel[2]), (32, 1, 1));
+            let keys = &sel[16..];
+            assert_eq!((keys.len(), sel[0]), (usize::from(sel[2]) * 16, 1));
+            assert_eq!(sel[2], if family.is_tagged() { 2 } else { 1 });
             let be = |b: &[u8]| u32::from_be_bytes(b.try_into().unwrap());
-            let at = i32::from_ne_bytes(sel[24..28].try_into().unwrap()) as usize;
-            be(&header[at..at + 4]) & be(&sel[16..20]) == be(&sel[20..24])
+            keys.chunks_exact(16).all(|key| {
+                let at = i32::from_ne_bytes(key[8..12].try_into().unwrap()) as usize;
+                be(&header[at..at + 4]) & be(&key[..4]) == be(&key[4..8])
+            })
         })
     };
-    for ihl in 5..=15 {
-        assert_eq!(caught(Family::Ipv4, &v4(0x40 | ihl, 64)), ihl > 5, "header length {ihl}");
+    for (v4_family, v6_family) in
+        [(Family::Ipv4, Family::Ipv6), (Family::TaggedIpv4, Family::TaggedIpv6)]
+    {
+        for ihl in 5..=15 {
+            assert_eq!(caught(v4_family, &v4(0x40 | ihl, 64)), ihl > 5, "header length {ihl}");
+        }
+        for ttl in 0..=255 {
+            assert_eq!(caught(v4_family, &v4(0x45, ttl)), ttl < 2, "TTL {ttl}");
+            assert_eq!(caught(v6_family, &v6(6, ttl)), ttl < 2, "hop limit {ttl}");
+        }
+        for next in 0..=255 {
+            let want = [0, 43, 60].contains(&next);
+            assert_eq!(caught(v6_family, &v6(next, 64)), want, "next header {next}");
+        }
     }
-    for ttl in 0..=255 {
-        assert_eq!(caught(Family::Ipv4, &v4(0x45, ttl)), ttl < 2, "TTL {ttl}");
-        assert_eq!(caught(Family::Ipv6, &v6(6, ttl)), ttl < 2, "hop limit {ttl}");
-    }
-    for next in 0..=255 {
-        let want = [0, 43, 60].contains(&next);
-        assert_eq!(caught(Family::Ipv6, &v6(next, 64)), want, "next header {next}");
-    }
+    // A prio of tagged frames does not say what is inside: the guards do.
+    assert!(!caught(Family::TaggedIpv6, &[&v4(0x4f, 0)[..], &[0; 20]].concat()));
+    assert!(!caught(Family::TaggedIpv4, &v6(0, 0)));
 }
 
 /// The payload of a message of Linux 6.12, in hexadecimal.

@@ -3,6 +3,7 @@
 
 use std::num::NonZeroU32;
 
+use crate::contract::flow::FlowMatch;
 use crate::netlink::wire::Received;
 
 // linux/rtnetlink.h: messages
@@ -85,6 +86,8 @@ pub(super) const TCA_FLOWER_KEY_TCP_DST: u16 = 19;
 pub(super) const TCA_FLOWER_KEY_UDP_SRC: u16 = 20;
 pub(super) const TCA_FLOWER_KEY_UDP_DST: u16 = 21;
 pub(super) const TCA_FLOWER_FLAGS: u16 = 22;
+pub(super) const TCA_FLOWER_KEY_VLAN_ID: u16 = 23;
+pub(super) const TCA_FLOWER_KEY_VLAN_ETH_TYPE: u16 = 25;
 pub(super) const TCA_FLOWER_KEY_TCP_SRC_MASK: u16 = 35;
 pub(super) const TCA_FLOWER_KEY_TCP_DST_MASK: u16 = 36;
 pub(super) const TCA_FLOWER_KEY_UDP_SRC_MASK: u16 = 37;
@@ -104,6 +107,17 @@ pub(super) const TCA_GACT_PARMS: u16 = 2;
 // linux/tc_act/tc_mirred.h
 pub(super) const TCA_MIRRED_PARMS: u16 = 2;
 pub(super) const TCA_EGRESS_REDIR: i32 = 1;
+
+// linux/tc_act/tc_vlan.h
+pub(super) const TCA_VLAN_PARMS: u16 = 2;
+pub(super) const TCA_VLAN_PUSH_VLAN_ID: u16 = 3;
+pub(super) const TCA_VLAN_PUSH_VLAN_PROTOCOL: u16 = 4;
+pub(super) const TCA_VLAN_ACT_POP: i32 = 1;
+pub(super) const TCA_VLAN_ACT_PUSH: i32 = 2;
+
+// linux/pkt_cls.h: attributes of the police action
+pub(super) const TCA_POLICE_TBF: u16 = 1;
+pub(super) const TCA_POLICE_RESULT: u16 = 5;
 
 // linux/tc_act/tc_csum.h
 pub(super) const TCA_CSUM_PARMS: u16 = 1;
@@ -128,26 +142,59 @@ pub(super) const TCA_ACT_BPF_ID: u16 = 9;
 // linux/if_arp.h
 pub(super) const ARPHRD_ETHER: u16 = 1;
 
-/// Ethertypes that we make rules for; one prio holds rules of one of them.
+// linux/if_ether.h
+pub(super) const ETH_HLEN: u32 = 14;
+pub(super) const ETH_P_8021Q: u16 = 0x8100;
+
+/// What the rules of one prio are about: an address family, in frames with a VLAN tag or without.
+///
+/// A prio takes one ethertype, and what it compares with that is the **outermost** one: a tagged
+/// frame is 802.1Q there, whatever is inside (`tcf_classify`, `skb_protocol`). So rules for
+/// untagged frames never meet a tagged one, and those for tagged frames say what is inside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
     Ipv4 = 0,
     Ipv6 = 1,
+    TaggedIpv4 = 2,
+    TaggedIpv6 = 3,
 }
 
 impl Family {
-    pub(super) const BOTH: [Self; 2] = [Self::Ipv4, Self::Ipv6];
+    pub(super) const ALL: [Self; 4] = [Self::Ipv4, Self::Ipv6, Self::TaggedIpv4, Self::TaggedIpv6];
+    pub(super) const UNTAGGED: [Self; 2] = [Self::Ipv4, Self::Ipv6];
+    pub(super) const TAGGED: [Self; 2] = [Self::TaggedIpv4, Self::TaggedIpv6];
 
-    pub(super) const fn of(ipv6: bool) -> Self {
+    /// Of the packets that a flow matches.
+    pub(super) const fn of(flow: &FlowMatch) -> Self {
+        match (flow.vlan.is_some(), flow.tuple.is_ipv6()) {
+            (false, false) => Self::Ipv4,
+            (false, true) => Self::Ipv6,
+            (true, false) => Self::TaggedIpv4,
+            (true, true) => Self::TaggedIpv6,
+        }
+    }
+
+    /// Of untagged packets.
+    pub(super) const fn of_ip(ipv6: bool) -> Self {
         if ipv6 { Self::Ipv6 } else { Self::Ipv4 }
     }
 
-    /// linux/if_ether.h
+    pub(super) const fn is_ipv6(self) -> bool {
+        matches!(self, Self::Ipv6 | Self::TaggedIpv6)
+    }
+
+    pub(super) const fn is_tagged(self) -> bool {
+        matches!(self, Self::TaggedIpv4 | Self::TaggedIpv6)
+    }
+
+    /// The ethertype of the IP header (linux/if_ether.h).
+    pub(super) const fn ip_ethertype(self) -> u16 {
+        if self.is_ipv6() { 0x86dd } else { 0x0800 }
+    }
+
+    /// The ethertype of the prio.
     pub(super) const fn ethertype(self) -> u16 {
-        match self {
-            Self::Ipv4 => 0x0800,
-            Self::Ipv6 => 0x86dd,
-        }
+        if self.is_tagged() { ETH_P_8021Q } else { self.ip_ethertype() }
     }
 
     pub(super) const fn index(self) -> usize {

@@ -1,0 +1,240 @@
+//! Packets that must not be redirected: each is sent by hand to a router that has a rule for its
+//! flow, and is seen on the slow path, with what the slow path answers.
+
+use super::*;
+use netdev_providers::VlanId;
+
+/// A router that forwards, counts what gets to its stack, and has a rule for every flow.
+struct Router {
+    net: Net,
+    port: Port,
+    /// The tag that frames have on the way to it.
+    vlan: Option<u16>,
+}
+
+impl Router {
+    fn new(vlan: Option<u16>) -> Self {
+        let net = Net::new();
+        let arrives_on = if vlan.is_some() { "lan0.10" } else { "lan0" };
+        if let Some(id) = vlan {
+            net.ns.run(&format!(
+                "ip link add link lan0 name lan0.10 type vlan id {id}
+                 ip addr del 10.0.1.1/24 dev lan0; ip addr del fd01::1/64 dev lan0
+                 ip addr add 10.0.1.1/24 dev lan0.10; ip addr add fd01::1/64 dev lan0.10 nodad
+                 ip link set lan0.10 up"
+            ));
+            net.client.run(&format!(
+                "ip link add link c0 name c0.10 type vlan id {id}
+                 ip addr flush dev c0
+                 ip addr add 10.0.1.2/24 dev c0.10; ip addr add fd01::2/64 dev c0.10 nodad
+                 ip link set c0.10 up
+                 ip route replace default via 10.0.1.1; ip -6 route replace default via fd01::1"
+            ));
+        }
+        net.ns.run(&format!(
+            "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
+             sysctl -qw net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0
+             ip neigh replace 10.0.1.2 lladdr {CLIENT} dev {arrives_on} nud permanent
+             ip neigh replace fd01::2 lladdr {CLIENT} dev {arrives_on} nud permanent
+             ip neigh replace 10.0.2.2 lladdr {SERVER} dev wan0 nud permanent
+             ip neigh replace fd02::2 lladdr {SERVER} dev wan0 nud permanent
+             nft add table inet t; nft add counter inet t seen
+             nft add chain inet t pre '{{ type filter hook prerouting priority -500; }}'
+             nft add rule inet t pre iifname {arrives_on} meta l4proto '{{ tcp, udp }}' counter name seen"
+        ));
+        let port = net.bind("lan0");
+        Self { net, port, vlan }
+    }
+
+    fn flow(&self, t: Tuple) -> Flow {
+        let mut flow = flow(t, t);
+        flow.matches.vlan = self.vlan.and_then(VlanId::new);
+        flow
+    }
+
+    fn packet(&self, name: &str) -> Packet {
+        let tags = self.vlan.map(|id| (0x8100, id)).into_iter().collect();
+        Packet { tags, ..Packet::new(tuple(name)) }
+    }
+
+    /// Packets that the rules have taken.
+    fn taken(&self) -> u64 {
+        self.port.usage().iter().map(|r| r.counters.packets).sum()
+    }
+
+    /// Packets that got to the stack.
+    fn seen(&self) -> u64 {
+        let text = self.net.ns.run("nft list counter inet t seen");
+        let mut words = text.split_whitespace().skip_while(|w| *w != "packets");
+        words.nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Sends a packet and returns the type and code of the ICMP message that comes back.
+    fn answer(&self, packet: &Packet) -> Option<(u8, u8)> {
+        let frame = packet.frame(false);
+        let got = self.net.client.call(move || {
+            let wire = Wire::open("c0", false);
+            wire.send(&frame);
+            let is_error = |f: &[u8]| icmp_error(f).is_some();
+            wire.receive(1, Duration::from_millis(1500), is_error)
+        });
+        got.first().and_then(|f| icmp_error(f))
+    }
+}
+
+/// Type and code of an ICMP error that the router sends to the client.
+fn icmp_error(frame: &[u8]) -> Option<(u8, u8)> {
+    if frame.get(..6)? != CLIENT.0 {
+        return None;
+    }
+    let at = if frame.get(12..14)? == [0x81, 0] { 16 } else { 12 };
+    let (proto, src, icmp) = match frame.get(at..at + 2)? {
+        [8, 0] => (*frame.get(at + 11)?, frame.get(at + 14..at + 18)?, frame.get(at + 22..)?),
+        [0x86, 0xdd] => (*frame.get(at + 8)?, frame.get(at + 10..at + 26)?, frame.get(at + 42..)?),
+        _ => return None,
+    };
+    let router: [IpAddr; 2] = ["10.0.1.1".parse().unwrap(), "fd01::1".parse().unwrap()];
+    if !router.iter().any(|ip| octets(*ip) == src) {
+        return None;
+    }
+    let is_error = match proto {
+        1 => matches!(icmp.first()?, 3 | 11 | 12),
+        58 => *icmp.first()? < 128,
+        _ => false,
+    };
+    is_error.then(|| Some((*icmp.first()?, *icmp.get(1)?)))?
+}
+
+const ALL: [&str; 4] = [TCP4, UDP4, TCP6, UDP6];
+
+#[test]
+fn what_is_for_the_slow_path_is_seen_there() {
+    for vlan in [None, Some(10)] {
+        let r = Router::new(vlan);
+        for (epoch, t) in ALL.into_iter().map(tuple).enumerate() {
+            r.port.add(epoch as u64, r.flow(t));
+        }
+        let extension = |kind: u8, name: &str| {
+            let next = tuple(name).proto().number();
+            let bytes = match kind {
+                44 => vec![next, 0, 0, 0, 0, 0, 0, 9],
+                43 => vec![next, 0, 0, 0, 0, 0, 0, 0],
+                _ => vec![next, 0, 1, 4, 0, 0, 0, 0],
+            };
+            Packet { extension: Some((kind, bytes)), ..r.packet(name) }
+        };
+        let mut cases: Vec<(String, Packet)> = Vec::new();
+        for name in ALL {
+            for ttl in [0, 1] {
+                cases.push((format!("TTL {ttl}"), Packet { ttl, ..r.packet(name) }));
+            }
+            let v6 = tuple(name).is_ipv6();
+            let group = if v6 { [0x33, 0x33, 0, 0, 0, 1] } else { [1, 0, 0x5e, 0, 0, 1] };
+            for (what, mac) in [("broadcast", [0xff; 6]), ("multicast", group)] {
+                cases.push((what.into(), Packet { eth_dst: MacAddr(mac), ..r.packet(name) }));
+            }
+        }
+        for name in [TCP4, TCP6] {
+            for (what, flag) in [("FIN", 1), ("SYN", 2), ("RST", 4)] {
+                let packet = Packet { tcp_flags: 0x10 | flag, ..r.packet(name) };
+                cases.push((what.into(), packet));
+            }
+        }
+        for name in [TCP4, UDP4] {
+            for words in [1, 2, 3, 10] {
+                let options = [vec![1; words * 4 - 1], vec![0]].concat();
+                cases.push((
+                    format!("{words} words of options"),
+                    Packet { options, ..r.packet(name) },
+                ));
+            }
+            cases.push(("a first fragment".into(), Packet { fragment: 0x2000, ..r.packet(name) }));
+            cases.push(("a later fragment".into(), Packet { fragment: 0x0010, ..r.packet(name) }));
+        }
+        for name in [TCP6, UDP6] {
+            for kind in [0, 43, 60, 44] {
+                cases.push((format!("extension header {kind}"), extension(kind, name)));
+            }
+        }
+        for (what, packet) in &cases {
+            let frame = packet.frame(false);
+            r.net.client.call(move || Wire::open("c0", false).send(&frame));
+            assert_eq!(r.taken(), 0, "{what}: {packet:?} was taken\n{}", r.net.filters("lan0"));
+        }
+        assert_eq!(r.seen(), cases.len() as u64, "each got to the stack");
+        // What is for the rules does not get there.
+        for (n, name) in ALL.into_iter().enumerate() {
+            let packet = r.packet(name);
+            assert_eq!(r.net.pass(packet.frame(false), false, packet.tuple, 1).len(), 1, "{name}");
+            assert_eq!(r.taken(), n as u64 + 1, "{name}");
+        }
+        assert_eq!(r.seen(), cases.len() as u64);
+    }
+}
+
+#[test]
+fn the_sender_hears_that_the_time_to_live_is_over() {
+    for vlan in [None, Some(10)] {
+        let r = Router::new(vlan);
+        for (epoch, name) in ALL.into_iter().enumerate() {
+            r.port.add(epoch as u64, r.flow(tuple(name)));
+            let packet = Packet { ttl: 1, ..r.packet(name) };
+            let exceeded = if packet.tuple.is_ipv6() { (3, 0) } else { (11, 0) };
+            assert_eq!(r.answer(&packet), Some(exceeded), "{name}");
+        }
+        assert_eq!(r.taken(), 0);
+    }
+}
+
+/// The netdev to the server has the smaller MTU. What fits takes the rule; what does not, by a single
+/// byte, gets the answer of the slow path, and so does what would not once it is segmented.
+#[test]
+fn what_is_too_long_for_the_way_out_gets_the_answer_of_the_slow_path() {
+    const MTU: u32 = 1400;
+    for vlan in [None, Some(10)] {
+        let r = Router::new(vlan);
+        r.net.ns.run(&format!("ip link set wan0 mtu {MTU}"));
+        for (epoch, name) in ALL.into_iter().enumerate() {
+            let epoch = epoch as u64;
+            let t = tuple(name);
+            let mut flow = r.flow(t);
+            flow.forward.mtu = MTU;
+            r.port.add(epoch, flow);
+            let headers = Packet::new(t).l3_len() + Packet::new(t).l4_header_len();
+            // With "don't fragment" in IPv4.
+            let of_length = |length: u32| Packet {
+                payload: vec![7; length as usize - headers],
+                fragment: if t.is_ipv6() { 0 } else { 0x4000 },
+                ..r.packet(name)
+            };
+            let fits = of_length(MTU);
+            assert_eq!(r.net.pass(fits.frame(false), false, t, 1).len(), 1, "{name}");
+            assert_eq!(r.port.packets(epoch), 1, "{name}\n{}", r.net.filters("lan0"));
+            let before = r.seen();
+            let too_big = if t.is_ipv6() { (2, 0) } else { (3, 4) };
+            assert_eq!(r.answer(&of_length(MTU + 1)), Some(too_big), "{name}");
+            assert_eq!((r.port.packets(epoch), r.seen()), (1, before + 1), "{name}");
+            if !t.is_ipv6() {
+                // Without it the slow path makes fragments, which no TCP or UDP header tells apart.
+                let cut = Packet { fragment: 0, ..of_length(MTU + 1) };
+                assert_eq!(r.answer(&cut), None, "{name}");
+                assert_eq!((r.port.packets(epoch), r.seen()), (1, before + 2), "{name}");
+            }
+            if t.proto() != L4Proto::Tcp {
+                continue;
+            }
+            // Segments that fit, and segments that are a byte too long, in one large packet each.
+            let segmented = |segment: u32| {
+                let gso = (segment as usize - headers) as u16;
+                let packet = Packet { payload: vec![7; usize::from(gso) * 3], ..of_length(MTU) };
+                [packet.vnet_header(true, gso).to_vec(), packet.frame(true)].concat()
+            };
+            let before = r.seen();
+            assert_eq!(r.net.pass(segmented(MTU), true, t, 1).len(), 1, "{name}");
+            assert!(r.port.packets(epoch) > 1 && r.seen() == before, "{name}");
+            let taken = r.port.packets(epoch);
+            assert_eq!(r.net.pass(segmented(MTU + 1), true, t, 0).len(), 0, "{name}");
+            assert_eq!((r.port.packets(epoch), r.seen()), (taken, before + 1), "{name}");
+        }
+    }
+}
