@@ -88,6 +88,10 @@ fn slot(port: &str, direction: Direction) -> SlotInfo {
         retry_in_ms: None,
         egress: Some("eth1".into()),
         egress_ifindex: Some(4),
+        iif: None,
+        oif: Some("eth1.20".into()),
+        vlan_in: None,
+        vlan_out: Some(20),
         dst_mac: Some("02:00:00:00:00:01".into()),
         nat: true,
         in_hw: Some(true),
@@ -121,6 +125,9 @@ fn conn() -> ConnInfo {
                 retry_in_ms: Some(1200),
                 egress: None,
                 egress_ifindex: None,
+                iif: Some("br0".into()),
+                oif: None,
+                vlan_out: None,
                 dst_mac: None,
                 nat: false,
                 in_hw: None,
@@ -430,8 +437,8 @@ fn connections_show_their_slots() {
     let out = bed.ok("conn show");
     let want = "\
 tcp 10.0.0.1:1234 > 10.9.0.2:80  nat, reply tcp 10.9.0.2:80 > 192.0.2.1:61000  age 12.3s  idle 1.5s
-    eth0  original  installed  -> eth1 02:00:00:00:00:01  nat  hardware  321 packets 45.6 kB, idle 1.5s
-    eth1  reply     rejected                                             table-full: No space left on device, retry in 1.2s
+    eth0        original  installed  -> eth1 (eth1.20) 02:00:00:00:00:01  nat  hardware  321 packets 45.6 kB, idle 1.5s
+    eth1 (br0)  reply     rejected                                                       table-full: No space left on device, retry in 1.2s
 ";
     assert_eq!(out, want, "\n{out}");
     let many = bed.json("conn show --zone 9");
@@ -449,6 +456,8 @@ fn explain_tells_why_and_what_to_do() {
         "NAT: replies arrive as tcp 10.9.0.2:80 > 192.0.2.1:61000.",
         "eth0, original direction: offloaded.",
         "installed, in hardware",
+        "eth1 (ifindex 4), below eth1.20, VLAN 20, next hop 02:00:00:00:00:01",
+        "br0, above eth1",
         "eth1, reply direction: not offloaded",
         "table-full: The backend's table is full.",
         "\"No space left on device\"",

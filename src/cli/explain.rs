@@ -85,11 +85,15 @@ fn place(
             }
             _ => {}
         }
+        if let Some(iif) = &s.iif {
+            line("arrives on", format!("{iif}, above {port}{}", tag(s.vlan_in)));
+        }
         if let Some(egress) = &s.egress {
             let mac = s.dst_mac.as_ref().map_or(String::new(), |m| format!(", next hop {m}"));
             let nat = if s.nat { ", addresses or ports rewritten" } else { "" };
             let index = s.egress_ifindex.map_or(String::new(), |i| format!(" (ifindex {i})"));
-            line("sent on", format!("{egress}{index}{mac}{nat}"));
+            let above = s.oif.as_ref().map_or(String::new(), |oif| format!(", below {oif}"));
+            line("sent on", format!("{egress}{index}{above}{}{mac}{nat}", tag(s.vlan_out)));
         }
         if s.state == "installed" || s.packets > 0 {
             let last =
@@ -108,6 +112,10 @@ fn place(
     if let Some(help) = help {
         line("what to do", help);
     }
+}
+
+fn tag(vlan: Option<u16>) -> String {
+    vlan.map_or(String::new(), |id| format!(", VLAN {id}"))
 }
 
 fn state(s: &SlotInfo) -> String {
@@ -148,7 +156,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::NeighbourUnresolved => "check `ip neigh show` for the next hop: does it answer?",
         Reason::NoRoute => "check `ip route get` for the destination",
         Reason::EgressUnsupported => "see `ip -d link show` of the egress netdev",
-        Reason::MtuMismatch => "make the egress MTU at least as large as the ingress MTU",
+        Reason::MtuMismatch => {
+            "make the egress MTU at least as large as the ingress MTU; in software: load act_police"
+        }
         Reason::Conflict => "look for a foreign filter: `tc filter show dev PORT ingress`",
         Reason::ProviderFault => "a fault in the provider: see the daemon's log, and report it",
         Reason::NoProvider => "see `ctoffload port show PORT` for why each provider declined",

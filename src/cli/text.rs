@@ -312,6 +312,12 @@ fn slot(s: &SlotInfo, detail: bool) -> Vec<String> {
         if let Some(index) = s.egress_ifindex {
             rest.push(format!("egress-ifindex {index}"));
         }
+        if let Some(vlan) = s.vlan_in {
+            rest.push(format!("vlan-in {vlan}"));
+        }
+        if let Some(vlan) = s.vlan_out {
+            rest.push(format!("vlan-out {vlan}"));
+        }
         if s.packets > 0 {
             rest.push(format!("{} bytes", s.bytes));
         }
@@ -322,9 +328,12 @@ fn slot(s: &SlotInfo, detail: bool) -> Vec<String> {
             rest.push(format!("cookie {cookie}"));
         }
     }
+    let above = |netdev: &Option<String>| {
+        netdev.as_ref().map_or_else(String::new, |netdev| format!(" ({netdev})"))
+    };
     let egress = match (&s.egress, &s.dst_mac) {
-        (Some(egress), Some(mac)) => format!("-> {egress} {mac}"),
-        (Some(egress), None) => format!("-> {egress}"),
+        (Some(egress), Some(mac)) => format!("-> {egress}{} {mac}", above(&s.oif)),
+        (Some(egress), None) => format!("-> {egress}{}", above(&s.oif)),
         _ => String::new(),
     };
     let hw = match s.in_hw {
@@ -334,7 +343,7 @@ fn slot(s: &SlotInfo, detail: bool) -> Vec<String> {
     };
     let nat = if s.nat { "nat" } else { "" };
     vec![
-        s.port.clone(),
+        format!("{}{}", s.port, above(&s.iif)),
         s.direction.to_string(),
         s.state.clone(),
         egress,

@@ -3,7 +3,9 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use netdev_providers::{Capability, Direction, HwFlags, L4Proto, Netdev, Reason, Tuple, Zone};
+use netdev_providers::{
+    Capability, Direction, HwFlags, Ifindex, L4Proto, Netdev, Reason, Tuple, Zone,
+};
 
 use super::config::{Config, parse_offload};
 use crate::control::error::{ControlError, ErrorKind};
@@ -15,8 +17,10 @@ use crate::control::info::{
 };
 use crate::control::server::{ConnDump, ControlHandler};
 use crate::datapath::netfilter::conntrack::accounting;
+use crate::datapath::routing::fdb::Fdb;
 use crate::datapath::routing::links::Links;
-use crate::datapath::{self, Backend, KernelDatapath, Observer, PortSpec};
+use crate::datapath::routing::stack::{Frames, descend};
+use crate::datapath::{self, AttachError, Backend, KernelDatapath, Observer, PortSpec};
 use crate::engine::conn::ConnHandle;
 use crate::engine::datapath::SlotChange;
 use crate::engine::latency::LatencyBucket;
@@ -186,7 +190,14 @@ fn reason_counts(reasons: Vec<(Reason, u64)>) -> Vec<ReasonCount> {
         .collect()
 }
 
-fn slot_info(links: &Links, v: &SlotView) -> SlotInfo {
+/// The tag of frames on a port or an egress, where the packets are routed on a netdev above it.
+fn tag(links: &Links, fdb: &Fdb, above: Option<Ifindex>, frames: Frames) -> Option<u16> {
+    Some(descend(links, fdb, above?, frames).ok()?.vlan?.get())
+}
+
+fn slot_info(links: &Links, fdb: &Fdb, v: &SlotView) -> SlotInfo {
+    let (iif, oif) = (v.path.and_then(|p| p.iif), v.path.and_then(|p| p.oif));
+    let next_hop = v.path.and_then(|p| p.dst_mac).unwrap_or_default();
     SlotInfo {
         port: links.name(v.netdev.ifindex),
         ifindex: v.netdev.ifindex.get(),
@@ -205,6 +216,10 @@ fn slot_info(links: &Links, v: &SlotView) -> SlotInfo {
         retry_in_ms: v.retry_in_ms,
         egress: v.path.map(|p| links.name(p.egress)),
         egress_ifindex: v.path.map(|p| p.egress.get()),
+        iif: iif.map(|i| links.name(i)),
+        oif: oif.map(|i| links.name(i)),
+        vlan_in: tag(links, fdb, iif, Frames::On(v.netdev.ifindex)),
+        vlan_out: tag(links, fdb, oif, Frames::Of(next_hop)),
         dst_mac: v.path.and_then(|p| p.dst_mac).map(|m| m.to_string()),
         nat: v.path.is_some_and(|p| p.nat),
         in_hw: v.in_hw,
@@ -221,7 +236,7 @@ fn slot_info(links: &Links, v: &SlotView) -> SlotInfo {
     }
 }
 
-fn conn_info(engine: &Engine, links: &Links, conn: &ConnHandle) -> ConnInfo {
+fn conn_info(engine: &Engine, links: &Links, fdb: &Fdb, conn: &ConnHandle) -> ConnInfo {
     let now = engine.now_ms();
     let slots = engine.slots(conn);
     let traffic = conn.traffic();
@@ -238,7 +253,7 @@ fn conn_info(engine: &Engine, links: &Links, conn: &ConnHandle) -> ConnInfo {
             Usage::LastUsed { at_ms, .. } => Some(now.saturating_sub(at_ms)),
             Usage::NotOffloaded | Usage::Unknown => None,
         },
-        slots: slots.iter().map(|s| slot_info(links, s)).collect(),
+        slots: slots.iter().map(|s| slot_info(links, fdb, s)).collect(),
     }
 }
 
@@ -253,12 +268,12 @@ fn help_for(reason: Reason) -> Option<&'static str> {
         }
         Reason::NeighbourUnresolved => "check that the next hop answers ARP or neighbour discovery",
         Reason::MtuMismatch => {
-            "give both netdevs the same MTU, or the egress netdev the larger one"
+            "give both netdevs the same MTU, or the egress netdev the larger one; in software, load act_police (CONFIG_NET_ACT_POLICE)"
         }
         Reason::NotInHardware => "set offload = \"both\" for this port to offload in software too",
         Reason::NatChecksum => "load act_bpf (CONFIG_NET_ACT_BPF), with CONFIG_BPF_SYSCALL",
         Reason::EgressUnsupported | Reason::IngressUnsupported => {
-            "attach the underlying physical netdevs where that is possible"
+            "see `ip -d link show` of the netdev, and what stands above and below it"
         }
         Reason::ProviderFault => "delete the port and add it again; see the daemon's log",
         Reason::ConnTableFull => "raise limits.connections",
@@ -336,6 +351,7 @@ impl ControlHandler for Handler {
             None => None,
         };
         let (engine, links) = (self.engine.clone(), self.links().clone());
+        let fdb = self.backend.fdb().clone();
         let filter = filter.clone();
         let mut conns = self.engine.conns();
         conns.sort_by_key(|c| c.epoch());
@@ -344,7 +360,7 @@ impl ControlHandler for Handler {
                 && filter.tuple.is_none_or(|t| t == conn.key().original || t == *conn.reply())
                 && port
                     .is_none_or(|g| engine.slots(&conn).iter().any(|s| s.netdev.generation == g));
-            wanted.then(|| conn_info(&engine, &links, &conn))
+            wanted.then(|| conn_info(&engine, &links, &fdb, &conn))
         })))
     }
 
@@ -433,7 +449,8 @@ impl ControlHandler for Handler {
                 });
             }
         }
-        Ok(Explain { conn: Some(conn_info(&self.engine, self.links(), &conn)), verdicts })
+        let conn = conn_info(&self.engine, self.links(), self.backend.fdb(), &conn);
+        Ok(Explain { conn: Some(conn), verdicts })
     }
 
     fn flush(&self, request: &FlushRequest) -> Result<Flushed, ControlError> {
@@ -503,9 +520,10 @@ impl ControlHandler for Handler {
         let datapath = self.datapath.lock().unwrap_or_else(PoisonError::into_inner);
         datapath.attach(&link, PortSpec { providers, hw_flags, capacity }).map_err(|e| {
             let kind = match e {
-                PortAddError::AlreadyBound { .. } => ErrorKind::AlreadyBound,
-                PortAddError::Registry(_) => ErrorKind::InvalidArgument,
-                PortAddError::Thread(_) => ErrorKind::Internal,
+                AttachError::NotAPort(_) => ErrorKind::Unsupported,
+                AttachError::Engine(PortAddError::AlreadyBound { .. }) => ErrorKind::AlreadyBound,
+                AttachError::Engine(PortAddError::Registry(_)) => ErrorKind::InvalidArgument,
+                AttachError::Engine(PortAddError::Thread(_)) => ErrorKind::Internal,
             };
             ControlError::new(kind, e.to_string())
         })?;

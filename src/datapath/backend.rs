@@ -1,6 +1,6 @@
 //! What the engine asks of the kernel datapath, and what its threads share.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -16,8 +16,10 @@ use super::DatapathError;
 use super::admission::Admission;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Ledger, LedgerConfig, LedgerKey};
+use super::routing::fdb::Fdb;
 use super::routing::links::Links;
 use super::routing::path::PathResolver;
+use super::routing::stack::{Frames, descend};
 use crate::engine::PortDeleted;
 use crate::engine::conn::{ConnHandle, ConnKey};
 use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Sight, SlotChange};
@@ -82,7 +84,16 @@ pub(super) struct Known {
     /// The timeout of its state: what conntrack had just set when a packet of it was sighted.
     pub timeout: Option<Duration>,
     /// Its elements in the ledger.
-    pub sighted: Vec<(Ifindex, Direction)>,
+    pub sighted: Vec<Sighted>,
+}
+
+/// An element of the ledger, and the port whose slot it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sighted {
+    /// The netdev that routed the packet: the port, or one above it.
+    pub iif: Ifindex,
+    pub port: Ifindex,
+    pub direction: Direction,
 }
 
 /// Watches what happens. Called on threads of the engine and the datapath: it must not block and
@@ -100,7 +111,10 @@ pub trait Observer: Send + Sync {
 pub struct Backend {
     config: Config,
     links: Links,
+    fdb: Fdb,
     resolver: PathResolver,
+    /// What is in the ledger's set of netdevs: the ports and what can stand above them.
+    watched: Mutex<BTreeSet<Ifindex>>,
     /// `None` once it has been removed.
     ledger: Mutex<Option<Ledger>>,
     conntrack: Mutex<Conntrack>,
@@ -122,7 +136,9 @@ impl Backend {
     /// What the kernel lacks or refuses. Nothing is left behind.
     pub fn open(config: Config) -> Result<Self, DatapathError> {
         let links = Links::default();
-        let resolver = PathResolver::new(links.clone()).map_err(DatapathError::Route)?;
+        let fdb = Fdb::default();
+        let resolver =
+            PathResolver::new(links.clone(), fdb.clone()).map_err(DatapathError::Route)?;
         let conntrack = Conntrack::open()?;
         let counted_before = accounting();
         let ledger = Ledger::install(LedgerConfig {
@@ -150,7 +166,9 @@ impl Backend {
         Ok(Self {
             config,
             links,
+            fdb,
             resolver,
+            watched: Mutex::default(),
             ledger: Mutex::new(Some(ledger)),
             conntrack: Mutex::new(conntrack),
             known: DashMap::new(),
@@ -191,6 +209,11 @@ impl Backend {
     #[must_use]
     pub fn links(&self) -> &Links {
         &self.links
+    }
+    /// What bridges have learnt.
+    #[must_use]
+    pub fn fdb(&self) -> &Fdb {
+        &self.fdb
     }
     /// The counts.
     #[must_use]
@@ -233,22 +256,40 @@ impl Backend {
         self.conntrack.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets packets of this netdev be sighted.
-    pub(super) fn watch(&self, ifindex: Ifindex) {
+    /// Lets packets be sighted that arrive on these ports, or on a netdev above one of them, and on
+    /// no other.
+    pub(super) fn watch(&self, ports: impl IntoIterator<Item = Ifindex>) {
+        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = BTreeSet::new();
+        for port in ports {
+            wanted.insert(port);
+            wanted.extend(self.links.above(port));
+        }
         self.with_ledger(|ledger| {
-            if let Err(e) = ledger.port_add(ifindex) {
-                tracing::error!(%ifindex, "packets of this port will not be sighted: {e}");
+            for &ifindex in watched.difference(&wanted) {
+                if let Err(e) = ledger.port_del(ifindex) {
+                    tracing::warn!(%ifindex, "the netdev stays in the ledger's set: {e}");
+                }
+            }
+            for &ifindex in wanted.difference(&watched) {
+                if let Err(e) = ledger.port_add(ifindex) {
+                    tracing::error!(%ifindex, "packets of this netdev will not be sighted: {e}");
+                }
             }
         });
+        *watched = wanted;
     }
 
-    /// Ends that.
-    pub(super) fn unwatch(&self, ifindex: Ifindex) {
-        self.with_ledger(|ledger| {
-            if let Err(e) = ledger.port_del(ifindex) {
-                tracing::warn!(%ifindex, "the port stays in the ledger's set: {e}");
-            }
-        });
+    /// Whether packets of this netdev are sighted.
+    pub(super) fn is_watched(&self, ifindex: Ifindex) -> bool {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner).contains(&ifindex)
+    }
+
+    /// The real netdev that a packet has arrived on, which was routed on this one and came from this
+    /// MAC address. `None` when it cannot be told (yet).
+    pub(super) fn arrived_on(&self, iif: Ifindex, from: Option<MacAddr>) -> Option<Ifindex> {
+        let from = Frames::Of(from.unwrap_or_default());
+        Some(descend(&self.links, &self.fdb, iif, from).ok()?.real.ifindex)
     }
 
     /// Deletes elements of the ledger, so that the next packet is sighted again.
@@ -264,11 +305,17 @@ impl Backend {
         });
     }
 
-    /// Forgets what was sighted on a netdev that is no port any more.
+    /// Forgets what was sighted on a netdev that is no port any more, or is gone.
     pub(super) fn forget_netdev(&self, ifindex: Ifindex) {
+        let mut above = Vec::new();
         for mut known in self.known.iter_mut() {
-            known.sighted.retain(|(i, _)| *i != ifindex);
+            let ct_id = *known.key();
+            let gone = |s: &Sighted| s.port == ifindex || s.iif == ifindex;
+            let keys = known.sighted.iter().filter(|s| gone(s) && s.iif != ifindex);
+            above.extend(keys.map(|s| s.key(ct_id)));
+            known.sighted.retain(|s| !gone(s));
         }
+        self.forget(&above);
         self.clean_ledger(|k| k.iif == ifindex);
     }
 
@@ -307,10 +354,6 @@ pub(super) fn ct_id(conn: &ConnHandle) -> Option<CtId> {
     u32::try_from(conn.tag()).ok().map(CtId)
 }
 
-fn key(sight: &Sight) -> Option<LedgerKey> {
-    Some(LedgerKey { iif: sight.ifindex, ct_id: ct_id(&sight.conn)?, direction: sight.direction })
-}
-
 impl Datapath for Backend {
     fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection> {
         let path = self.resolver.resolve(sight, hint)?;
@@ -318,7 +361,7 @@ impl Datapath for Backend {
             self.neighbours
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
-                .insert((path.forward.egress, next_hop), macs.dst);
+                .insert((path.oif.unwrap_or(path.forward.egress), next_hop), macs.dst);
         }
         Ok(path)
     }
@@ -417,10 +460,19 @@ impl Datapath for Backend {
     }
 
     fn rearm(&self, sights: &[Sight]) {
-        let keys: Vec<LedgerKey> = sights.iter().filter_map(key).collect();
-        for k in &keys {
-            if let Some(mut known) = self.known.get_mut(&k.ct_id) {
-                known.sighted.retain(|s| *s != (k.iif, k.direction));
+        let mut keys = Vec::with_capacity(sights.len());
+        for sight in sights {
+            let Some(id) = ct_id(&sight.conn) else { continue };
+            // Also where nothing is noted of it any more: what the port itself has sighted.
+            keys.push(LedgerKey { iif: sight.ifindex, ct_id: id, direction: sight.direction });
+            if let Some(mut known) = self.known.get_mut(&id) {
+                known.sighted.retain(|s| {
+                    let same = (s.port, s.direction) == (sight.ifindex, sight.direction);
+                    if same && s.iif != s.port {
+                        keys.push(s.key(id));
+                    }
+                    !same
+                });
             }
         }
         self.forget(&keys);
@@ -432,7 +484,15 @@ impl Datapath for Backend {
             Ok(c) => counted = c,
             Err(e) => tracing::debug!("the sight ledger could not be read: {e}"),
         });
-        sights.iter().map(|s| counted.get(&key(s)?).copied()).collect()
+        // Of every netdev that the direction was seen on above the port.
+        let of = |sight: &Sight| {
+            let id = ct_id(&sight.conn)?;
+            let known = self.known.get(&id)?;
+            let here = |s: &&Sighted| (s.port, s.direction) == (sight.ifindex, sight.direction);
+            let counts = known.sighted.iter().filter(here).filter_map(|s| counted.get(&s.key(id)));
+            counts.copied().reduce(u64::wrapping_add)
+        };
+        sights.iter().map(of).collect()
     }
 
     fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {
@@ -444,7 +504,13 @@ impl Datapath for Backend {
 
 impl Known {
     pub(super) fn keys(&self, ct_id: CtId) -> Vec<LedgerKey> {
-        self.sighted.iter().map(|&(iif, direction)| LedgerKey { iif, ct_id, direction }).collect()
+        self.sighted.iter().map(|s| s.key(ct_id)).collect()
+    }
+}
+
+impl Sighted {
+    pub(super) fn key(&self, ct_id: CtId) -> LedgerKey {
+        LedgerKey { iif: self.iif, ct_id, direction: self.direction }
     }
 }
 

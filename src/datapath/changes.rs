@@ -1,7 +1,7 @@
 //! Changes of links, neighbours and routes: ports come and go, and rules that have become wrong are
 //! taken back before anything else.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::PoisonError;
 use std::sync::mpsc::{Receiver, Sender};
@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use netdev_providers::{Ifindex, MacAddr};
 
-use super::PortPolicy;
 use super::backend::{Shared, ct_id};
-use super::routing::links::Link;
+use super::routing::fdb::Behind;
+use super::routing::links::{Layer, Link};
 use super::routing::monitor::{NetEvent, is_within};
+use super::routing::stack::{Frames, descend};
+use super::{AttachError, PortPolicy};
 use crate::engine::conn::{ConnHandle, PathTaken};
 use crate::engine::datapath::{PathHint, Sight};
 use crate::engine::slot::SlotState;
@@ -89,10 +91,18 @@ impl Changes {
             NetEvent::Link(link) => self.link(link),
             NetEvent::LinkGone(ifindex) => self.link_gone(ifindex),
             NetEvent::Neighbour { ifindex, address, mac } => self.neighbour(ifindex, address, mac),
+            NetEvent::Learnt { bridge, mac, behind } => self.learnt(bridge, mac, behind),
+            NetEvent::BridgePort(ifindex, forwarding) => {
+                if let Some(link) = self.backend.links().get(ifindex) {
+                    self.link(Link { forwarding, ..link });
+                }
+            }
             NetEvent::Routes(prefix) => rerouted.add(prefix),
             NetEvent::Lost => {
                 tracing::warn!("rtnetlink events were lost: reading links and routes anew");
                 self.heard = Some(HashSet::new());
+                // What a bridge has forgotten meanwhile is not told; what it knows is.
+                self.backend.fdb().clear();
             }
             NetEvent::Synced => {
                 if let Some(heard) = self.heard.take() {
@@ -101,6 +111,7 @@ impl Changes {
                             self.link_gone(link.ifindex);
                         }
                     }
+                    self.restack();
                     rerouted.add(None);
                 }
                 // Only now: a packet that is sighted on the first port may leave by any netdev.
@@ -119,12 +130,21 @@ impl Changes {
             heard.insert(link.ifindex);
         }
         let ifindex = link.ifindex;
+        let mut above = self.backend.links().above(ifindex);
         let old = self.backend.links().set(link.clone());
+        if old.as_ref() != Some(&link) {
+            above.extend(self.backend.links().above(ifindex));
+        }
         if let Some(old) = &old {
             let changed = old.mac != link.mac
                 || old.mtu != link.mtu
-                || old.kind != link.kind
+                || old.layer != link.layer
+                || old.forwarding != link.forwarding
                 || old.controller != link.controller;
+            // First what has this netdev anywhere in its stack, as it was or as it is.
+            if changed || (old.up && !link.up) {
+                self.retract_through(above, old, &link);
+            }
             // Rules match on the port's MAC address and were made for its MTU.
             if changed && self.engine.port(ifindex).is_some() {
                 tracing::info!(port = link.name, "MAC address, MTU or master changed: flushing");
@@ -134,14 +154,81 @@ impl Changes {
             if changed || (old.up && !link.up) {
                 self.engine.retract_egress(ifindex);
             }
-            if changed {
+            if changed || (!old.up && link.up) {
                 self.retry_rejected();
             }
+        }
+        if self.synced.is_none()
+            && old
+                .as_ref()
+                .is_none_or(|o| (o.controller, &o.layer) != (link.controller, &link.layer))
+        {
+            super::watch(&self.backend, &self.engine);
         }
         let renamed = old.as_ref().is_none_or(|o| o.name != link.name);
         if renamed && self.synced.is_none() {
             self.attach(&link);
         }
+    }
+
+    /// Takes back the rules whose packets are routed on this netdev or on one above it, on arrival or
+    /// on departure, and not on the netdev that the rule stands on or redirects to.
+    fn retract_through(&self, above: BTreeSet<Ifindex>, old: &Link, new: &Link) {
+        // Most netdevs have nothing above them and nothing below.
+        if above.is_empty() && (&old.layer, &new.layer) == (&Layer::Real, &Layer::Real) {
+            return;
+        }
+        let mut netdevs = above;
+        netdevs.insert(old.ifindex);
+        let through = |i: Option<Ifindex>| i.is_some_and(|i| netdevs.contains(&i));
+        let rules = self.retract_where(|p, _| through(p.iif) || through(p.oif));
+        if rules > 0 {
+            tracing::info!(rules, "what is above or below a netdev changed: rules taken back");
+        }
+    }
+
+    fn retract_where(&self, stale: impl Fn(&PathTaken, &SlotView) -> bool) -> u32 {
+        let mut rules = 0;
+        for conn in self.engine.conns() {
+            for slot in self.engine.slots(&conn) {
+                let is_stale = slot.path.is_some_and(|p| stale(&p, &slot));
+                rules += u32::from(is_stale && self.retract(&conn, &slot));
+            }
+        }
+        rules
+    }
+
+    /// An address is behind another port of a bridge now, or behind none that is known: frames for
+    /// it go elsewhere.
+    fn learnt(&self, bridge: Ifindex, mac: MacAddr, behind: Option<Behind>) {
+        let before = self.backend.fdb().set(bridge, mac, behind);
+        if before == behind {
+            return;
+        }
+        if before.is_some() {
+            let mut netdevs = self.backend.links().above(bridge);
+            netdevs.insert(bridge);
+            let rules = self.retract_where(|p, _| {
+                p.dst_mac == Some(mac) && p.oif.is_some_and(|oif| netdevs.contains(&oif))
+            });
+            if rules > 0 {
+                tracing::info!(%mac, rules, "a bridge's port for it changed: rules taken back");
+            }
+        }
+    }
+
+    /// After a loss of events: takes back what the stacks of netdevs, as they are now, do not lead to.
+    fn restack(&self) {
+        let (links, fdb) = (self.backend.links(), self.backend.fdb());
+        let leads_to = |top, frames, real| {
+            descend(links, fdb, top, frames).is_ok_and(|s| s.real.ifindex == real)
+        };
+        self.retract_where(|p, slot| {
+            let (port, egress) = (slot.netdev.ifindex, p.egress);
+            let of = Frames::Of(p.dst_mac.unwrap_or_default());
+            p.iif.is_some_and(|iif| !leads_to(iif, Frames::On(port), port))
+                || p.oif.is_some_and(|oif| !leads_to(oif, of, egress))
+        });
     }
 
     /// What was refused because of a netdev as it was may be possible now.
@@ -161,10 +248,17 @@ impl Changes {
             return true;
         }
         let Some(spec) = (self.policy)(&link.name) else { return false };
-        if let Err(e) = super::attach(&self.backend, &self.engine, link, spec) {
-            tracing::error!(port = link.name, "not attached: {e}");
+        match super::attach(&self.backend, &self.engine, link, spec) {
+            Ok(_) => true,
+            Err(AttachError::NotAPort(why)) => {
+                tracing::info!("not attached: {why}");
+                false
+            }
+            Err(e) => {
+                tracing::error!(port = link.name, "not attached: {e}");
+                true
+            }
         }
-        true
     }
 
     /// At the start. Later nothing of a dead engine can appear.
@@ -177,10 +271,20 @@ impl Changes {
     /// The kernel has removed the netdev, and its qdiscs and rules with it; rules of other netdevs
     /// that redirect to it drop packets until they are gone, so those go first.
     fn link_gone(&self, ifindex: Ifindex) {
+        let above = self.backend.links().above(ifindex);
+        let has_above = !above.is_empty();
+        if let Some(link) = self.backend.links().get(ifindex) {
+            self.retract_through(above, &link, &link);
+        }
         if super::detach(&self.backend, &self.engine, ifindex).is_err() {
             self.engine.retract_egress(ifindex);
         }
         self.backend.links().remove(ifindex);
+        self.backend.fdb().forget(ifindex);
+        if has_above || self.backend.is_watched(ifindex) {
+            super::watch(&self.backend, &self.engine);
+            self.backend.forget_netdev(ifindex);
+        }
         self.backend
             .neighbours
             .lock()
@@ -202,18 +306,9 @@ impl Changes {
                 None => used.remove(&(ifindex, address)),
             };
         }
-        let stale =
-            |p: &PathTaken| p.egress == ifindex && p.next_hop == Some(address) && p.dst_mac != mac;
-        let mut rules = 0;
-        for conn in self.engine.conns() {
-            for slot in self.engine.slots(&conn) {
-                if slot.path.is_some_and(|p| stale(&p))
-                    && self.engine.slot_retract(&conn, slot.direction, slot.netdev.generation)
-                {
-                    rules += 1;
-                }
-            }
-        }
+        let rules = self.retract_where(|p, _| {
+            p.oif.unwrap_or(p.egress) == ifindex && p.next_hop == Some(address) && p.dst_mac != mac
+        });
         tracing::info!(%address, %ifindex, ?mac, rules, "neighbour changed: rules taken back");
     }
 
@@ -241,16 +336,17 @@ impl Changes {
                 }
                 let source = conn.arriving(slot.direction).src();
                 let now = answers
-                    .entry((slot.netdev.ifindex, source, leaving.dst(), mark))
-                    .or_insert_with(|| self.path_now(&conn, slot, mark));
+                    .entry((path.iif.unwrap_or(slot.netdev.ifindex), source, leaving.dst(), mark))
+                    .or_insert_with(|| self.path_now(&conn, slot, path.iif, mark));
                 let same = now.is_some_and(|n| {
-                    (n.egress, n.next_hop, n.dst_mac) == (path.egress, path.next_hop, path.dst_mac)
+                    (n.egress, n.oif, n.next_hop, n.dst_mac)
+                        == (path.egress, path.oif, path.next_hop, path.dst_mac)
                 });
                 if same {
                     continue;
                 }
                 rules += u32::from(self.retract(&conn, slot));
-                if now.is_none_or(|n| n.egress != path.egress) {
+                if now.is_none_or(|n| (n.egress, n.oif) != (path.egress, path.oif)) {
                     let opposite = slot.direction.opposite();
                     for other in slots
                         .iter()
@@ -288,23 +384,30 @@ impl Changes {
             conn: conn.clone(),
             direction,
         };
-        let hint = PathHint { ingress: None, egress: None, mark };
+        // What answers it is routed where it was routed to.
+        let hint = PathHint { ingress: path.oif, eth_dst: None, egress: None, mark };
         let now = self.backend.resolver().resolve(&sight, &hint);
-        now.is_ok_and(|p| p.forward.egress != slot.netdev.ifindex)
+        now.is_ok_and(|p| (p.forward.egress, p.oif) != (slot.netdev.ifindex, path.iif))
     }
 
     fn retract(&self, conn: &ConnHandle, slot: &SlotView) -> bool {
         self.engine.slot_retract(conn, slot.direction, slot.netdev.generation)
     }
 
-    fn path_now(&self, conn: &ConnHandle, slot: &SlotView, mark: u32) -> Option<PathTaken> {
+    fn path_now(
+        &self,
+        conn: &ConnHandle,
+        slot: &SlotView,
+        iif: Option<Ifindex>,
+        mark: u32,
+    ) -> Option<PathTaken> {
         let sight = Sight {
             ifindex: slot.netdev.ifindex,
             generation: slot.netdev.generation,
             conn: conn.clone(),
             direction: slot.direction,
         };
-        let hint = PathHint { ingress: None, egress: None, mark };
+        let hint = PathHint { ingress: iif, eth_dst: None, egress: None, mark };
         let path = self.backend.resolver().resolve(&sight, &hint).ok()?;
         Some(PathTaken {
             egress: path.forward.egress,

@@ -180,8 +180,9 @@ impl Keeper {
             for slot in self.engine.slots(conn) {
                 let Some(path) = slot.path else { continue };
                 let Some(next_hop) = path.next_hop else { continue };
-                keep.insert((path.egress, next_hop));
-                if macs.get(&(path.egress, next_hop)).copied() != path.dst_mac {
+                let neighbour = (path.oif.unwrap_or(path.egress), next_hop);
+                keep.insert(neighbour);
+                if macs.get(&neighbour).copied() != path.dst_mac {
                     self.engine.slot_retract(conn, slot.direction, slot.netdev.generation);
                 }
             }

@@ -51,6 +51,7 @@ use self::netfilter::nflog::{NflogError, SightLog};
 pub use self::pacing::SweepBounds;
 use self::routing::links::Link;
 use self::routing::monitor::{self, NetEvent};
+use self::routing::stack::not_a_port;
 use crate::engine::{Engine, NewPort, NoSuchPort, PortAddError, PortDeleted};
 
 /// How ports are attached when netdevs appear.
@@ -96,6 +97,17 @@ pub enum DatapathError {
     /// A thread could not be started.
     #[error("thread")]
     Thread(#[from] std::io::Error),
+}
+
+/// Why a netdev was not attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// Its connections are offloaded below it, or nowhere.
+    #[error("{0}")]
+    NotAPort(String),
+    /// The engine did not take it.
+    #[error(transparent)]
+    Engine(#[from] PortAddError),
 }
 
 /// The running datapath. [`stop`](Self::stop) it; a drop leaves its threads to the process's end.
@@ -182,8 +194,9 @@ impl KernelDatapath {
     /// Attaches a netdev that is there. By hand: the policy is not asked.
     ///
     /// # Errors
-    /// When it is a port already, or a class asked for does not exist.
-    pub fn attach(&self, link: &Link, spec: PortSpec) -> Result<Generation, PortAddError> {
+    /// When it is a port already, a class asked for does not exist, or connections are offloaded
+    /// below it.
+    pub fn attach(&self, link: &Link, spec: PortSpec) -> Result<Generation, AttachError> {
         attach(&self.backend, &self.engine, link, spec)
     }
 
@@ -224,7 +237,10 @@ fn attach(
     engine: &Engine,
     link: &Link,
     spec: PortSpec,
-) -> Result<Generation, PortAddError> {
+) -> Result<Generation, AttachError> {
+    if let Some(why) = not_a_port(backend.links(), link) {
+        return Err(AttachError::NotAPort(why));
+    }
     let generation = engine.port_add(NewPort {
         ifindex: link.ifindex,
         name: link.name.clone(),
@@ -233,12 +249,23 @@ fn attach(
         capacity: spec.capacity,
     })?;
     // Only now: what is sighted on a netdev that is no port yet would be offered to nobody.
-    backend.watch(link.ifindex);
+    watch(backend, engine);
+    // Packets of netdevs above it may have been sighted when it was none.
+    if !backend.links().above(link.ifindex).is_empty() {
+        backend.forget_netdev(link.ifindex);
+    }
     if let (Some(observer), Some((netdev, class))) = (backend.observer(), engine.port(link.ifindex))
     {
         observer.port_added(&netdev, class);
     }
     Ok(generation)
+}
+
+/// Lets packets of the ports, and of what stands above them now, be sighted.
+fn watch(backend: &Backend, engine: &Engine) {
+    let links = backend.links().all();
+    let ports = links.iter().map(|l| l.ifindex).filter(|&i| engine.port(i).is_some());
+    backend.watch(ports);
 }
 
 fn detach(backend: &Backend, engine: &Engine, ifindex: Ifindex) -> Result<PortDeleted, NoSuchPort> {
@@ -247,7 +274,7 @@ fn detach(backend: &Backend, engine: &Engine, ifindex: Ifindex) -> Result<PortDe
     if let (Some(observer), Some((netdev, _))) = (backend.observer(), port) {
         observer.port_deleted(&netdev, &deleted);
     }
-    backend.unwatch(ifindex);
+    watch(backend, engine);
     backend.forget_netdev(ifindex);
     Ok(deleted)
 }

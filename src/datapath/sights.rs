@@ -5,21 +5,25 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use netdev_providers::{Direction, Permanence, Zone};
+use netdev_providers::{Direction, Ifindex, MacAddr, Permanence, Zone};
 
 use super::TICK;
-use super::backend::{Known, Shared};
+use super::backend::{Known, Shared, Sighted};
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
 use super::netfilter::ledger::LedgerKey;
 use super::netfilter::nflog::{LogRead, Sight, SightLog};
 use crate::engine::Engine;
-use crate::engine::conn::ConnKey;
+use crate::engine::conn::{ConnHandle, ConnKey};
 use crate::engine::datapath::{PathHint, PathSpec};
+use crate::engine::slot::SlotState;
 use crate::engine::worker::{Offer, Worker};
 
 /// How long an offer that was refused at once (queue or table full) waits before its sight is
 /// re-armed.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+/// A rule that has not been used for so long gives way to one for packets that arrive otherwise:
+/// longer than usage is swept.
+const UNUSED_MS: u64 = 15_000;
 /// The ledger is compared with what is known this often even when nothing seems lost.
 const CLEAN_EVERY: Duration = Duration::from_secs(60);
 
@@ -81,6 +85,19 @@ impl Reader {
             self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
             return;
         }
+        // The slot is that of the real netdev: a VLAN device, a bridge, a bond stand above it.
+        let iif = sight.in_dev;
+        let mac = |at: usize| Some(MacAddr(*sight.hw_header.as_ref()?.get(at..)?.first_chunk()?));
+        let real = if self.worker.port(iif).is_some() {
+            Some(iif)
+        } else {
+            self.backend.arrived_on(iif, mac(6))
+        };
+        let Some(real) = real else {
+            tracing::debug!(%iif, "where a packet has arrived cannot be told (yet)");
+            self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+            return;
+        };
         let offloadable = match entry.tcp_state {
             Some(state) => state == TcpState::Established,
             None => true,
@@ -99,8 +116,9 @@ impl Reader {
                 timeout: entry.timeout,
                 sighted: Vec::new(),
             });
-            if !known.sighted.contains(&(key.iif, direction)) {
-                known.sighted.push((key.iif, direction));
+            let sighted = Sighted { iif, port: real, direction };
+            if !known.sighted.contains(&sighted) {
+                known.sighted.push(sighted);
             }
             known.timeout = known.timeout.max(entry.timeout);
             known.mark = sight.mark;
@@ -109,7 +127,7 @@ impl Reader {
             }
         }
         // No port: it has gone since, and its elements go with it.
-        let Some(port) = self.worker.port(sight.in_dev) else { return };
+        let Some(port) = self.worker.port(real) else { return };
         let Some(conn) = conn else {
             if offloadable {
                 port.conn_table_full();
@@ -117,10 +135,12 @@ impl Reader {
             }
             return;
         };
-        let name = self.backend.links().name(sight.in_dev);
+        // Rules of admission are about ports, whatever stands above them.
+        let name = self.backend.links().name(real);
         let path = match self.backend.config().admission.admit(&name, conn.key()) {
             Ok(()) => PathSpec::Resolve(PathHint {
-                ingress: None,
+                ingress: (real != iif).then_some(iif),
+                eth_dst: mac(0),
                 egress: sight.out_dev,
                 mark: sight.mark,
             }),
@@ -133,7 +153,31 @@ impl Reader {
                     self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
                 }
             }
-            Offer::Queued | Offer::Decided | Offer::Unbound => {}
+            Offer::Decided => self.arrives_otherwise(&conn, direction, real, key),
+            Offer::Queued | Offer::Unbound => {}
+        }
+    }
+
+    /// A port has one slot for a direction, and its rule is for the netdev above it that it was first
+    /// seen on. When packets arrive by another (a path that moved from one VLAN to another of the same
+    /// port) and the rule is not used any more, it gives way; until then this is looked at again.
+    fn arrives_otherwise(
+        &mut self,
+        conn: &ConnHandle,
+        direction: Direction,
+        port: Ifindex,
+        key: LedgerKey,
+    ) {
+        let slots = self.engine.slots(conn);
+        let slot = slots.iter().find(|s| (s.netdev.ifindex, s.direction) == (port, direction));
+        let Some((slot, path)) = slot.and_then(|s| Some((s, s.path?))) else { return };
+        if slot.state != SlotState::Installed || path.iif.unwrap_or(port) == key.iif {
+            return;
+        }
+        if slot.idle_ms.is_some_and(|idle| idle >= UNUSED_MS) {
+            self.engine.slot_retract(conn, direction, slot.netdev.generation);
+        } else {
+            self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
         }
     }
 
@@ -183,7 +227,7 @@ impl Reader {
                 .backend
                 .known
                 .get(&k.ct_id)
-                .is_some_and(|known| known.sighted.contains(&(k.iif, k.direction)))
+                .is_some_and(|known| known.sighted.iter().any(|s| s.key(k.ct_id) == *k))
         });
     }
 }

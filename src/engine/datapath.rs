@@ -15,6 +15,8 @@ use super::reconcile::Recognised;
 pub struct PathHint {
     /// The netdev that routed it, where that is not the port itself but one above it.
     pub ingress: Option<Ifindex>,
+    /// The MAC address that the packet was sent to, where it is known.
+    pub eth_dst: Option<MacAddr>,
     /// Where the packet was sent: the netdev of the route.
     pub egress: Option<Ifindex>,
     /// Its firewall mark, which can select a routing table.

@@ -246,7 +246,7 @@ const UDP6: &str = "udp [fd01::2]:4000 > [fd02::2]:53";
 // --- Packets --------------------------------------------------------------------------------------
 
 /// A raw socket on one netdev of the calling thread's namespace.
-struct Wire(OwnedFd);
+pub(crate) struct Wire(OwnedFd);
 
 const SOL_PACKET: i32 = 263;
 const PACKET_AUXDATA: i32 = 8;
@@ -254,7 +254,7 @@ const PACKET_VNET_HDR: i32 = 15;
 const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
 
 impl Wire {
-    fn open(name: &str, vnet_hdr: bool) -> Self {
+    pub(crate) fn open(name: &str, vnet_hdr: bool) -> Self {
         let protocol = i32::from((libc::ETH_P_ALL as u16).to_be());
         // SAFETY: a system call without pointers; the descriptor is new and nobody else's.
         let fd = unsafe {
@@ -270,6 +270,7 @@ impl Wire {
             assert_eq!(r, 0, "setsockopt");
         };
         int(SOL_PACKET, PACKET_AUXDATA, 1);
+        setsockopt(&fd, sockopt::RcvBufForce, &(16 << 20)).unwrap();
         if vnet_hdr {
             int(SOL_PACKET, PACKET_VNET_HDR, 1);
         }
@@ -322,7 +323,12 @@ impl Wire {
     }
 
     /// Frames that arrive until `within` has passed without one that `want` wants, at most `max`.
-    fn receive(&self, max: usize, within: Duration, want: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
+    pub(crate) fn receive(
+        &self,
+        max: usize,
+        within: Duration,
+        want: impl Fn(&[u8]) -> bool,
+    ) -> Vec<Vec<u8>> {
         let mut got = Vec::new();
         let mut until = Instant::now() + within;
         let mut buf = vec![0; 70_000];
@@ -511,21 +517,21 @@ impl Packet {
 
 /// A frame as it was received.
 #[derive(Debug)]
-struct Seen {
-    dst: MacAddr,
+pub(crate) struct Seen {
+    pub(crate) dst: MacAddr,
     src: MacAddr,
     /// VLAN tags, the outermost first: ethertype and TCI.
     tags: Vec<(u16, u16)>,
     tuple: Tuple,
     ttl: u8,
-    ip_checksum_right: bool,
+    pub(crate) ip_checksum_right: bool,
     l4_check: u16,
-    l4_checksum_right: bool,
-    payload: Vec<u8>,
+    pub(crate) l4_checksum_right: bool,
+    pub(crate) payload: Vec<u8>,
 }
 
 /// `None` for frames that are not plain TCP or UDP over IP.
-fn parse(frame: &[u8]) -> Option<Seen> {
+pub(crate) fn parse(frame: &[u8]) -> Option<Seen> {
     let mac = |at: usize| Some(MacAddr(frame.get(at..at + 6)?.try_into().ok()?));
     let mut tags = Vec::new();
     let mut rest = frame.get(12..)?;

@@ -17,6 +17,8 @@ use serde_json::Value;
 use crate::netns::NetNs;
 
 mod admission;
+mod nat;
+mod stack;
 
 /// Emulated kernels are slow, above all when they load modules.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -112,6 +114,37 @@ impl Router {
         out.lines().filter(|l| l.contains(" flower ") && l.contains("handle 0x")).count()
     }
 
+    /// Exchanges data over rules alone: the router does not forward meanwhile.
+    fn exchange_by_rules(&self, connection: &mut Connection, length: usize) {
+        self.run("sysctl -qw net.ipv4.ip_forward=0");
+        connection.exchange(length);
+        self.run("sysctl -qw net.ipv4.ip_forward=1");
+    }
+
+    /// What a slot that has not been installed says of itself.
+    fn refusal(&self, port: &str, direction: &str) -> Option<(String, String)> {
+        let conns = self.json(&["conn", "show"]);
+        let slots =
+            conns.as_array()?.iter().flat_map(|c| c["slots"].as_array().into_iter().flatten());
+        let mut found = slots.filter(|s| s["port"] == port && s["direction"] == direction);
+        let slot = found.find(|s| s["state"] == "rejected")?;
+        let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+        Some((text(&slot["reason"]), text(&slot["detail"])))
+    }
+
+    fn wait_refused(&self, at: (&str, &str), reason: &str, why: &str, c: &mut Connection) {
+        let mut last = None;
+        wait_until(&format!("{at:?} refused: {reason}, {why}"), || {
+            c.ping();
+            let now = self.refusal(at.0, at.1);
+            if now != last {
+                println!("{at:?}: {now:?}");
+                last.clone_from(&now);
+            }
+            now.is_some_and(|(r, w)| r == reason && w.contains(why))
+        });
+    }
+
     pub(crate) fn signal(&mut self, signal: Signal) -> Option<i32> {
         let mut child = self.daemon.take()?;
         let pid = i32::try_from(child.id()).expect("a pid");
@@ -125,22 +158,29 @@ impl Router {
 
     /// To a server of its own at this port of the host behind `wan`.
     pub(crate) fn connect_to(&self, port: u16) -> Connection {
-        let address = SocketAddr::from(([10, 2, 0, 2], port));
+        let address = format!("10.2.0.2:{port}");
+        self.connect_through(&address, "wan", &address)
+    }
+
+    /// From the host behind `lan` to an address, where a server behind a netdev of the router
+    /// answers that listens at another.
+    fn connect_through(&self, to: &str, server: &str, at: &str) -> Connection {
+        let [to, at]: [SocketAddr; 2] = [to, at].map(|a| a.parse().expect("an address"));
         let (ready, listening) = mpsc::channel();
-        let server = in_netns(self.host("wan"), move || {
-            let listener = TcpListener::bind(address).expect("bind");
+        let server = in_netns(self.host(server), move || {
+            let listener = TcpListener::bind(at).expect("bind");
             ready.send(()).expect("ready");
             let (mut stream, _) = listener.accept().expect("accept");
-            let mut byte = [0];
-            while stream.read_exact(&mut byte).is_ok() {
-                if stream.write_all(&byte).is_err() {
+            let mut buf = vec![0; 1 << 16];
+            while let Ok(n @ 1..) = stream.read(&mut buf) {
+                if stream.write_all(&buf[..n]).is_err() {
                     break;
                 }
             }
         });
         listening.recv().expect("the server listens");
         let stream = in_netns(self.host("lan"), move || {
-            TcpStream::connect_timeout(&address, PATIENCE).expect("connect")
+            TcpStream::connect_timeout(&to, PATIENCE).expect("connect")
         })
         .join()
         .expect("the client connects");
@@ -171,6 +211,18 @@ impl Connection {
     pub(crate) fn ping(&mut self) {
         self.stream.write_all(b"x").expect("the connection carries a byte there");
         self.stream.read_exact(&mut [0]).expect("and back");
+    }
+
+    /// Sends data there, and compares what comes back byte by byte.
+    fn exchange(&mut self, length: usize) {
+        let data: Vec<u8> =
+            (0..length).map(|i| ((i % 251) ^ (i / 251 % 256)).try_into().unwrap_or(0)).collect();
+        let (sent, mut writer) = (data.clone(), self.stream.try_clone().expect("a clone"));
+        let writing = std::thread::spawn(move || writer.write_all(&sent));
+        let mut back = vec![0; length];
+        self.stream.read_exact(&mut back).expect("the data comes back");
+        writing.join().expect("the writer").expect("the data is sent");
+        assert!(back == data, "other data came back");
     }
 
     /// Whether a byte comes back within a second.
@@ -277,14 +329,24 @@ fn a_netdev_that_goes_down_or_changes_its_mtu_takes_its_rules_along() {
     wait_until("nothing redirects into wan", || r.rules("lan") == 0);
     r.run("ip link set wan up");
     r.wait_installed(&BOTH, &mut c);
-    r.run("ip link set wan mtu 1400");
-    wait_until("the smaller MTU is refused", || {
+    // Both ends of the cable, or what the host sends is lost on it.
+    let cable = |r: &Router, mtu: u32| {
+        let host = r.host("wan");
+        r.run(&format!("ip -n {host} link set e0 mtu {mtu} && ip link set wan mtu {mtu}"))
+    };
+    cable(&r, 1400);
+    let looks_at_the_length =
+        |r: &Router| r.run("tc filter show dev lan ingress").contains("police");
+    wait_until("the rule looks at the length", || {
         c.ping();
-        r.slots().iter().any(|s| s.0 == "lan" && s.3 == "mtu-mismatch")
+        looks_at_the_length(&r) && r.installed() == BOTH
     });
-    c.ping();
-    r.run("ip link set wan mtu 1500");
-    r.wait_installed(&BOTH, &mut c);
+    c.exchange(200_000);
+    cable(&r, 1500);
+    wait_until("the rule need not any more", || {
+        c.ping();
+        !looks_at_the_length(&r) && r.installed() == BOTH
+    });
 }
 
 #[test]

@@ -69,11 +69,11 @@ reasons! {
     NoRoute = 7, "no-route", Transient;
     /// The packets are for this host itself, or are broadcast or multicast: they are not forwarded.
     NotForwarded = 8, "not-forwarded", Permanent;
-    /// The egress netdev is not one that packets can be redirected to (no Ethernet, a bridge, a VLAN, a tunnel, down).
+    /// The egress netdev is not one that packets can be redirected to (no Ethernet, a tunnel, two VLAN tags, a bridge that filters VLANs).
     EgressUnsupported = 9, "egress-unsupported", Permanent;
-    /// The egress MTU is below the ingress MTU: a packet too long could not be told apart.
+    /// The egress MTU is below the ingress MTU, and a packet too long cannot be told apart here.
     MtuMismatch = 10, "mtu-mismatch", Permanent;
-    /// The ingress netdev is not one whose packets can be offloaded (no Ethernet, enslaved to a bridge or a bond).
+    /// The ingress netdev is not one whose packets can be offloaded (no Ethernet, two VLAN tags, a bridge that filters VLANs, a macvlan).
     IngressUnsupported = 11, "ingress-unsupported", Permanent;
     /// The connection is not in a state that can be offloaded (not established, closing, of a helper).
     ConnState = 12, "conn-state", Permanent;

@@ -288,8 +288,16 @@ impl fmt::Display for Tuple {
 
 /// Why a text is not a tuple.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is not a tuple: expected e.g. `tcp 192.0.2.1:4242 > 198.51.100.2:80`")]
-pub struct ParseTupleError(String);
+pub enum ParseTupleError {
+    /// It is none.
+    #[error("'{0}' is not a tuple: expected e.g. `tcp 192.0.2.1:4242 > 198.51.100.2:80`")]
+    Malformed(String),
+    /// It is one of ICMP, which is never offloaded.
+    #[error(
+        "ICMP is not offloaded: rules match its type and code, not the identifier that tells one echo from another"
+    )]
+    Icmp,
+}
 
 impl FromStr for Tuple {
     type Err = ParseTupleError;
@@ -297,11 +305,15 @@ impl FromStr for Tuple {
     /// Parses what `Display` writes, and the same with `,` or nothing but blanks for `>`:
     /// `tcp 192.0.2.1:4242 > 198.51.100.2:80`, `udp,[2001:db8::1]:53,[2001:db8::2]:53`.
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        let err = || ParseTupleError(s.to_owned());
+        let err = || ParseTupleError::Malformed(s.to_owned());
         let mut words =
             s.split(|c: char| c.is_whitespace() || c == ',' || c == '>').filter(|w| !w.is_empty());
+        let proto = words.next();
+        if matches!(proto, Some("icmp" | "icmpv6")) {
+            return Err(ParseTupleError::Icmp);
+        }
         let (Some(proto), Some(src), Some(dst), None) =
-            (words.next(), words.next(), words.next(), words.next())
+            (proto, words.next(), words.next(), words.next())
         else {
             return Err(err());
         };
@@ -465,6 +477,12 @@ mod tests {
         fn no_text_makes_the_tuple_parser_panic(s in ".*") {
             let _ = s.parse::<Tuple>();
         }
+    }
+
+    #[test]
+    fn who_asks_for_an_echo_is_told_why_it_is_not_offloaded() {
+        let why = "icmp 192.0.2.1 198.51.100.2 8".parse::<Tuple>().unwrap_err();
+        assert!(why.to_string().contains("identifier"), "{why}");
     }
 
     #[test]

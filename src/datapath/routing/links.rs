@@ -1,10 +1,13 @@
-//! The netdevs of the network namespace.
+//! The netdevs of the network namespace, each with what stands below it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use netdev_providers::{Ifindex, MacAddr};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{
+    BondMode, BridgePortState, InfoBond, InfoBridge, InfoBridgePort, InfoData, InfoPortData,
+    InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, VlanProtocol,
+};
 
 /// One netdev.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,15 +22,55 @@ pub struct Link {
     pub mtu: u32,
     /// `IFF_UP`.
     pub up: bool,
-    /// `IFLA_INFO_KIND`: `veth`, `bridge` …; physical devices have none.
-    pub kind: Option<String>,
     /// It is enslaved (bridge, bond, VRF …) to this netdev.
     pub controller: Option<u32>,
+    /// It is no port of a bridge, or one that forwards (`BR_STATE_FORWARDING`).
+    pub forwarding: bool,
+    /// What becomes of frames that are sent to it.
+    pub layer: Layer,
 }
 
-/// Netdev kinds that frames can be redirected from and to as they are. Others change frames on the
-/// way (VLAN, tunnels), choose a port themselves (bridge, bond, team) or have no Ethernet.
-const PLAIN_KINDS: [&str; 4] = ["veth", "dummy", "netdevsim", "simnic"];
+/// What a netdev does with the frames that it is given to send, and so what stands below it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// It sends them as they are: frames can be redirected from and to it.
+    Real,
+    /// It puts a tag on them and gives them to the netdev below.
+    Vlan {
+        /// The netdev below; `None` where that is in another network namespace.
+        lower: Option<Ifindex>,
+        /// The tag's number, as the kernel has it.
+        id: u16,
+        /// The tag is one of 802.1Q, not of 802.1ad.
+        dot1q: bool,
+        /// A map between priorities of the tag and of the packet is set (`ip link … qos-map`).
+        qos: bool,
+    },
+    /// It gives them to the port behind which their receiver was learnt.
+    Bridge {
+        /// Ports have VLANs (`vlan_filtering`).
+        vlan_filtering: bool,
+    },
+    /// A bond in mode active-backup: gives them to its active port.
+    ActiveBackup {
+        /// That port, where there is one.
+        active: Option<Ifindex>,
+    },
+    /// It makes other frames of them (tunnels), or is another kind of port to the netdev below
+    /// (macvlan).
+    Other {
+        /// Its kind, as `ip -d link` shows it.
+        kind: String,
+        /// The netdev that its frames arrive on as they are, where it is of such a kind.
+        lower: Option<Ifindex>,
+    },
+}
+
+/// Netdev kinds that frames can be redirected from and to as they are. (Physical devices have no
+/// kind.) A bond that balances is one of them: it chooses a port for every frame that it is given.
+const REAL_KINDS: [&str; 5] = ["veth", "dummy", "netdevsim", "simnic", "bond"];
+/// Kinds that get frames of the netdev below unchanged, by their destination address.
+const SHARING_KINDS: [&str; 4] = ["macvlan", "macvtap", "ipvlan", "ipvtap"];
 
 impl Link {
     /// Reads a link message; `None` when it is not about a netdev of the namespace.
@@ -39,11 +82,13 @@ impl Link {
             mac: None,
             mtu: 0,
             up: m.header.flags.contains(LinkFlags::Up),
-            kind: None,
             controller: None,
+            forwarding: true,
+            layer: Layer::Real,
         };
         let ethernet = m.header.link_layer_type == LinkLayerType::Ether
             && !m.header.flags.contains(LinkFlags::Loopback);
+        let (mut lower, mut elsewhere, mut infos) = (None, false, &[][..]);
         for a in &m.attributes {
             match a {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
@@ -52,36 +97,68 @@ impl Link {
                     link.mac = bytes.as_slice().try_into().ok().map(MacAddr);
                 }
                 LinkAttribute::Controller(index) if *index != 0 => link.controller = Some(*index),
-                LinkAttribute::LinkInfo(infos) => {
-                    link.kind = infos.iter().find_map(|i| match i {
-                        LinkInfo::Kind(kind) => Some(kind.to_string()),
-                        _ => None,
-                    });
-                }
+                LinkAttribute::Link(index) => lower = Ifindex::new(*index),
+                LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+                LinkAttribute::LinkInfo(i) => infos = i,
                 _ => {}
             }
         }
+        link.layer = Layer::of(infos, lower.filter(|_| !elsewhere));
+        link.forwarding = infos.iter().all(|i| match i {
+            LinkInfo::PortData(InfoPortData::BridgePort(port)) => port.iter().all(
+                |p| !matches!(p, InfoBridgePort::State(s) if *s != BridgePortState::Forwarding),
+            ),
+            _ => true,
+        });
         Some(link)
     }
+}
 
-    /// Why frames cannot be redirected from or to this netdev; `None` when they can.
-    #[must_use]
-    pub fn unsuitable(&self) -> Option<String> {
-        let name = &self.name;
-        if self.mac.is_none() {
-            return Some(format!("{name} is not an Ethernet netdev"));
+impl Layer {
+    fn of(infos: &[LinkInfo], lower: Option<Ifindex>) -> Self {
+        let kind = infos.iter().find_map(|i| match i {
+            LinkInfo::Kind(kind) => Some(kind.to_string()),
+            _ => None,
+        });
+        let Some(kind) = kind else { return Self::Real };
+        let data = infos.iter().find_map(|i| match i {
+            LinkInfo::Data(data) => Some(data),
+            _ => None,
+        });
+        match data {
+            Some(InfoData::Vlan(v)) => Self::vlan(v, lower),
+            Some(InfoData::Bridge(b)) => Self::Bridge {
+                vlan_filtering: b.iter().any(|a| matches!(a, InfoBridge::VlanFiltering(true))),
+            },
+            Some(InfoData::Bond(b))
+                if b.iter().any(|a| matches!(a, InfoBond::Mode(BondMode::ActiveBackup))) =>
+            {
+                Self::ActiveBackup {
+                    active: b.iter().find_map(|a| match a {
+                        InfoBond::ActivePort(index) => Ifindex::new(*index),
+                        _ => None,
+                    }),
+                }
+            }
+            _ if REAL_KINDS.contains(&kind.as_str()) => Self::Real,
+            _ => {
+                let lower = lower.filter(|_| SHARING_KINDS.contains(&kind.as_str()));
+                Self::Other { kind, lower }
+            }
         }
-        if let Some(kind) = &self.kind
-            && !PLAIN_KINDS.contains(&kind.as_str())
-        {
-            return Some(format!("{name} is a {kind}, which is not supported yet"));
+    }
+
+    fn vlan(attributes: &[InfoVlan], lower: Option<Ifindex>) -> Self {
+        let (mut id, mut dot1q, mut qos) = (0, false, false);
+        for a in attributes {
+            match a {
+                InfoVlan::Id(n) => id = *n,
+                InfoVlan::Protocol(p) => dot1q = *p == VlanProtocol::Ieee8021Q,
+                InfoVlan::EgressQos(map) | InfoVlan::IngressQos(map) => qos |= !map.is_empty(),
+                _ => {}
+            }
         }
-        if self.controller.is_some() {
-            return Some(format!(
-                "{name} is enslaved to a bridge, bond or VRF, which is not supported yet"
-            ));
-        }
-        None
+        Self::Vlan { lower, id, dot1q, qos }
     }
 }
 
@@ -123,5 +200,40 @@ impl Links {
     /// Forgets a netdev.
     pub fn remove(&self, ifindex: Ifindex) -> Option<Link> {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&ifindex)
+    }
+
+    /// The netdevs that can have this one below them, whichever way their frames go at present:
+    /// VLAN devices on it, the bridge or the bond that it is a port of, and what stands on those.
+    #[must_use]
+    pub fn above(&self, ifindex: Ifindex) -> BTreeSet<Ifindex> {
+        let links = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let mut found = BTreeSet::new();
+        let mut from = vec![ifindex];
+        while let Some(lower) = from.pop() {
+            let controller = links.get(&lower).and_then(|l| Ifindex::new(l.controller?));
+            for link in links.values() {
+                let stands_on_it = match &link.layer {
+                    Layer::Vlan { lower: below, .. } | Layer::Other { lower: below, .. } => {
+                        *below == Some(lower)
+                    }
+                    Layer::Bridge { .. } | Layer::ActiveBackup { .. } => {
+                        controller == Some(link.ifindex)
+                    }
+                    Layer::Real => false,
+                };
+                if stands_on_it && link.ifindex != ifindex && found.insert(link.ifindex) {
+                    from.push(link.ifindex);
+                }
+            }
+        }
+        found
+    }
+
+    /// The ports of a bridge or a bond.
+    #[must_use]
+    pub fn ports_of(&self, controller: Ifindex) -> Vec<Ifindex> {
+        let links = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let is_port = |l: &&Link| l.controller == Some(controller.get());
+        links.values().filter(is_port).map(|l| l.ifindex).collect()
     }
 }

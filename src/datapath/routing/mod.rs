@@ -1,9 +1,13 @@
 //! What the kernel datapath knows of links, routes and neighbours, through rtnetlink.
 //!
 //! * [`links`]: the netdevs, kept up to date by the monitor;
+//! * [`fdb`]: what bridges have learnt, likewise;
+//! * [`stack`]: from a netdev that routes down to the real one, and its tag;
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own);
 //! * [`path`]: where the packets of one direction go, asked of the kernel for each.
 
+pub mod fdb;
 pub mod links;
 pub mod monitor;
 pub mod path;
+pub mod stack;

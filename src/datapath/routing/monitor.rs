@@ -8,17 +8,19 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
 use netdev_providers::{Ifindex, MacAddr};
-use netlink_packet_core::NetlinkPayload;
+use netlink_packet_core::{NetlinkPayload, Nla};
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage, LinkProtoInfoBridge};
 use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::MulticastGroup;
 use rtnetlink::sys::AsyncSocket;
 use tokio::sync::oneshot;
 
+use super::fdb::Behind;
 use super::links::Link;
 
 /// Something changed.
@@ -37,6 +39,17 @@ pub enum NetEvent {
         /// Where packets for it are to be sent.
         mac: Option<MacAddr>,
     },
+    /// A bridge has (now) learnt this MAC address there; `None`: it is forgotten.
+    Learnt {
+        /// Which bridge.
+        bridge: Ifindex,
+        /// The address.
+        mac: MacAddr,
+        /// Where frames for it are sent.
+        behind: Option<Behind>,
+    },
+    /// A port of a bridge forwards, or does not (spanning tree).
+    BridgePort(Ifindex, bool),
     /// Routes to this prefix changed. `None`: a change that cannot be narrowed down (a rule, an
     /// address, a next-hop object).
     Routes(Option<(IpAddr, u8)>),
@@ -103,6 +116,21 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
                 return Ok(Ended::NobodyListens);
             }
         }
+        let mut learnt =
+            handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
+        while let Some(entry) = learnt.next().await {
+            match entry {
+                Ok(entry) if fdb_entry(&entry, false).is_some_and(|e| events.send(e).is_err()) => {
+                    return Ok(Ended::NobodyListens);
+                }
+                Ok(_) => {}
+                // A namespace without any netdev that could have entries.
+                Err(e) => {
+                    tracing::debug!("reading the forwarding databases: {e}");
+                    break;
+                }
+            }
+        }
         if events.send(NetEvent::Synced).is_err() {
             return Ok(Ended::NobodyListens);
         }
@@ -133,14 +161,20 @@ fn send_link(events: &Sender<NetEvent>, m: &LinkMessage) -> bool {
 /// False when nobody listens any more.
 fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
     let event = match message {
-        // A bridge announces its ports with AF_BRIDGE too: those are not about the netdev itself.
-        RouteNetlinkMessage::NewLink(m) | RouteNetlinkMessage::DelLink(m)
-            if u8::from(m.header.interface_family) != 0 =>
-        {
-            None
+        // A bridge announces its ports with AF_BRIDGE too: those are not about the netdev itself,
+        // but about its being a port.
+        RouteNetlinkMessage::NewLink(m) if u8::from(m.header.interface_family) != 0 => {
+            bridge_port(m)
         }
+        RouteNetlinkMessage::DelLink(m) if u8::from(m.header.interface_family) != 0 => None,
         RouteNetlinkMessage::NewLink(m) => return send_link(events, m),
         RouteNetlinkMessage::DelLink(m) => Ifindex::new(m.header.index).map(NetEvent::LinkGone),
+        RouteNetlinkMessage::NewNeighbour(m) if m.header.family == AddressFamily::Bridge => {
+            fdb_entry(m, false)
+        }
+        RouteNetlinkMessage::DelNeighbour(m) if m.header.family == AddressFamily::Bridge => {
+            fdb_entry(m, true)
+        }
         RouteNetlinkMessage::NewNeighbour(m) => neighbour(m, false),
         RouteNetlinkMessage::DelNeighbour(m) => neighbour(m, true),
         RouteNetlinkMessage::NewRoute(m) | RouteNetlinkMessage::DelRoute(m) => {
@@ -153,6 +187,50 @@ fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
         _ => None,
     };
     event.is_none_or(|e| events.send(e).is_ok())
+}
+
+/// The state of a bridge's port (`br_ifinfo_notify`).
+fn bridge_port(m: &LinkMessage) -> Option<NetEvent> {
+    const IFLA_BRPORT_STATE: u16 = 1;
+    const BR_STATE_FORWARDING: u8 = 3;
+    let ifindex = Ifindex::new(m.header.index)?;
+    m.attributes.iter().find_map(|a| {
+        let LinkAttribute::ProtoInfoBridge(infos) = a else { return None };
+        infos.iter().find_map(|i| match i {
+            LinkProtoInfoBridge::Other(nla)
+                if nla.kind() == IFLA_BRPORT_STATE && nla.value_len() == 1 =>
+            {
+                let mut state = [0];
+                nla.emit_value(&mut state);
+                Some(NetEvent::BridgePort(ifindex, state[0] == BR_STATE_FORWARDING))
+            }
+            _ => None,
+        })
+    })
+}
+
+/// An entry of a bridge's forwarding database, unless it is one for a single VLAN, or one of a
+/// netdev's own list of addresses.
+fn fdb_entry(m: &NeighbourMessage, gone: bool) -> Option<NetEvent> {
+    if m.header.flags.contains(NeighbourFlags::Own) {
+        return None;
+    }
+    let (mut bridge, mut mac) = (None, None);
+    for a in &m.attributes {
+        match a {
+            NeighbourAttribute::Controller(index) => bridge = Ifindex::new(*index),
+            NeighbourAttribute::LinkLayerAddress(b) => {
+                mac = b.as_slice().try_into().ok().map(MacAddr);
+            }
+            NeighbourAttribute::Vlan(_) => return None,
+            _ => {}
+        }
+    }
+    let (bridge, port) = (bridge?, Ifindex::new(m.header.ifindex)?);
+    // Of the bridge's own addresses, and those of its ports (`BR_FDB_LOCAL`).
+    let own = port == bridge || m.header.state == NeighbourState::Permanent;
+    let behind = if own { Behind::Itself } else { Behind::Port(port) };
+    Some(NetEvent::Learnt { bridge, mac: mac?, behind: (!gone).then_some(behind) })
 }
 
 fn neighbour(m: &NeighbourMessage, gone: bool) -> Option<NetEvent> {

@@ -16,8 +16,10 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia,
 };
 
-use super::links::Links;
+use super::fdb::Fdb;
+use super::links::{Layer, Links};
 use super::monitor::usable_mac;
+use super::stack::{Frames, Stack, descend};
 use crate::engine::datapath::{Path, PathHint, Sight};
 
 const RTM_NEWROUTE: u16 = 24;
@@ -38,6 +40,7 @@ struct Route {
 /// Resolves paths with blocking requests of its own socket.
 pub struct PathResolver {
     links: Links,
+    fdb: Fdb,
     socket: Mutex<Socket>,
 }
 
@@ -46,8 +49,8 @@ impl PathResolver {
     ///
     /// # Errors
     /// When the kernel refuses the socket.
-    pub fn new(links: Links) -> Result<Self, NetlinkError> {
-        Ok(Self { links, socket: Mutex::new(Socket::open(Family::Route)?) })
+    pub fn new(links: Links, fdb: Fdb) -> Result<Self, NetlinkError> {
+        Ok(Self { links, fdb, socket: Mutex::new(Socket::open(Family::Route)?) })
     }
 
     /// The path of a direction on a port.
@@ -57,18 +60,29 @@ impl PathResolver {
     pub fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection> {
         let arriving = *sight.conn.arriving(sight.direction);
         let leaving = sight.conn.leaving(sight.direction);
-        // A netdev that is not known is about to be (or about to be forgotten).
-        let unknown = |ifindex| {
-            Rejection::with_detail(Reason::Busy, format!("netdev {ifindex} is not known (yet)"))
-        };
-        let ingress = self.links.get(sight.ifindex).ok_or_else(|| unknown(sight.ifindex))?;
-        let in_mac = match (ingress.mac, ingress.unsuitable()) {
-            (Some(mac), None) => mac,
-            (_, why) => {
-                let why = why.unwrap_or_default();
-                return Err(Rejection::with_detail(Reason::IngressUnsupported, why));
-            }
-        };
+        let iif = hint.ingress.unwrap_or(sight.ifindex);
+        let (in_mac, arrival) =
+            self.stack(iif, Frames::On(sight.ifindex), Reason::IngressUnsupported)?;
+        if let Some(mac) = hint.eth_dst
+            && mac != in_mac
+        {
+            let name = self.links.name(iif);
+            let bridge =
+                self.links.get(iif).is_some_and(|l| matches!(l.layer, Layer::Bridge { .. }));
+            return Err(if bridge {
+                // Netfilter shows us what a bridge forwards too (`br_netfilter`).
+                let why = format!("frames for {mac}, not for {name} itself: bridged, not routed");
+                Rejection::with_detail(Reason::IngressUnsupported, why)
+            } else {
+                // A neighbour that does not know yet of a new MAC address.
+                let why = format!("frames for {mac}, not for {in_mac}, which is {name}'s");
+                Rejection::with_detail(Reason::Busy, why)
+            });
+        }
+        if arrival.real.ifindex != sight.ifindex {
+            let why = format!("{} is above {} now", self.links.name(iif), arrival.real.name);
+            return Err(Rejection::with_detail(Reason::Busy, why));
+        }
         let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         // At the time of the routing decision the destination is translated, the source is not.
         let mut request = RouteMessage::default();
@@ -80,7 +94,7 @@ impl PathResolver {
         request.attributes = vec![
             RouteAttribute::Destination(RouteAddress::from(leaving.dst())),
             RouteAttribute::Source(RouteAddress::from(arriving.src())),
-            RouteAttribute::Iif(sight.ifindex.get()),
+            RouteAttribute::Iif(iif.get()),
             RouteAttribute::IpProto(leaving.proto().number()),
             RouteAttribute::Sport(arriving.sport()),
             RouteAttribute::Dport(leaving.dport()),
@@ -100,39 +114,55 @@ impl PathResolver {
                 ),
             ));
         }
-        let egress = self.links.get(route.egress).ok_or_else(|| unknown(route.egress))?;
-        let unsuitable = |why: String| Rejection::with_detail(Reason::EgressUnsupported, why);
-        let out_mac = match (egress.mac, egress.unsuitable()) {
-            (Some(mac), None) => mac,
-            (_, why) => return Err(unsuitable(why.unwrap_or_default())),
-        };
-        if !egress.up {
-            let why = format!("{} is down", egress.name);
-            return Err(Rejection::with_detail(Reason::Busy, why));
-        }
+        let oif = route.egress;
+        // What cannot be followed whoever the neighbour is, is told before he is asked for.
         let next_hop = route.gateway.unwrap_or(leaving.dst());
-        let neighbour =
-            look_up_neighbour(&mut socket, route.egress, next_hop)?.ok_or_else(|| {
-                Rejection::with_detail(
-                    Reason::NeighbourUnresolved,
-                    format!("{next_hop} on {}", egress.name),
-                )
-            })?;
+        let neighbour = look_up_neighbour(&mut socket, oif, next_hop)?;
+        let out_of = |mac| self.stack(oif, Frames::Of(mac), Reason::EgressUnsupported);
+        let unresolved = || {
+            let at = format!("{next_hop} on {}", self.links.name(oif));
+            Rejection::with_detail(Reason::NeighbourUnresolved, at)
+        };
+        let Some(neighbour) = neighbour else {
+            return Err(match out_of(MacAddr::default()) {
+                Err(why) if why.reason == Reason::EgressUnsupported => why,
+                _ => unresolved(),
+            });
+        };
+        let (out_mac, departure) = out_of(neighbour)?;
+        let egress = departure.real.ifindex;
         Ok(Path {
             eth_dst: Some(in_mac),
-            vlan: None,
-            ingress_mtu: ingress.mtu,
+            vlan: arrival.vlan,
+            // A netdev above takes what the real one receives, whatever its own MTU is.
+            ingress_mtu: arrival.real.mtu,
             forward: Forward {
-                egress: route.egress,
-                vlan: None,
-                mtu: route.mtu.unwrap_or(u32::MAX).min(egress.mtu),
+                egress,
+                vlan: departure.vlan,
+                mtu: route.mtu.unwrap_or(u32::MAX).min(departure.mtu),
                 tuple: leaving,
                 macs: Some(MacRewrite { src: out_mac, dst: neighbour }),
             },
             next_hop: Some(next_hop),
-            iif: None,
-            oif: None,
+            iif: (iif != sight.ifindex).then_some(iif),
+            oif: (oif != egress).then_some(oif),
         })
+    }
+
+    /// The MAC address of a netdev that routes, and what stands below it.
+    fn stack(
+        &self,
+        top: Ifindex,
+        frames: Frames,
+        reason: Reason,
+    ) -> Result<(MacAddr, Stack), Rejection> {
+        let mut stack =
+            descend(&self.links, &self.fdb, top, frames).map_err(|p| p.reject(reason))?;
+        match (stack.problem.take(), self.links.get(top).and_then(|l| l.mac)) {
+            (Some(problem), _) => Err(problem.reject(reason)),
+            (None, Some(mac)) => Ok((mac, stack)),
+            (None, None) => Err(Reason::Busy.into()),
+        }
     }
 
     /// Tells the kernel that neighbours are in use, though it does not see the packets: it probes
