@@ -42,11 +42,15 @@ struct Rerouted {
 }
 
 impl Rerouted {
-    fn add(&mut self, prefix: Option<(IpAddr, u8)>) {
-        match prefix {
-            Some(p) if self.prefixes.len() < 64 => self.prefixes.push(p),
-            // No prefix, or too many to look at one by one. A default route has none either.
-            _ => self.all = true,
+    fn add(&mut self, prefix: (IpAddr, u8)) {
+        if self.prefixes.contains(&prefix) {
+            return;
+        }
+        if self.prefixes.len() < 64 {
+            self.prefixes.push(prefix);
+        } else {
+            // Too many to look at one by one.
+            self.all = true;
         }
     }
 
@@ -112,7 +116,7 @@ impl Changes {
                         }
                     }
                     self.restack();
-                    rerouted.add(None);
+                    rerouted.all = true;
                 }
                 // Only now: a packet that is sighted on the first port may leave by any netdev.
                 if let Some(synced) = self.synced.take() {

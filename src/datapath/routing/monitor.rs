@@ -2,7 +2,7 @@
 //! thread of its own; what matters goes into a channel, in the order of the kernel.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -50,9 +50,8 @@ pub enum NetEvent {
     },
     /// A port of a bridge forwards, or does not (spanning tree).
     BridgePort(Ifindex, bool),
-    /// Routes to this prefix changed. `None`: a change that cannot be narrowed down (a rule, an
-    /// address, a next-hop object).
-    Routes(Option<(IpAddr, u8)>),
+    /// Routes to this prefix changed: for a rule and for an address, to the whole of its family.
+    Routes((IpAddr, u8)),
     /// Events were lost: everything may have changed. The links that there are follow as
     /// [`Link`](Self::Link), then [`Synced`](Self::Synced).
     Lost,
@@ -178,12 +177,14 @@ fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
         RouteNetlinkMessage::NewNeighbour(m) => neighbour(m, false),
         RouteNetlinkMessage::DelNeighbour(m) => neighbour(m, true),
         RouteNetlinkMessage::NewRoute(m) | RouteNetlinkMessage::DelRoute(m) => {
-            Some(NetEvent::Routes(prefix(m)))
+            prefix(m).map(NetEvent::Routes)
         }
-        RouteNetlinkMessage::NewRule(_)
-        | RouteNetlinkMessage::DelRule(_)
-        | RouteNetlinkMessage::NewAddress(_)
-        | RouteNetlinkMessage::DelAddress(_) => Some(NetEvent::Routes(None)),
+        RouteNetlinkMessage::NewRule(m) | RouteNetlinkMessage::DelRule(m) => {
+            whole(m.header.family).map(NetEvent::Routes)
+        }
+        RouteNetlinkMessage::NewAddress(m) | RouteNetlinkMessage::DelAddress(m) => {
+            whole(m.header.family).map(NetEvent::Routes)
+        }
         _ => None,
     };
     event.is_none_or(|e| events.send(e).is_ok())
@@ -261,13 +262,24 @@ pub(super) fn usable_mac(m: &NeighbourMessage) -> Option<MacAddr> {
     })
 }
 
+/// Where a route leads to. A default route has no attribute for it.
 fn prefix(m: &RouteMessage) -> Option<(IpAddr, u8)> {
     let length = m.header.destination_prefix_length;
-    m.attributes.iter().find_map(|a| match a {
+    let destination = m.attributes.iter().find_map(|a| match a {
         RouteAttribute::Destination(RouteAddress::Inet(a)) => Some((IpAddr::from(*a), length)),
         RouteAttribute::Destination(RouteAddress::Inet6(a)) => Some((IpAddr::from(*a), length)),
         _ => None,
-    })
+    });
+    destination.or_else(|| whole(m.header.address_family))
+}
+
+/// All addresses of a family. Of families without (MPLS) nothing that we do depends.
+fn whole(family: AddressFamily) -> Option<(IpAddr, u8)> {
+    match family {
+        AddressFamily::Inet => Some((Ipv4Addr::UNSPECIFIED.into(), 0)),
+        AddressFamily::Inet6 => Some((Ipv6Addr::UNSPECIFIED.into(), 0)),
+        _ => None,
+    }
 }
 
 /// Whether an address is within a prefix.
@@ -286,6 +298,8 @@ pub fn is_within(address: IpAddr, (network, length): (IpAddr, u8)) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_route::address::AddressMessage;
+
     use super::*;
 
     #[test]
@@ -299,5 +313,38 @@ mod tests {
         assert!(within("2001:db8::1", "2001:db8::", 32));
         assert!(!within("2001:db9::1", "2001:db8::", 32));
         assert!(!within("2001:db9::1", "0.0.0.0", 0));
+    }
+
+    #[test]
+    fn a_change_concerns_its_own_family() {
+        let routes = |message| {
+            let (tx, rx) = std::sync::mpsc::channel();
+            assert!(translate(&tx, &message));
+            match rx.try_recv() {
+                Ok(NetEvent::Routes(prefix)) => Some(prefix),
+                Ok(other) => panic!("{other:?}"),
+                Err(_) => None,
+            }
+        };
+        let route = |family, length, attributes: &[RouteAttribute]| {
+            let mut m = RouteMessage::default();
+            m.header.address_family = family;
+            m.header.destination_prefix_length = length;
+            m.attributes = attributes.to_vec();
+            routes(RouteNetlinkMessage::NewRoute(m))
+        };
+        let address = |family| {
+            let mut m = AddressMessage::default();
+            m.header.family = family;
+            routes(RouteNetlinkMessage::NewAddress(m))
+        };
+        let all = |a: &str| Some((a.parse().unwrap(), 0));
+        let network = RouteAttribute::Destination(RouteAddress::Inet([10, 0, 0, 0].into()));
+        let prefix = Some(("10.0.0.0".parse().unwrap(), 8));
+        assert_eq!(route(AddressFamily::Inet, 8, &[network]), prefix);
+        assert_eq!(route(AddressFamily::Inet6, 0, &[]), all("::"));
+        assert_eq!(address(AddressFamily::Inet), all("0.0.0.0"));
+        assert_eq!(address(AddressFamily::Inet6), all("::"));
+        assert_eq!(route(AddressFamily::Mpls, 20, &[]), None);
     }
 }
