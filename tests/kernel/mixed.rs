@@ -48,7 +48,14 @@ fn configure(test: &str, ports: &[(&str, &[&str])]) -> String {
 
 /// Packets in the forward hook since the last call, of each ingress netdev.
 fn forwarded(r: &Router) -> [u64; 3] {
-    let text = r.run("nft reset counters table inet watch");
+    // nft gives up (EINTR) when the ruleset changes meanwhile, which our elements do.
+    let mut text = None;
+    wait_until("the counters are read", || {
+        let out = r.try_run("nft reset counters table inet watch");
+        text = out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned());
+        text.is_some()
+    });
+    let text = text.expect("the counters");
     ["lan", "wan", "wan2"].map(|name| {
         let at = text.find(&format!("counter {name} ")).expect("the counter");
         let mut words = text[at..].split_whitespace().skip_while(|w| *w != "packets");

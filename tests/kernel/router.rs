@@ -60,6 +60,11 @@ impl Router {
         self.ns.run(line)
     }
 
+    /// The same, where failure is an answer too.
+    pub(crate) fn try_run(&self, line: &str) -> Output {
+        self.ns.try_run(line)
+    }
+
     pub(crate) fn start(&mut self, args: &[&str]) {
         let child = Command::new(env!("CARGO_BIN_EXE_ctoffloadd"))
             .args(args)
@@ -114,11 +119,23 @@ impl Router {
         out.lines().filter(|l| l.contains(" flower ") && l.contains("handle 0x")).count()
     }
 
-    /// Exchanges data over rules alone: the router does not forward meanwhile.
+    /// Exchanges data until all of it goes by rules: a netdev that has just come up is heard of late,
+    /// and takes rules back that are soon there again.
     fn exchange_by_rules(&self, connection: &mut Connection, length: usize) {
-        self.run("sysctl -qw net.ipv4.ip_forward=0");
-        connection.exchange(length);
-        self.run("sysctl -qw net.ipv4.ip_forward=1");
+        wait_until("the router forwards none of it", || {
+            let before = self.forwarded();
+            connection.exchange(length);
+            self.forwarded() == before
+        });
+    }
+
+    /// IPv4 packets that the router's stack has forwarded.
+    fn forwarded(&self) -> u64 {
+        let text = self.run("cat /proc/net/snmp");
+        let mut lines = text.lines().filter_map(|l| l.strip_prefix("Ip: "));
+        let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+        let at = names.split(' ').position(|n| n == "ForwDatagrams").expect("the counter");
+        values.split(' ').nth(at).and_then(|n| n.parse().ok()).expect("a number")
     }
 
     /// What a slot that has not been installed says of itself.

@@ -22,22 +22,26 @@ impl Router {
 
     /// Exchanges data over rules alone, and looks at every segment that arrives behind `dev`.
     fn exchange_captured(&self, dev: &str, c: &mut Connection, length: usize) {
+        let own = self.run(&format!("ip -n {} -br link show e0", self.host(dev)));
         let (ready, listening) = mpsc::channel();
         let capture = in_netns(self.host(dev), move || {
             let wire = Wire::open("e0", false);
             ready.send(()).expect("ready");
-            let is_data = |f: &[u8]| parse(f).is_some_and(|s| !s.payload.is_empty());
-            wire.receive(1_000_000, Duration::from_secs(6), is_data)
+            let segment = |f: &[u8]| {
+                parse(f).filter(|s| !s.payload.is_empty() && own.contains(&s.dst.to_string()))
+            };
+            let (mut segments, mut bytes) = (Vec::new(), 0);
+            while bytes < length {
+                let frames = wire.receive(1, PATIENCE, |f| segment(f).is_some());
+                let Some(segment) = frames.first().and_then(|f| segment(f)) else { break };
+                bytes += segment.payload.len();
+                segments.push(segment);
+            }
+            segments
         });
         listening.recv().expect("the capture runs");
         self.exchange_by_rules(c, length);
-        let own = self.run(&format!("ip -n {} -br link show e0", self.host(dev)));
-        let frames = capture.join().expect("the capture ends");
-        let segments: Vec<_> = frames
-            .iter()
-            .filter_map(|f| parse(f))
-            .filter(|s| own.contains(&s.dst.to_string()))
-            .collect();
+        let segments = capture.join().expect("the capture ends");
         let bytes: usize = segments.iter().map(|s| s.payload.len()).sum();
         assert!(bytes >= length, "{bytes} bytes of {length} in {} segments", segments.len());
         for s in &segments {
