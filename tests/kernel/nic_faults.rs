@@ -169,14 +169,14 @@ fn a_rule_that_works_is_not_doubted_because_its_counters_stand_still() {
 #[test]
 fn a_connection_in_use_does_not_expire_because_the_nic_says_nothing_of_it() {
     let h = Hardware::start("expiry", "skip-sw", &[("stats_frozen", "1")]);
-    h.router.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=16");
+    h.router.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=10");
     let mut c = h.router.connect();
     h.wait_in_hardware(&mut c);
     let id = || {
         let entry = h.router.run("conntrack -L -p tcp --dport 5001 -o id 2>/dev/null");
         entry.split_whitespace().find(|w| w.starts_with("id=")).expect("an id").to_owned()
     };
-    let (before, until) = (id(), Instant::now() + Duration::from_secs(40));
+    let (before, until) = (id(), Instant::now() + Duration::from_secs(24));
     while Instant::now() < until {
         c.ping();
         std::thread::sleep(Duration::from_millis(100));
@@ -267,7 +267,7 @@ fn a_nic_that_cannot_guard_the_ttl_gets_no_rules() {
 
 #[test]
 fn a_slow_nic_holds_nothing_up() {
-    let h = Hardware::start("slow", "skip-sw", &[("insert_latency_us", "300000")]);
+    let h = Hardware::start("slow", "skip-sw", &[("insert_latency_us", "100000")]);
     let mut connections: Vec<_> = (5001..=5004).map(|port| h.router.connect_to(port)).collect();
     wait_until("all are in hardware", || {
         connections.iter_mut().for_each(Connection::ping);
