@@ -2,40 +2,41 @@
 //! out by the provider, and follows up what completes.
 //!
 //! Order: commands are taken first in, first out, and operations are submitted in that order, so
-//! the delete of an old rule precedes the add of a new one with the same match. A slot's word and
-//! its detail change together under the detail's lock.
+//! the delete of an old rule precedes the add of a new one with the same match.
+//!
+//! `completion` is what completions do to slots, `flush` how the port is emptied, `adopt` what becomes
+//! of rules that engines that died have left.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use netdev_providers::{
-    Cookie, Direction, Done, Fault, Flow, Leftover, Observed, Operation, Outcome, Permanence,
-    Provider, Reason, Rejection, Request, Ticket,
+    Direction, Done, Flow, Operation, Outcome, Provider, Reason, Rejection, Request, Ticket,
 };
 
+use super::Shared;
 use super::capacity::{Candidate, Pace, Place};
-use super::conn::{ConnClaim, ConnHandle, Detail, Moment, PathTaken, Slot};
+use super::conn::{ConnHandle, Moment, PathTaken, Slot};
 use super::contain::contained;
-use super::datapath::{Path, PathSpec, Sight, SlotChange, flow};
+use super::datapath::{Path, PathSpec, Sight, flow};
 use super::latency::OpKind;
 use super::port::{Port, Shape};
-use super::queue::{Command, Stopped};
-use super::reconcile::{self, Found, Recognised, Reconciled, Tally};
-use super::slot::{AfterAdd, OpNumber, SlotState, Unwind};
-use super::{Engine, Shared};
+use super::queue::Command;
+use super::reconcile::{self, Found};
+use super::slot::{OpNumber, SlotState, Unwind};
+pub(super) use completion::{forget, refute, unwind};
+use completion::{settle_added, settle_deleted, settle_refused, settle_undeleted};
+
+mod adopt;
+mod completion;
+mod flush;
 
 /// Operations handed to the provider at once. Large enough to fill a few sends, small enough that a
 /// delete does not wait long behind it.
 const BATCH: usize = 256;
-/// First pause after a transient refusal; doubles with each, up to [`RETRY_MAX_MS`].
-const RETRY_MIN_MS: u64 = 100;
-const RETRY_MAX_MS: u64 = 30_000;
-/// Deletes that fail are repeated this often before the port is called faulty.
-const DELETE_ATTEMPTS: u16 = 6;
-
 pub(super) struct Writer {
     port: Arc<Port>,
     provider: Arc<dyn Provider>,
@@ -231,62 +232,6 @@ impl Writer {
                 settle_refused(&self.shared, &self.port, conn, d, op, rejection);
             }
         }
-    }
-
-    fn remove_found(&self, found: &Found, staged: &mut Vec<Staged>) {
-        staged.push(Staged::Other(self.removal(&found.leftover, &found.tally)));
-    }
-
-    fn removal(&self, leftover: &Leftover, tally: &Arc<Tally>) -> Operation {
-        let operation = |request, then| self.operation(request, then);
-        reconcile::removal(leftover, operation, Arc::clone(&self.port), Arc::clone(tally))
-    }
-
-    /// Adopts or removes what engines that died have left.
-    fn reconcile(&mut self, staged: &mut Vec<Staged>) -> Reconciled {
-        self.settle();
-        let fault = |fault| Reconciled { fault: Some(fault), ..Reconciled::default() };
-        let observed = match self.guarded(|p| p.observe()) {
-            Ok(Ok(observed)) => observed,
-            Ok(Err(e)) => {
-                tracing::warn!(port = %self.port.netdev, "reconciliation: {e}");
-                return fault(e);
-            }
-            Err(panicked) => return fault(Fault::new(panicked.to_string())),
-        };
-        let Observed { leftovers, foreign } = observed;
-        let engine = Engine(Arc::clone(&self.shared));
-        let create = |key, reply, tag| engine.conn_create(key, reply, tag);
-        let recognised = if leftovers.is_empty() {
-            Vec::new()
-        } else {
-            self.shared.datapath.recognise(&self.port.netdev, &leftovers, &create)
-        };
-        let mut recognised = recognised.into_iter();
-        let tally = Arc::new(Tally::default());
-        for leftover in leftovers {
-            let claimed = recognised.next().flatten().filter(|r| {
-                // Another rule may be there or on its way already, or this one twice.
-                matches!(r.conn.claim(self.port.generation(), r.direction), ConnClaim::Won(_))
-            });
-            match claimed {
-                Some(Recognised { conn, direction, path }) => {
-                    let found = Found { leftover, tally: Arc::clone(&tally) };
-                    self.stage_add(&conn, direction, path, Some(found), staged);
-                }
-                None => staged.push(Staged::Other(self.removal(&leftover, &tally))),
-            }
-            if staged.len() >= BATCH {
-                self.submit(staged);
-            }
-        }
-        self.submit(staged);
-        self.settle();
-        let (adopted, removed) = tally.counts();
-        if adopted + removed > 0 {
-            tracing::info!(port = %self.port.netdev, adopted, removed, foreign, "reconciled");
-        }
-        Reconciled { adopted, removed, foreign, fault: None }
     }
 
     /// Finds a place for the rule of this slot on a port that may be full.
@@ -539,139 +484,6 @@ impl Writer {
             self.shared.datapath.rearm(&std::mem::take(&mut self.rearm));
         }
     }
-
-    /// Waits for what is with the provider. False when it takes too long.
-    fn settle(&self) -> bool {
-        let at_most = self.shared.limits.complete;
-        let deadline = Instant::now() + at_most;
-        while self.port.in_flight.load(Ordering::SeqCst) > 0 {
-            if Instant::now() >= deadline {
-                self.port.set_fault(format!(
-                    "{} operations without a result after {at_most:?}",
-                    self.port.in_flight.load(Ordering::SeqCst),
-                ));
-                return false;
-            }
-            std::thread::park_timeout(Duration::from_millis(1));
-        }
-        true
-    }
-
-    /// Waits for a sweep that is asking the provider. False when it takes too long.
-    fn swept(&self) -> bool {
-        let deadline = Instant::now() + self.shared.limits.complete;
-        while self.port.swept.load(Ordering::SeqCst) {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            std::thread::park_timeout(Duration::from_millis(1));
-        }
-        true
-    }
-
-    fn retract(&mut self, egress: netdev_providers::Ifindex, staged: &mut Vec<Staged>) -> u64 {
-        let mut n = 0;
-        let towards = self.port.held().towards(egress);
-        for (conn, d) in towards {
-            match unwind(&self.port, &conn, d) {
-                Unwind::Delete => {
-                    n += 1;
-                    self.stage_delete(&conn, d, staged);
-                }
-                Unwind::Cancelling => n += 1,
-                Unwind::Reopened | Unwind::Nothing => self.push_rearm(conn, d),
-            }
-        }
-        self.submit(staged);
-        self.settle();
-        n
-    }
-
-    fn flush(&mut self) -> u64 {
-        self.settle();
-        self.port.forget_refused_shapes();
-        let flushed = match self.guarded(|p| p.flush()) {
-            Ok(Ok(n)) => n,
-            Ok(Err(fault)) => {
-                tracing::warn!(port = %self.port.netdev, "flush: {fault}");
-                return self.flush_one_by_one();
-            }
-            Err(_) => return self.flush_one_by_one(),
-        };
-        self.port.rules.store(0, Ordering::SeqCst);
-        let held = self.port.held().take_all();
-        for (conn, d) in held {
-            if let Some(slot) = self.slot(&conn, d) {
-                let mut detail = slot.detail();
-                slot.word.reset();
-                forget(&self.port, &conn, d, &mut detail);
-            }
-            self.push_rearm(conn, d);
-        }
-        flushed
-    }
-
-    /// The backend could not flush: every rule is deleted by itself.
-    fn flush_one_by_one(&mut self) -> u64 {
-        let (mut n, mut staged) = (0, Vec::new());
-        let held = self.port.held().all();
-        for (conn, d) in held {
-            match unwind(&self.port, &conn, d) {
-                Unwind::Delete => {
-                    n += 1;
-                    self.stage_delete(&conn, d, &mut staged);
-                }
-                // Its add did not complete in time: the delete follows it.
-                Unwind::Cancelling => {}
-                // It was rejected, and may be offered again like all others.
-                Unwind::Reopened | Unwind::Nothing => self.push_rearm(conn, d),
-            }
-        }
-        self.submit(&mut staged);
-        self.settle();
-        n
-    }
-
-    fn stop(mut self) -> Stopped {
-        let mut stopped = Stopped { flushed: self.flush(), faults: Vec::new() };
-        // What was queued behind: offers of workers that were late, deletes of what is flushed.
-        while let Some(command) = self.port.queue.pop() {
-            match command {
-                Command::Add(conn, d, _) | Command::Delete(conn, d) => {
-                    if let Some(slot) = self.slot(&conn, d) {
-                        let mut detail = slot.detail();
-                        slot.word.reset();
-                        forget(&self.port, &conn, d, &mut detail);
-                    }
-                }
-                Command::Barrier(answer) | Command::Flush(answer) | Command::Retract(_, answer) => {
-                    let _ = answer.send(0);
-                }
-                Command::Stop(answer) => {
-                    let _ = answer.send(Stopped::default());
-                }
-                Command::Established(..)
-                | Command::Rejected(..)
-                | Command::Rearm(..)
-                | Command::Repair
-                | Command::Reconcile(_)
-                | Command::DeleteRule(..) => {}
-            }
-        }
-        // The last call: a sweep that is under way comes to its end first.
-        if !self.swept() {
-            let why = "a sweep has not come back: the provider is released under it";
-            stopped.faults.push(Fault::new(why));
-        }
-        match self.guarded(|p| p.release()) {
-            Ok(Ok(())) => {}
-            Ok(Err(fault)) => stopped.faults.push(fault),
-            Err(rejection) => stopped.faults.push(Fault::new(rejection.to_string())),
-        }
-        // Slots of this port are rearmed too: the kernel's ledger must forget the netdev.
-        self.tell_rearm();
-        stopped
-    }
 }
 
 fn taken(path: &Path, flow: &Flow) -> PathTaken {
@@ -682,221 +494,5 @@ fn taken(path: &Path, flow: &Flow) -> PathTaken {
         iif: path.iif,
         oif: path.oif,
         nat: flow.has_nat(),
-    }
-}
-
-/// The slot is empty: its detail is cleared, its traffic goes to the port's past and the
-/// connection's.
-pub(super) fn forget(port: &Port, conn: &ConnHandle, d: Direction, detail: &mut Detail) {
-    leave(port, conn, detail);
-    port.held().remove(conn, d, detail.path.map(|p| p.egress));
-    *detail = Detail::default();
-}
-
-/// The rule is gone: its traffic is the port's past and the connection's.
-fn leave(port: &Port, conn: &ConnHandle, detail: &Detail) {
-    port.counters.past(detail.packets, detail.bytes);
-    conn.past_traffic(detail.packets, detail.bytes);
-    if let Some(rule) = detail.rule {
-        port.adopted().remove(&rule);
-    }
-}
-
-/// Asks for the deletion of an installed rule that does nothing, after which the slot is rejected
-/// for a while. False: the slot has moved on.
-pub(super) fn refute(
-    port: &Port,
-    conn: &ConnHandle,
-    d: Direction,
-    rejection: Rejection,
-    retry_at_ms: u64,
-) -> bool {
-    let Some(slot) = conn.slot(port.generation(), d) else { return false };
-    let mut detail = slot.detail();
-    if slot.word.load().state() != SlotState::Installed || slot.word.unwind() != Unwind::Delete {
-        return false;
-    }
-    detail.rejection = Some(Box::new(rejection));
-    detail.retry_at = Moment::at(retry_at_ms);
-    port.queue.push(Command::Delete(conn.clone(), d));
-    true
-}
-
-/// Asks for the slot to become empty; what is installed is left to be deleted by the caller.
-pub(super) fn unwind(port: &Port, conn: &ConnHandle, d: Direction) -> Unwind {
-    let Some(slot) = conn.slot(port.generation(), d) else { return Unwind::Nothing };
-    let mut detail = slot.detail();
-    let left = slot.word.unwind();
-    if left == Unwind::Reopened {
-        forget(port, conn, d, &mut detail);
-    }
-    left
-}
-
-fn settle_refused(
-    shared: &Shared,
-    port: &Port,
-    conn: &ConnHandle,
-    d: Direction,
-    op: OpNumber,
-    rejection: Rejection,
-) {
-    let Some(slot) = conn.slot(port.generation(), d) else { return };
-    let mut detail = slot.detail();
-    if slot.word.refused(op, rejection.reason) {
-        tracing::debug!(port = %port.netdev, %conn, %d, "refused: {rejection}");
-        port.counters.count(rejection.reason);
-        shared.datapath.slot_changed(&port.netdev, conn, d, SlotChange::Rejected(&rejection));
-        detail.attempts = detail.attempts.saturating_add(1);
-        if rejection.reason.permanence() == Permanence::Transient {
-            let at = shared.clock.now_ms() + backoff_ms(detail.attempts);
-            detail.retry_at = Moment::at(at);
-            port.queue.push(Command::Rejected(conn.clone(), d));
-        }
-        detail.rejection = Some(Box::new(rejection));
-    } else if slot.word.load().state() == SlotState::Empty {
-        forget(port, conn, d, &mut detail);
-        port.queue.push(Command::Rearm(conn.clone(), d));
-    }
-}
-
-/// Doubles with every attempt, with a quarter of jitter so that a full table is not asked by
-/// everybody at once.
-fn backoff_ms(attempts: u16) -> u64 {
-    static SEED: AtomicU64 = AtomicU64::new(0x9e37_79b9_7f4a_7c15);
-    let base = (RETRY_MIN_MS << attempts.saturating_sub(1).min(16)).min(RETRY_MAX_MS);
-    let mut x = SEED.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9); // splitmix64
-    x ^= x >> 27;
-    base + x % (base / 4 + 1)
-}
-
-#[expect(clippy::too_many_arguments, reason = "the parts of one operation")]
-fn settle_added(
-    shared: &Shared,
-    port: &Port,
-    conn: &ConnHandle,
-    d: Direction,
-    op: OpNumber,
-    path: PathTaken,
-    cookie: Cookie,
-    outcome: Outcome,
-) {
-    let (rule, in_hw) = match outcome {
-        Ok(Done::Added { rule, in_hw }) => (rule, in_hw),
-        Ok(_) => {
-            let why = "the provider answered an add with the result of another operation";
-            let rejection = Rejection::with_detail(Reason::ProviderFault, why);
-            return settle_refused(shared, port, conn, d, op, rejection);
-        }
-        Err(rejection) => return settle_refused(shared, port, conn, d, op, rejection),
-    };
-    let Some(slot) = conn.slot(port.generation(), d) else { return };
-    let mut detail = slot.detail();
-    let after = slot.word.added(op);
-    if after == AfterAdd::Late {
-        port.gave_up_place();
-        port.queue.push(Command::DeleteRule(rule, cookie));
-        return;
-    }
-    port.counters.adds.fetch_add(1, Ordering::Relaxed);
-    tracing::debug!(port = %port.netdev, %conn, %d, "installed");
-    shared.datapath.slot_changed(&port.netdev, conn, d, SlotChange::Installed);
-    detail.rule = Some(rule);
-    detail.in_hw = in_hw;
-    detail.path = Some(path);
-    detail.used_ms = shared.clock.now_ms();
-    detail.attempts = 0;
-    detail.pace = Pace::UNKNOWN;
-    match after {
-        AfterAdd::TellReply => port.queue.push(Command::Established(conn.clone(), d)),
-        AfterAdd::Delete => port.queue.push_first(Command::Delete(conn.clone(), d)),
-        AfterAdd::Settled | AfterAdd::Late => {}
-    }
-}
-
-fn settle_deleted(shared: &Shared, port: &Port, conn: &ConnHandle, d: Direction, op: OpNumber) {
-    let Some(slot) = conn.slot(port.generation(), d) else { return };
-    let mut detail = slot.detail();
-    if let Some(rejection) = detail.rejection.take()
-        && !conn.is_dead()
-    {
-        if slot.word.deleted_because(op, rejection.reason) {
-            port.counters.deletes.fetch_add(1, Ordering::Relaxed);
-            settle_refuted(shared, port, conn, d, &mut detail, rejection);
-        }
-        return;
-    }
-    if slot.word.deleted(op) {
-        port.counters.deletes.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!(port = %port.netdev, %conn, %d, "deleted");
-        shared.datapath.slot_changed(&port.netdev, conn, d, SlotChange::Deleted);
-        forget(port, conn, d, &mut detail);
-        drop(detail);
-        if !conn.is_dead() {
-            port.queue.push(Command::Rearm(conn.clone(), d));
-        }
-    }
-}
-
-/// The rule is gone because it did nothing: the slot stays rejected for the pause that was set when
-/// that was noticed.
-fn settle_refuted(
-    shared: &Shared,
-    port: &Port,
-    conn: &ConnHandle,
-    d: Direction,
-    detail: &mut Detail,
-    rejection: Box<Rejection>,
-) {
-    tracing::warn!(port = %port.netdev, %conn, %d, "{rejection}");
-    port.counters.count(rejection.reason);
-    shared.datapath.slot_changed(&port.netdev, conn, d, SlotChange::Rejected(&rejection));
-    let retry_at = detail.retry_at.ms().unwrap_or_else(|| shared.clock.now_ms());
-    leave(port, conn, detail);
-    *detail = Detail {
-        path: detail.path,
-        rejection: Some(rejection),
-        retry_at: Moment::at(retry_at),
-        ..Detail::default()
-    };
-    port.queue.push(Command::Rejected(conn.clone(), d));
-}
-
-fn settle_undeleted(
-    shared: &Shared,
-    port: &Port,
-    conn: &ConnHandle,
-    d: Direction,
-    op: OpNumber,
-    rejection: &Rejection,
-) {
-    let Some(slot) = conn.slot(port.generation(), d) else { return };
-    let mut detail = slot.detail();
-    if !slot.word.delete_failed(op) {
-        return;
-    }
-    detail.attempts = detail.attempts.saturating_add(1);
-    if detail.attempts >= DELETE_ATTEMPTS {
-        port.set_fault(format!("a rule cannot be deleted: {rejection}"));
-        return;
-    }
-    detail.retry_at = Moment::at(shared.clock.now_ms() + backoff_ms(detail.attempts));
-    port.queue.push(Command::Rejected(conn.clone(), d));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_pause_doubles_up_to_a_bound_and_is_not_the_same_for_all() {
-        for attempts in [1, 2, 5, 9, 10, 17, 1000, u16::MAX] {
-            let base = RETRY_MAX_MS.min(RETRY_MIN_MS << (attempts - 1).min(16));
-            let pauses: Vec<u64> = (0..200).map(|_| backoff_ms(attempts)).collect();
-            assert!(pauses.iter().all(|p| (base..=base + base / 4).contains(p)), "{pauses:?}");
-            let different: std::collections::HashSet<_> = pauses.iter().collect();
-            assert!(different.len() > 10, "no jitter: {different:?}");
-        }
     }
 }

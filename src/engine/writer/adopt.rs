@@ -1,0 +1,67 @@
+//! Adopts or removes what engines that died have left on the port.
+
+use std::sync::Arc;
+
+use netdev_providers::{Fault, Leftover, Observed, Operation};
+
+use super::{BATCH, Staged, Writer};
+use crate::engine::Engine;
+use crate::engine::conn::ConnClaim;
+use crate::engine::reconcile::{self, Found, Recognised, Reconciled, Tally};
+
+impl Writer {
+    pub(super) fn remove_found(&self, found: &Found, staged: &mut Vec<Staged>) {
+        staged.push(Staged::Other(self.removal(&found.leftover, &found.tally)));
+    }
+
+    pub(super) fn removal(&self, leftover: &Leftover, tally: &Arc<Tally>) -> Operation {
+        let operation = |request, then| self.operation(request, then);
+        reconcile::removal(leftover, operation, Arc::clone(&self.port), Arc::clone(tally))
+    }
+
+    pub(super) fn reconcile(&mut self, staged: &mut Vec<Staged>) -> Reconciled {
+        self.settle();
+        let fault = |fault| Reconciled { fault: Some(fault), ..Reconciled::default() };
+        let observed = match self.guarded(|p| p.observe()) {
+            Ok(Ok(observed)) => observed,
+            Ok(Err(e)) => {
+                tracing::warn!(port = %self.port.netdev, "reconciliation: {e}");
+                return fault(e);
+            }
+            Err(panicked) => return fault(Fault::new(panicked.to_string())),
+        };
+        let Observed { leftovers, foreign } = observed;
+        let engine = Engine(Arc::clone(&self.shared));
+        let create = |key, reply, tag| engine.conn_create(key, reply, tag);
+        let recognised = if leftovers.is_empty() {
+            Vec::new()
+        } else {
+            self.shared.datapath.recognise(&self.port.netdev, &leftovers, &create)
+        };
+        let mut recognised = recognised.into_iter();
+        let tally = Arc::new(Tally::default());
+        for leftover in leftovers {
+            let claimed = recognised.next().flatten().filter(|r| {
+                // Another rule may be there or on its way already, or this one twice.
+                matches!(r.conn.claim(self.port.generation(), r.direction), ConnClaim::Won(_))
+            });
+            match claimed {
+                Some(Recognised { conn, direction, path }) => {
+                    let found = Found { leftover, tally: Arc::clone(&tally) };
+                    self.stage_add(&conn, direction, path, Some(found), staged);
+                }
+                None => staged.push(Staged::Other(self.removal(&leftover, &tally))),
+            }
+            if staged.len() >= BATCH {
+                self.submit(staged);
+            }
+        }
+        self.submit(staged);
+        self.settle();
+        let (adopted, removed) = tally.counts();
+        if adopted + removed > 0 {
+            tracing::info!(port = %self.port.netdev, adopted, removed, foreign, "reconciled");
+        }
+        Reconciled { adopted, removed, foreign, fault: None }
+    }
+}
