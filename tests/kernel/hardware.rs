@@ -1,6 +1,5 @@
 //! tc-flower and the engine on a NIC that offloads: `tests/simnic`, in the machine of
-//! `scripts/lab --nic`. Without that NIC there is nothing to be seen here, and the tests say so and
-//! end.
+//! `scripts/lab --nic`.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -32,18 +31,15 @@ const NEXT_HOP: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
 struct Nic(NetNs);
 
 impl Nic {
-    fn new() -> Option<Self> {
-        if std::env::var_os("CTOFFLOAD_SIMNIC").is_none() {
-            eprintln!("not run: this needs scripts/lab --nic");
-            return None;
-        }
+    fn new() -> Self {
+        assert!(std::env::var_os("CTOFFLOAD_SIMNIC").is_some(), "this needs scripts/lab --nic");
         let ns = NetNs::new();
         for i in 0..2 {
             ns.run(&format!(
                 "ip link add name p{i} type simnic peer name w{i} && ip link set p{i} up && ip link set w{i} up"
             ));
         }
-        Some(Self(ns))
+        Self(ns)
     }
 
     fn dir(&self, port: &str) -> String {
@@ -116,7 +112,7 @@ fn submit(provider: &dyn Provider, request: Request) -> Outcome {
 
 #[test]
 fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
-    let Some(nic) = Nic::new() else { return };
+    let nic = Nic::new();
     nic.set("p0", "unsupported", "match-ipv6 act-csum");
     let answer = |provider: &dyn Provider, name: &str| {
         let all = provider.capabilities();
@@ -158,7 +154,7 @@ fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
 
 #[test]
 fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
-    let Some(nic) = Nic::new() else { return };
+    let nic = Nic::new();
     let dead = bind("p0", HwFlags::SkipSw, 1);
     let nat = Flow {
         forward: forward("tcp 10.0.2.1:5000 > 10.0.2.2:80".parse().unwrap()),
@@ -252,7 +248,7 @@ impl World {
 
 #[test]
 fn hardware_that_is_full_teaches_the_port_its_capacity_and_idle_rules_give_way() {
-    let Some(nic) = Nic::new() else { return };
+    let nic = Nic::new();
     let w = World::new(None);
     // Four guards, and three flows.
     nic.set("p0", "capacity", "7");
@@ -279,7 +275,7 @@ fn hardware_that_is_full_teaches_the_port_its_capacity_and_idle_rules_give_way()
 
 #[test]
 fn hardware_is_not_asked_for_more_than_was_configured() {
-    let Some(nic) = Nic::new() else { return };
+    let nic = Nic::new();
     let w = World::new(Some(2));
     for n in 1..=2 {
         assert_eq!(w.offer(&w.conn(n)), (SlotState::Installed, None));
