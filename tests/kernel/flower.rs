@@ -15,7 +15,6 @@ use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
@@ -25,10 +24,9 @@ use netdev_providers::{
     ProviderClass, Reason, Request, RuleId, RuleReport, Ticket, Tuple, Zone,
 };
 use nix::net::if_::if_nametoindex;
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{setsockopt, sockopt};
-use nix::unistd::gettid;
 
+use crate::host::Host;
 use crate::netns::NetNs;
 
 mod slow_path;
@@ -40,57 +38,6 @@ const WAN: MacAddr = MacAddr([2, 0, 0, 0, 2, 1]);
 const SERVER: MacAddr = MacAddr([2, 0, 0, 0, 2, 2]);
 
 // --- A network ------------------------------------------------------------------------------------
-
-type Job = Box<dyn FnOnce() + Send>;
-
-/// A host beside the router: a thread in a network namespace of its own.
-struct Host {
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-    tid: i32,
-}
-
-impl Host {
-    fn new() -> Self {
-        let (jobs, queue) = mpsc::channel::<Job>();
-        let (tid_tx, tid) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            tid_tx.send(gettid().as_raw()).unwrap();
-            for job in queue {
-                job();
-            }
-        });
-        Self { jobs: Some(jobs), thread: Some(thread), tid: tid.recv().unwrap() }
-    }
-
-    /// Runs `f` there and returns its result.
-    fn call<R: Send + 'static>(&self, f: impl FnOnce() -> R + Send + 'static) -> R {
-        let (tx, rx) = mpsc::channel();
-        let job = Box::new(move || tx.send(f()).unwrap());
-        self.jobs.as_ref().unwrap().send(job).unwrap();
-        rx.recv().expect("the job of a host panicked")
-    }
-
-    fn run(&self, line: &str) -> String {
-        let line = line.to_owned();
-        self.call(move || sh(&line))
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        self.jobs = None;
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
-
-fn sh(line: &str) -> String {
-    let out = std::process::Command::new("sh").args(["-c", line]).output().unwrap();
-    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
-    assert!(out.status.success(), "`{line}`: {}{}", text(&out.stderr), text(&out.stdout));
-    text(&out.stdout)
-}
 
 /// `client c0 --- lan0 [router: the test's thread] wan0 --- s0 server`
 struct Net {
@@ -113,7 +60,7 @@ impl Net {
             client.tid, server.tid
         ));
         for (host, dev, net) in [(&client, "c0", 1), (&server, "s0", 2)] {
-            host.run(&format!(
+            host.sh(&format!(
                 "ip link set lo up; ip link set {dev} up
                  ip addr add 10.0.{net}.2/24 dev {dev}
                  ip addr add fd0{net}::2/64 dev {dev} nodad
@@ -579,18 +526,16 @@ impl Net {
     fn pass(&self, bytes: Vec<u8>, vnet_hdr: bool, tuple: Tuple, max: usize) -> Vec<Seen> {
         let within = Duration::from_millis(if max == 0 { 150 } else { 1500 });
         let (ready_tx, ready) = mpsc::channel();
-        let (tx, rx) = mpsc::channel();
-        let job: Job = Box::new(move || {
+        let seen = self.server.start(move || {
             let wire = Wire::open("s0", false);
             ready_tx.send(()).unwrap();
             let is_wanted = |f: &[u8]| parse(f).is_some_and(|s| s.tuple == tuple);
             let got = wire.receive(max.max(1), within, is_wanted);
-            tx.send(got.iter().filter_map(|f| parse(f)).collect()).unwrap();
+            got.iter().filter_map(|f| parse(f)).collect()
         });
-        self.server.jobs.as_ref().unwrap().send(job).unwrap();
         ready.recv().unwrap();
         self.client.call(move || Wire::open("c0", vnet_hdr).send(&bytes));
-        rx.recv().unwrap()
+        seen.recv().unwrap()
     }
 }
 
@@ -599,22 +544,20 @@ impl Net {
     /// (`UDP_SEGMENT`), and returns what of `to` the server receives.
     fn pass_datagrams(&self, from: Tuple, to: Tuple, max: usize) -> Vec<Seen> {
         let (ready_tx, ready) = mpsc::channel();
-        let (tx, rx) = mpsc::channel();
-        let job: Job = Box::new(move || {
+        let seen = self.server.start(move || {
             let wire = Wire::open("s0", false);
             ready_tx.send(()).unwrap();
             let is_wanted = |f: &[u8]| parse(f).is_some_and(|s| s.tuple == to);
             let got = wire.receive(max, Duration::from_millis(1500), is_wanted);
-            tx.send(got.iter().filter_map(|f| parse(f)).collect()).unwrap();
+            got.iter().filter_map(|f| parse(f)).collect()
         });
-        self.server.jobs.as_ref().unwrap().send(job).unwrap();
         ready.recv().unwrap();
         self.client.call(move || {
             let socket = UdpSocket::bind((from.src(), from.sport())).unwrap();
             setsockopt(&socket, sockopt::UdpGsoSegment, &1400).unwrap();
             assert_eq!(socket.send_to(&[9; 4200], (from.dst(), from.dport())).unwrap(), 4200);
         });
-        rx.recv().unwrap()
+        seen.recv().unwrap()
     }
 }
 
@@ -774,7 +717,7 @@ fn nat_keeps_every_checksum_right() {
     // What leaves is completed and segmented in software: what the server captures is what would be
     // on a wire. What arrives is left in the state in which it was sent.
     net.ns.run("ethtool -K wan0 tx off tso off gso off tx-udp-segmentation off");
-    net.server.run("ethtool -K s0 rx off gro off");
+    net.server.sh("ethtool -K s0 rx off gro off");
     let port = net.bind("lan0");
     let pairs = [
         // Both addresses and both ports; source only (SNAT); destination only; one port only.
@@ -1173,8 +1116,8 @@ fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards() {
          ethtool -K lan0 tx off tso off gso off gro on",
     );
     // Received checksums are verified by the stacks, in software.
-    net.client.run("ethtool -K c0 rx off");
-    net.server.run("ethtool -K s0 rx off");
+    net.client.sh("ethtool -K c0 rx off");
+    net.server.sh("ethtool -K s0 rx off");
     for (arrival, departure) in
         [(TCP4, "tcp 10.0.2.1:5000 > 10.0.2.2:80"), (TCP6, "tcp [fd02::1]:5000 > [fd02::2]:80")]
     {
@@ -1182,7 +1125,7 @@ fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards() {
         let (port_tx, port) = mpsc::channel();
         let (arrived_tx, arrived) = mpsc::channel::<()>();
         let server_at = SocketAddr::new(departure.dst(), 80);
-        let job: Job = Box::new(move || {
+        net.server.start(move || {
             let listener = TcpListener::bind(server_at).unwrap();
             port_tx.send(None).unwrap();
             let (mut stream, peer) = listener.accept().unwrap();
@@ -1198,7 +1141,6 @@ fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards() {
             }
             let _ = arrived.recv();
         });
-        net.server.jobs.as_ref().unwrap().send(job).unwrap();
         port.recv().unwrap();
         let mut stream = net.client.call(move || TcpStream::connect(server_at).unwrap());
         let peer = port.recv().unwrap().unwrap();
@@ -1233,7 +1175,7 @@ fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards() {
         if let Err(e) = stream.read_exact(&mut back) {
             let (lan, wan) = (net.filters("lan0"), net.filters("wan0"));
             let stack = "ss -tin; nstat -az | grep -E 'Retrans|CsumErr|InErrs|Discards|TCPAbort'";
-            let (client, server) = (net.client.run(stack), net.server.run(stack));
+            let (client, server) = (net.client.sh(stack), net.server.sh(stack));
             panic!("{e}\n{lan}\n{wan}\nclient:\n{client}\nserver:\n{server}");
         }
         drop(arrived_tx);

@@ -6,9 +6,8 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroU32;
-use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
@@ -17,58 +16,12 @@ use netdev_providers::{
     Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider,
     ProviderClass, Request, RuleId, RuleReport, Ticket, Tuple, Zone,
 };
-use nix::sched::{CloneFlags, unshare};
 
+use crate::host::Host;
 use crate::netns::NetNs;
 
 /// Emulated kernels are slow, above all when they load modules.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-type Job = Box<dyn FnOnce() + Send>;
-
-/// A host: a thread that lives in a network namespace of its own.
-struct Host {
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-    tid: i32,
-}
-
-impl Host {
-    fn new() -> Self {
-        let (jobs, todo) = mpsc::channel::<Job>();
-        let (tell, told) = mpsc::channel();
-        let thread = thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            tell.send(nix::unistd::gettid().as_raw()).unwrap();
-            todo.into_iter().for_each(|job| job());
-        });
-        Self { jobs: Some(jobs), thread: Some(thread), tid: told.recv().unwrap() }
-    }
-
-    fn call<R: Send + 'static>(&self, f: impl FnOnce() -> R + Send + 'static) -> R {
-        let (tell, told) = mpsc::channel();
-        let job: Job = Box::new(move || {
-            let _ = tell.send(f());
-        });
-        self.jobs.as_ref().unwrap().send(job).unwrap();
-        told.recv().expect("the job of a host panicked")
-    }
-
-    fn sh(&self, line: &str) {
-        let line = line.to_owned();
-        self.call(move || {
-            let out = std::process::Command::new("sh").args(["-ec", &line]).output().unwrap();
-            assert!(out.status.success(), "`{line}`: {}", String::from_utf8_lossy(&out.stderr));
-        });
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        self.jobs = None;
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
 
 /// `client --- lan0 [router: the test's thread] wan0 --- server`; packets of either direction are
 /// counted in the forward hook.

@@ -5,6 +5,7 @@
 mod flower;
 mod flowtable;
 mod hardware;
+mod host;
 mod mixed;
 mod netfilter;
 mod netlink;

@@ -6,8 +6,7 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
-use std::sync::mpsc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ctoffload::datapath::netfilter::conntrack::{
@@ -17,63 +16,13 @@ use ctoffload::datapath::netfilter::ledger::{Ledger, LedgerConfig, LedgerError, 
 use ctoffload::datapath::netfilter::nflog::{NflogError, Sight, SightLog};
 use netdev_providers::{Direction, Ifindex, L4Proto, Tuple, Zone};
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, unshare};
 
+use crate::host::Host;
 use crate::netns::NetNs;
 
 const GROUP: u16 = 77;
 const SOON: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_millis(300);
-
-type Job = Box<dyn FnOnce() + Send>;
-
-/// A host: a thread that lives in a network namespace of its own and does what it is given.
-struct Host {
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-    tid: i32,
-}
-
-impl Host {
-    fn new() -> Self {
-        let (jobs, todo) = mpsc::channel::<Job>();
-        let (tell, told) = mpsc::channel();
-        let thread = thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            tell.send(nix::unistd::gettid().as_raw()).unwrap();
-            todo.into_iter().for_each(|job| job());
-        });
-        Self { jobs: Some(jobs), thread: Some(thread), tid: told.recv().unwrap() }
-    }
-
-    /// Does something in the namespace and waits for it. Threads spawned there stay there.
-    fn run<R: Send + 'static>(&self, f: impl FnOnce() -> R + Send + 'static) -> R {
-        let (tell, told) = mpsc::channel();
-        let job: Job = Box::new(move || {
-            let _ = tell.send(f());
-        });
-        self.jobs.as_ref().unwrap().send(job).unwrap();
-        told.recv().expect("the job panicked")
-    }
-
-    fn sh(&self, line: &str) {
-        let line = line.to_owned();
-        self.run(move || sh(&line));
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        drop(self.jobs.take());
-        let _ = self.thread.take().unwrap().join();
-    }
-}
-
-fn sh(line: &str) -> String {
-    let out = std::process::Command::new("sh").args(["-ec", line]).output().unwrap();
-    assert!(out.status.success(), "`{line}`: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8_lossy(&out.stdout).into_owned()
-}
 
 /// A router with three links, `r0` to `r2`, each to a host with 10.0.N.2 and fd00:N::2.
 struct Router {
@@ -124,10 +73,10 @@ impl Router {
     fn tcp(&self, from: usize, to: usize, target: &str) -> (TcpStream, TcpStream) {
         let ip: IpAddr = target.parse().unwrap();
         let any = if ip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        let listener = self.hosts[to].run(move || TcpListener::bind(any).unwrap());
+        let listener = self.hosts[to].call(move || TcpListener::bind(any).unwrap());
         let port = listener.local_addr().unwrap().port();
         let client = self.hosts[from]
-            .run(move || TcpStream::connect_timeout(&SocketAddr::new(ip, port), SOON).unwrap());
+            .call(move || TcpStream::connect_timeout(&SocketAddr::new(ip, port), SOON).unwrap());
         let (server, _) = listener.accept().unwrap();
         for s in [&client, &server] {
             s.set_read_timeout(Some(SOON)).unwrap();
@@ -302,8 +251,8 @@ fn netfilter_udp_is_sighted_after_a_reply_or_one_way_if_asked() {
     let mut log = SightLog::open(GROUP).unwrap();
     for one_way in [false, true] {
         let ledger = r.ledger(LedgerConfig { one_way_udp: one_way, ..LedgerConfig::default() });
-        let server = r.hosts[1].run(|| UdpSocket::bind("10.0.1.2:0").unwrap());
-        let client = r.hosts[0].run(|| UdpSocket::bind("10.0.0.2:0").unwrap());
+        let server = r.hosts[1].call(|| UdpSocket::bind("10.0.1.2:0").unwrap());
+        let client = r.hosts[0].call(|| UdpSocket::bind("10.0.0.2:0").unwrap());
         server.set_read_timeout(Some(SOON)).unwrap();
         client.set_read_timeout(Some(SOON)).unwrap();
         client.connect(server.local_addr().unwrap()).unwrap();
@@ -337,7 +286,7 @@ fn netfilter_handshakes_are_no_sights() {
     let _ledger = r.ledger(LedgerConfig::default());
     // Refused: SYN and RST only.
     let refused =
-        r.hosts[0].run(|| TcpStream::connect_timeout(&"10.0.1.2:9".parse().unwrap(), SOON));
+        r.hosts[0].call(|| TcpStream::connect_timeout(&"10.0.1.2:9".parse().unwrap(), SOON));
     assert!(refused.is_err());
     assert_eq!(sights(&mut log), []);
     // A filter drops what is behind SYN and SYN+ACK: never assured as far as the ledger sees, for
@@ -347,9 +296,9 @@ fn netfilter_handshakes_are_no_sights() {
          tcp flags & (syn|rst) == 0 drop; }; }'",
     );
     let (c, s) = {
-        let listener = r.hosts[1].run(|| TcpListener::bind("10.0.1.2:0").unwrap());
+        let listener = r.hosts[1].call(|| TcpListener::bind("10.0.1.2:0").unwrap());
         let addr = listener.local_addr().unwrap();
-        (r.hosts[0].run(move || TcpStream::connect_timeout(&addr, SOON).unwrap()), listener)
+        (r.hosts[0].call(move || TcpStream::connect_timeout(&addr, SOON).unwrap()), listener)
     };
     (&c).write_all(b"never arrives").unwrap();
     assert_eq!(sights(&mut log), []);
@@ -620,8 +569,8 @@ fn netfilter_zones() {
     let mut ct = Conntrack::open().unwrap();
     for (port, zone, from) in [(7000, Zone(5), 0), (7001, Zone(9), 2)] {
         let addr: SocketAddr = format!("10.0.1.2:{port}").parse().unwrap();
-        let listener = r.hosts[1].run(move || TcpListener::bind(addr).unwrap());
-        let mut c = r.hosts[from].run(move || TcpStream::connect_timeout(&addr, SOON).unwrap());
+        let listener = r.hosts[1].call(move || TcpListener::bind(addr).unwrap());
+        let mut c = r.hosts[from].call(move || TcpStream::connect_timeout(&addr, SOON).unwrap());
         let (mut s, _) = listener.accept().unwrap();
         talk(&mut c, &mut s);
         let tuple = tuple_of(&c, L4Proto::Tcp);
@@ -651,8 +600,8 @@ fn netfilter_packets_with_options_are_no_sights() {
     let r = Router::new();
     let mut log = SightLog::open(GROUP).unwrap();
     let _ledger = r.ledger(LedgerConfig { one_way_udp: true, ..LedgerConfig::default() });
-    let client = r.hosts[0].run(|| UdpSocket::bind("10.0.0.2:0").unwrap());
-    let server = r.hosts[1].run(|| UdpSocket::bind("10.0.1.2:0").unwrap());
+    let client = r.hosts[0].call(|| UdpSocket::bind("10.0.0.2:0").unwrap());
+    let server = r.hosts[1].call(|| UdpSocket::bind("10.0.1.2:0").unwrap());
     client.connect(server.local_addr().unwrap()).unwrap();
     // Four no-operation options.
     // SAFETY: a pointer to four bytes and their length.

@@ -23,7 +23,7 @@ impl Router {
                  ip addr add 10.0.1.1/24 dev lan0.10; ip addr add fd01::1/64 dev lan0.10 nodad
                  ip link set lan0.10 up"
             ));
-            net.client.run(&format!(
+            net.client.sh(&format!(
                 "ip link add link c0 name c0.10 type vlan id {id}
                  ip addr flush dev c0
                  ip addr add 10.0.1.2/24 dev c0.10; ip addr add fd01::2/64 dev c0.10 nodad

@@ -83,7 +83,7 @@ fn a_tag_is_taken_off_and_another_is_put_on() {
 fn nat_of_tagged_frames_keeps_every_checksum_right() {
     let net = Net::new();
     net.ns.run("ethtool -K wan0 tx off tso off gso off tx-udp-segmentation off txvlan off");
-    net.server.run("ethtool -K s0 rx off gro off");
+    net.server.sh("ethtool -K s0 rx off gro off");
     let port = net.bind("lan0");
     let pairs = [
         (TCP4, "tcp 10.0.2.1:5000 > 10.0.2.77:8080"),
