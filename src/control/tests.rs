@@ -3,7 +3,7 @@
 //! As root each test has a network namespace of its own; otherwise a port id of its own.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use neli::consts::nl::NlmF;
 use netdev_providers::{Tuple, Zone};
@@ -16,6 +16,9 @@ use super::info::*;
 use super::socket::{Socket, buffer};
 use super::wire::{self, Command, Message};
 use super::*;
+
+/// A busy machine takes its time, above all to print where something panicked on purpose.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Fake;
 
@@ -99,7 +102,7 @@ fn serve(test: impl FnOnce(Target, &Publisher)) {
     std::thread::scope(|scope| {
         scope.spawn(|| server.run(&Fake, || stop.load(Ordering::Relaxed)).unwrap());
         let _stop = Stop(&stop, waker);
-        let target = Target { port_id, daemon_uid: geteuid().as_raw(), ..Target::default() };
+        let target = Target { port_id, daemon_uid: geteuid().as_raw(), patience: PATIENCE };
         test(target, &publisher);
     });
 }
@@ -110,7 +113,8 @@ fn ask(target: Target, datagram: &[u8]) -> Vec<Message> {
     socket.bind(0).unwrap();
     socket.send_to(target.port_id, datagram).unwrap();
     let mut buf = buffer();
-    for _ in 0..400 {
+    let until = Instant::now() + PATIENCE;
+    while Instant::now() < until {
         if let Ok(got) = socket.receive(&mut buf) {
             let all = wire::parse(&buf[..got.len]).unwrap();
             return all.into_iter().map(|e| e.message).collect();
@@ -240,12 +244,13 @@ fn a_long_change_is_waited_for_while_others_are_served() {
                 client.port_add(&PortAddRequest { name: "slow".into(), ..Default::default() })
             });
             let mut other = Client::connect_to(target).unwrap();
+            let mut served = 0;
             while !change.is_finished() {
-                let before = std::time::Instant::now();
                 other.stats().unwrap();
-                assert!(before.elapsed() < Duration::from_secs(1));
+                served += 1;
                 std::thread::sleep(Duration::from_millis(50));
             }
+            assert!(served > 1, "the others had to wait until it was over");
             assert_eq!(change.join().unwrap().unwrap().name, "slow");
         });
         let mut client = Client::connect_to(target).unwrap();
@@ -297,7 +302,7 @@ fn events_of_strangers_are_not_believed() {
         };
         let _watch = Subscription::open(target).unwrap();
         publisher.publish(Event::default());
-        let got = client.receive(Duration::from_secs(2)).unwrap();
+        let got = client.receive(PATIENCE).unwrap();
         assert!(matches!(got, Incoming::Stranger(_)));
     });
 }

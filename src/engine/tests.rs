@@ -20,6 +20,9 @@ use super::usage::{Strays, Usage};
 use super::worker::Offer;
 use super::*;
 
+/// A busy machine takes its time, above all to print where something panicked on purpose.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A datapath that answers what the test sets, and remembers what it is told.
 #[derive(Default)]
 struct TestDatapath {
@@ -107,7 +110,7 @@ struct Bench {
 
 impl Bench {
     fn new(classes: &[&DummyClass]) -> Self {
-        Self::with_limits(classes, Limits { port_del: Duration::from_secs(2), ..Limits::default() })
+        Self::with_limits(classes, Limits { port_del: PATIENCE, ..Limits::default() })
     }
 
     fn with_limits(classes: &[&DummyClass], limits: Limits) -> Self {
@@ -147,7 +150,7 @@ impl Bench {
         let table = self.engine.0.publication.table();
         for _ in 0..3 {
             for port in table.iter().filter(|p| p.binding.is_some()) {
-                collect(vec![ask(port, Command::Barrier)], Duration::from_secs(6));
+                collect(vec![ask(port, Command::Barrier)], PATIENCE);
             }
         }
     }
@@ -177,9 +180,9 @@ impl Bench {
 }
 
 fn wait_for(mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     while !done() {
-        assert!(Instant::now() < deadline, "it did not happen within 10 s");
+        assert!(Instant::now() < deadline, "it did not happen within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -827,7 +830,7 @@ fn no_rule_into_a_port_outlives_it_however_late_it_was_offered() {
     wait_for(|| b.engine.port(ifindex(2)).is_none());
     let table = b.engine.0.publication.table();
     let port = table.get(ifindex(1)).unwrap();
-    collect(vec![ask(port, Command::Barrier)], Duration::from_secs(6));
+    collect(vec![ask(port, Command::Barrier)], PATIENCE);
     let conn = b.conn(1);
     let offer = worker.port(ifindex(1)).unwrap().conn_seen(
         &conn,

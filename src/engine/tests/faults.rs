@@ -17,7 +17,7 @@ fn classes() -> (DummyClass, DummyClass) {
 
 fn impatient() -> Limits {
     // Nothing of the machine's load: who hangs, hangs for good.
-    let soon = Duration::from_millis(1500);
+    let soon = Duration::from_secs(3);
     Limits { port_del: soon, complete: soon, ..Limits::default() }
 }
 
@@ -38,7 +38,7 @@ fn settle(b: &Bench, n: u32) {
     let table = b.engine.0.publication.table();
     for _ in 0..2 {
         let port = table.get(ifindex(n)).unwrap();
-        collect(vec![ask(port, Command::Barrier)], Duration::from_secs(6));
+        collect(vec![ask(port, Command::Barrier)], PATIENCE);
     }
 }
 
