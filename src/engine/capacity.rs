@@ -137,6 +137,8 @@ impl Slowest {
 #[derive(Debug, Default)]
 struct State {
     learnt: Option<u64>,
+    /// What the provider said when its table was full, for those that are not even tried.
+    words: Option<Box<str>>,
     probed_ms: u64,
     candidates: Vec<Candidate>,
 }
@@ -193,7 +195,11 @@ impl Capacity {
             state.probed_ms = now_ms;
             return Place::Free;
         }
-        let how = if learnt { "learnt from the provider" } else { "configured" };
+        let how = match &state.words {
+            Some(words) if learnt => format!("learnt from the provider: {words}"),
+            _ if learnt => "learnt from the provider".to_owned(),
+            _ => "configured".to_owned(),
+        };
         Place::None(Rejection::with_detail(
             Reason::TableFull,
             format!("{rules} rules of {limit} ({how}), and none that is idle or much slower"),
@@ -205,10 +211,11 @@ impl Capacity {
         self.state().candidates = slowest.into_stack();
     }
 
-    /// The provider says that its table is full; the port has so many rules.
-    pub(super) fn refused(&self, rules: u64, now_ms: u64) {
+    /// The provider says, perhaps in words, that its table is full; the port has so many rules.
+    pub(super) fn refused(&self, rules: u64, words: Option<&str>, now_ms: u64) {
         let mut state = self.state();
         state.learnt = Some(rules);
+        state.words = words.map(Into::into);
         state.probed_ms = now_ms;
     }
 

@@ -420,7 +420,8 @@ impl Writer {
                                 port.note_refused_shape(shape, rejection);
                                 if rejection.reason == Reason::TableFull {
                                     let rules = port.rules.load(Ordering::SeqCst);
-                                    port.capacity.refused(rules, shared.clock.now_ms());
+                                    let (words, now) = (&rejection.detail, shared.clock.now_ms());
+                                    port.capacity.refused(rules, words.as_deref(), now);
                                 }
                             }
                         }

@@ -283,3 +283,100 @@ fn a_cable_that_is_pulled_and_plugged_in_again() {
     h.set("wan", "link_flap_ms", "500");
     h.wait_in_hardware(&mut c);
 }
+
+#[test]
+fn what_finds_the_table_full_is_carried_by_the_host_and_gets_its_place_when_others_leave() {
+    // Room for the four guards and for two flows.
+    let h = Hardware::start("full", "skip-sw", &[("capacity", "6")]);
+    let mut connections: Vec<_> = (5001..=5004).map(|port| h.router.connect_to(port)).collect();
+    let states = || {
+        let slots = h.router.slots().into_iter().filter(|s| s.0 == "lan");
+        let of = |state: &str, reason: &str| {
+            slots.clone().filter(|s| s.2 == state && s.3 == reason).count()
+        };
+        (of("installed", ""), of("rejected", "table-full"))
+    };
+    let talk = |connections: &mut Vec<Connection>| {
+        connections.iter_mut().for_each(Connection::ping);
+        states()
+    };
+    wait_until("two are in hardware, and two are not", || talk(&mut connections) == (2, 2));
+    assert_eq!(h.rules("lan", "active"), 6);
+    wait_until("the NIC's words are kept for both that are not", || {
+        connections.iter_mut().for_each(Connection::ping);
+        let conns = h.router.json(&["conn", "show"]);
+        let slots = conns.as_array().into_iter().flatten().flat_map(|c| c["slots"].as_array());
+        let refused = slots.flatten().filter(|s| s["port"] == "lan" && s["state"] == "rejected");
+        let why = refused.filter_map(|s| s["detail"].as_str());
+        why.filter(|why| why.contains("simnic: the flow table is full")).count() == 2
+    });
+    // Those that are in hardware leave.
+    let conns = h.router.json(&["conn", "show"]);
+    let inside: Vec<u64> = conns
+        .as_array()
+        .expect("connections")
+        .iter()
+        .filter(|c| {
+            let slots = c["slots"].as_array().cloned().unwrap_or_default();
+            slots.iter().any(|s| s["port"] == "lan" && s["state"] == "installed")
+        })
+        .filter_map(|c| c["original"]["dport"].as_u64())
+        .collect();
+    let mut left = Vec::new();
+    for (port, c) in (5001..).zip(connections) {
+        if inside.contains(&port) { c.close() } else { left.push(c) }
+    }
+    wait_until("the others have their places", || talk(&mut left) == (2, 0));
+    assert!(h.rejections("lan", "table-full") >= 2);
+}
+
+#[test]
+fn what_finds_the_table_full_on_a_port_for_both_is_in_software() {
+    let h = Hardware::start("fullboth", "both", &[("capacity", "5")]);
+    let mut connections: Vec<_> = (5001..=5002).map(|port| h.router.connect_to(port)).collect();
+    wait_until("both are offloaded, and the NIC is said to have one of them", || {
+        connections.iter_mut().for_each(Connection::ping);
+        h.router.installed().len() == 4 && h.port("lan")["in_hw"] == 1
+    });
+    assert_eq!(h.rules("lan", "active"), 5, "four guards, and a flow");
+    let about = h.port("lan")["about"].to_string();
+    assert!(about.contains("simnic: the flow table is full"), "{about}");
+    let seen = h.host_packets();
+    for _ in 0..10 {
+        connections.iter_mut().for_each(Connection::ping);
+    }
+    assert_eq!(h.host_packets(), seen, "one by the NIC, and one by rules in software");
+}
+
+#[test]
+fn counters_that_lag_are_read_all_the_same() {
+    let h = Hardware::start("lag", "skip-sw", &[("stats_interval_ms", "3000")]);
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    let packets = || h.slot("lan")["packets"].as_u64().expect("a number");
+    let mut steps = vec![packets()];
+    wait_until("they have moved three times", || {
+        c.ping();
+        if steps.last() != Some(&packets()) {
+            steps.push(packets());
+        }
+        steps.len() > 3
+    });
+    assert!(steps.is_sorted(), "{steps:?}");
+    assert_eq!(h.rejections("lan", "no-effect") + h.rejections("wan", "no-effect"), 0);
+    h.wait_in_hardware(&mut c);
+}
+
+#[test]
+fn a_port_of_a_nic_that_loses_what_it_counts_can_be_taken_away() {
+    let h = Hardware::start("loses", "skip-sw", &[("silent", "2")]);
+    let mut c = h.router.connect();
+    wait_until("nothing arrives any more", || !c.is_alive());
+    // Its counters move, and software sees nothing: no one can tell.
+    assert_eq!(h.rejections("lan", "no-effect") + h.rejections("wan", "no-effect"), 0);
+    for port in PORTS {
+        assert!(h.router.cli(&["port", "del", port]).status.success());
+        assert_eq!(h.rules(port, "active") + h.rules(port, "silent"), 0);
+    }
+    wait_until("the host carries it", || c.is_alive());
+}
