@@ -262,8 +262,8 @@ fn load_program(name: &CStr, insns: &[Insn]) -> io::Result<OwnedFd> {
     let mut attr = ProgLoad {
         prog_type: BPF_PROG_TYPE_SCHED_ACT,
         insn_cnt: u32::try_from(insns.len()).unwrap_or(u32::MAX),
-        insns: insns.as_ptr().addr() as u64,
-        license: c"Apache-2.0".as_ptr().addr() as u64,
+        insns: insns.as_ptr().expose_provenance() as u64,
+        license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
         ..ProgLoad::default()
     };
     let name = name.to_bytes();
@@ -277,7 +277,7 @@ fn load_program(name: &CStr, insns: &[Insn]) -> io::Result<OwnedFd> {
     let mut log = vec![0u8; 64 * 1024];
     attr.log_level = 1;
     attr.log_size = u32::try_from(log.len()).unwrap_or(0);
-    attr.log_buf = log.as_mut_ptr().addr() as u64;
+    attr.log_buf = log.as_mut_ptr().expose_provenance() as u64;
     let _ = bpf_prog_load(&attr);
     let text = String::from_utf8_lossy(log.split(|&b| b == 0).next().unwrap_or(&[])).into_owned();
     match text.lines().rev().find(|l| !l.is_empty() && !l.starts_with("processed")) {
