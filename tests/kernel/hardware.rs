@@ -18,7 +18,7 @@ use netdev_providers::tc_flower::TcFlowerClass;
 use netdev_providers::{
     Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Ifindex,
     Instance, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider, ProviderClass, Reason,
-    Request, Ticket, Tuple, Zone,
+    Request, Ticket, Tuple, VlanId, Zone,
 };
 use nix::net::if_::if_nametoindex;
 
@@ -149,6 +149,47 @@ fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
     assert!(matches!(submit(&*p0, request), Ok(Done::Added { in_hw: Some(true), .. })));
     assert_eq!(nic.rules("p0"), 5);
     p0.release().unwrap();
+    assert_eq!(nic.rules("p0"), 0);
+}
+
+#[test]
+fn hardware_that_cannot_change_tags_serves_what_has_none() {
+    let nic = Nic::new();
+    nic.set("p0", "unsupported", "act-vlan");
+    let port = bind("p0", HwFlags::SkipSw, 1);
+    let capabilities = port.capabilities();
+    for (ip, proto) in [("ipv4", "tcp"), ("ipv4", "udp"), ("ipv6", "tcp"), ("ipv6", "udp")] {
+        for does in ["from vlan", "to vlan"] {
+            let name = format!("flow {ip} {proto} {does}");
+            let found = capabilities.iter().find(|c| c.name == name).expect("a line of the table");
+            assert_eq!(found.software, None, "not tried where it puts no rules");
+            let why = found.hardware.clone().unwrap().unwrap_err();
+            assert!(why.contains("changing VLAN tags (vlan) is not supported"), "{name}: {why}");
+        }
+    }
+    let vlan = VlanId::new(10);
+    let plain = flow("tcp 10.0.1.2:1 > 10.0.2.2:2");
+    let mut tagged = [plain; 2];
+    tagged[0].matches.vlan = vlan;
+    tagged[1].forward.vlan = vlan;
+    for flow in &tagged {
+        let refused = port.can_offload(flow).unwrap_err();
+        assert_eq!(refused.reason, Reason::NotInHardware);
+        assert!(refused.detail.is_some_and(|d| d.contains("VLAN tags")), "the driver's words");
+    }
+    assert_eq!(port.can_offload(&plain), Ok(()));
+    port.release().unwrap();
+
+    nic.set("p0", "unsupported", "\n");
+    let port = bind("p0", HwFlags::SkipSw, 2);
+    let all = port.capabilities();
+    let tags = all.iter().filter(|c| c.name.ends_with("vlan"));
+    assert_eq!(tags.filter(|c| c.hardware == Some(Ok(()))).count(), 8, "{all:?}");
+    for (epoch, flow) in (1..).zip(tagged) {
+        let request = Request::Add { cookie: cookie(2, epoch), flow: Box::new(flow) };
+        assert!(matches!(submit(&*port, request), Ok(Done::Added { in_hw: Some(true), .. })));
+    }
+    port.release().unwrap();
     assert_eq!(nic.rules("p0"), 0);
 }
 

@@ -19,46 +19,89 @@ use super::uapi::*;
 use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
 use crate::contract::provider::Capability;
 use crate::contract::reason::{Reason, Rejection};
-use crate::contract::types::{Direction, Ifindex, L4Proto, MacAddr, Tuple, Zone};
+use crate::contract::types::{Direction, Ifindex, L4Proto, MacAddr, Tuple, VlanId, Zone};
 use crate::netlink::error::{KernelError, NetlinkError};
 
 /// What the kernel said to a trial: `None` where it was not made.
 type Answer = Option<Result<(), KernelError>>;
 
-/// A shape of flows, as far as it is tried.
+/// A shape of flows, as far as it is tried: what is done to the tuple, and what to the tags, are tried
+/// one without the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
-    family: Family,
+    ipv6: bool,
     proto: L4Proto,
-    nat: bool,
+    does: Does,
+}
+
+/// What a rule does beside forwarding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Does {
+    Nothing,
+    Nat,
+    /// It takes a tag off, or puts one on.
+    Untag,
+    Tag,
 }
 
 impl Shape {
-    pub(super) const fn new(family: Family, proto: L4Proto, nat: bool) -> Self {
-        Self { family, proto, nat }
+    pub(super) const fn new(ipv6: bool, proto: L4Proto, nat: bool) -> Self {
+        Self { ipv6, proto, does: if nat { Does::Nat } else { Does::Nothing } }
     }
 
-    fn of(flow: &Flow) -> Self {
+    /// What has to be possible for a flow to be offloaded.
+    fn of(flow: &Flow) -> impl Iterator<Item = Self> {
         let tuple = &flow.matches.tuple;
-        Self { family: Family::of_ip(tuple.is_ipv6()), proto: tuple.proto(), nat: flow.has_nat() }
+        let (ipv6, proto) = (tuple.is_ipv6(), tuple.proto());
+        let tags = [
+            flow.matches.vlan.is_some().then_some(Does::Untag),
+            flow.forward.vlan.is_some().then_some(Does::Tag),
+        ];
+        let tags = tags.into_iter().flatten().map(move |does| Self { ipv6, proto, does });
+        std::iter::once(Self::new(ipv6, proto, flow.has_nat())).chain(tags)
     }
 
     fn all() -> impl Iterator<Item = Self> {
-        Family::UNTAGGED.into_iter().flat_map(|family| {
+        let all = [Does::Nothing, Does::Nat, Does::Untag, Does::Tag];
+        [false, true].into_iter().flat_map(move |ipv6| {
             [L4Proto::Tcp, L4Proto::Udp]
                 .into_iter()
-                .flat_map(move |proto| [false, true].map(|nat| Self { family, proto, nat }))
+                .flat_map(move |proto| all.map(|does| Self { ipv6, proto, does }))
         })
+    }
+
+    /// Of the packets that its flows match.
+    const fn family(self) -> Family {
+        match (self.does, self.ipv6) {
+            (Does::Untag, false) => Family::TaggedIpv4,
+            (Does::Untag, true) => Family::TaggedIpv6,
+            (_, ipv6) => Family::of_ip(ipv6),
+        }
+    }
+
+    /// Where rules of this shape stand on the port: in software, in hardware.
+    fn places(self, found: &Found) -> [bool; 2] {
+        let (software, hardware) = (found.mode.has_software(), found.mode.has_hardware());
+        match self.does {
+            Does::Nothing | Does::Nat => [software, hardware],
+            // Why not is known already.
+            Does::Untag | Does::Tag if found.vlan.is_err() => [false, false],
+            Does::Untag => [software, hardware && found.tagged_in_hw],
+            Does::Tag => [software, hardware],
+        }
     }
 }
 
 impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let family = match self.family {
-            Family::Ipv4 | Family::TaggedIpv4 => "ipv4",
-            Family::Ipv6 | Family::TaggedIpv6 => "ipv6",
+        let family = if self.ipv6 { "ipv6" } else { "ipv4" };
+        let does = match self.does {
+            Does::Nothing => "",
+            Does::Nat => " nat",
+            Does::Untag => " from vlan",
+            Does::Tag => " to vlan",
         };
-        write!(f, "{family} {}{}", self.proto, if self.nat { " nat" } else { "" })
+        write!(f, "{family} {}{does}", self.proto)
     }
 }
 
@@ -84,12 +127,12 @@ impl Capabilities {
     ) -> Result<Self, NetlinkError> {
         let mut trials = Trials { hook, found, guards };
         let mut lines = Vec::new();
-        for shape in Shape::all().filter(|s| !s.nat) {
+        for shape in Shape::all().filter(|s| s.does == Does::Nothing) {
             let action = Action::Gact;
             lines.push(trials.part(format!("match {shape}"), shape, action)?);
         }
         for action in [Action::Pedit, Action::Csum, Action::Mirred] {
-            let shape = Shape { family: Family::Ipv4, proto: L4Proto::Tcp, nat: false };
+            let shape = Shape::new(false, L4Proto::Tcp, false);
             let kind = match action {
                 Action::Gact => "gact",
                 Action::Pedit => "pedit",
@@ -119,9 +162,12 @@ impl Capabilities {
             .collect()
     }
 
-    /// Why flows of this shape need not be tried: every place in which it was tried refused it.
+    /// Why a flow need not be tried: every place in which its shape was tried refused it.
     pub(super) fn refusal(&self, flow: &Flow) -> Option<Rejection> {
-        let shape = Shape::of(flow);
+        Shape::of(flow).find_map(|shape| self.refusal_of(shape))
+    }
+
+    fn refusal_of(&self, shape: Shape) -> Option<Rejection> {
         let line = self.0.iter().find(|l| l.shape == Some(shape))?;
         let tried = [&line.hardware, &line.software];
         let mut refused = None;
@@ -154,7 +200,7 @@ impl Trials<'_> {
         let flow = trial_flow(self.hook.ifindex, shape);
         let cookie = self.guards.cookie().to_bytes();
         let percpu_stats = self.found.percpu_stats;
-        let [software, hardware] = self.both(shape.family, |m, flags| {
+        let [software, hardware] = self.both(shape, |m, flags| {
             let (buf, seq, place, handle) = m;
             rule::add_with(buf, seq, place, handle, &flow.matches, flags, |m| {
                 let mut list = ActionList::new(m, percpu_stats);
@@ -172,15 +218,15 @@ impl Trials<'_> {
     fn flow(&mut self, shape: Shape) -> Result<Line, NetlinkError> {
         let flow = trial_flow(self.hook.ifindex, shape);
         let (cookie, found) = (self.guards.cookie(), self.found);
-        let [software, hardware] = self.both(shape.family, |m, flags| {
+        let [software, hardware] = self.both(shape, |m, flags| {
             let (buf, seq, place, handle) = m;
-            let nat = match (shape.nat, flags) {
-                (false, _) => None,
-                (true, TCA_CLS_FLAGS_SKIP_SW) => Some(NatForm::Hardware),
-                (true, _) => {
+            let nat = match (shape.does, flags) {
+                (Does::Nothing | Does::Untag | Does::Tag, _) => None,
+                (Does::Nat, TCA_CLS_FLAGS_SKIP_SW) => Some(NatForm::Hardware),
+                (Does::Nat, _) => {
                     // Without programs there is nothing to try; why not is known already.
                     let Ok(programs) = &found.nat else { return false };
-                    let (before, after) = programs.pair(shape.family, shape.proto);
+                    let (before, after) = programs.pair(shape.family(), shape.proto);
                     Some(NatForm::Software { before, after })
                 }
             };
@@ -194,18 +240,15 @@ impl Trials<'_> {
     /// Tries what `write` writes for these flags, in software and in hardware.
     fn both(
         &mut self,
-        family: Family,
+        shape: Shape,
         write: impl Fn((&mut Vec<u8>, u32, Place, Handle), u32) -> bool,
     ) -> Result<[Answer; 2], NetlinkError> {
-        let mode = self.found.mode;
-        let places = [
-            (mode.has_software(), TCA_CLS_FLAGS_SKIP_HW),
-            (mode.has_hardware(), TCA_CLS_FLAGS_SKIP_SW),
-        ];
+        let places = shape.places(self.found);
+        let flags = [TCA_CLS_FLAGS_SKIP_HW, TCA_CLS_FLAGS_SKIP_SW];
         let mut answers = [None, None];
-        for (answer, (used, flags)) in answers.iter_mut().zip(places) {
+        for (answer, (used, flags)) in answers.iter_mut().zip(places.into_iter().zip(flags)) {
             if used {
-                *answer = self.try_one(family, |m| write(m, flags))?;
+                *answer = self.try_one(shape.family(), |m| write(m, flags))?;
             }
         }
         Ok(answers)
@@ -243,28 +286,30 @@ impl Trials<'_> {
 
 /// A flow that no packet belongs to: all its addresses and ports are 0.
 pub(super) fn trial_flow(ifindex: Ifindex, shape: Shape) -> Flow {
-    let (zero, other): (IpAddr, IpAddr) = match shape.family {
-        Family::Ipv4 | Family::TaggedIpv4 => {
-            (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into())
-        }
-        Family::Ipv6 | Family::TaggedIpv6 => {
-            (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into())
-        }
+    let (zero, other): (IpAddr, IpAddr) = if shape.ipv6 {
+        (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into())
+    } else {
+        (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into())
     };
     let tuple = |dst, port| {
         #[expect(clippy::expect_used, reason = "both addresses are of one family")]
         Tuple::new(shape.proto, zero, 0, dst, port).expect("one family")
     };
+    let vlan = |does| if shape.does == does { VlanId::new(1) } else { None };
     Flow {
         zone: Zone(0),
         direction: Direction::Original,
         ingress_mtu: 0,
-        matches: FlowMatch { eth_dst: Some(MacAddr::default()), vlan: None, tuple: tuple(zero, 0) },
+        matches: FlowMatch {
+            eth_dst: Some(MacAddr::default()),
+            vlan: vlan(Does::Untag),
+            tuple: tuple(zero, 0),
+        },
         forward: Forward {
             egress: ifindex,
-            vlan: None,
+            vlan: vlan(Does::Tag),
             mtu: 0,
-            tuple: if shape.nat { tuple(other, 1) } else { tuple(zero, 0) },
+            tuple: if shape.does == Does::Nat { tuple(other, 1) } else { tuple(zero, 0) },
             macs: Some(MacRewrite { src: MacAddr::default(), dst: MacAddr::default() }),
         },
     }

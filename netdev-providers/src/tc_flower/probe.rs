@@ -358,7 +358,7 @@ fn software_guards(
 /// flows that do not need them.
 fn try_rules(hook: &mut Hook, found: &mut Found, guards: Guards) -> Result<(), BindError> {
     for family in Family::UNTAGGED {
-        let trial = |nat| trial_flow(hook.ifindex, Shape::new(family, L4Proto::Tcp, nat));
+        let trial = |nat| trial_flow(hook.ifindex, Shape::new(family.is_ipv6(), L4Proto::Tcp, nat));
         let (plain, translated) = (trial(false), trial(true));
         if let Err(e) = try_rule(hook, found, guards, &plain) {
             let module = name_missing(hook, found, guards, family);
@@ -416,7 +416,7 @@ fn try_rule(
 /// After a trial rule was refused: which module it is for want of, found by trying its actions one
 /// by one.
 fn name_missing(hook: &mut Hook, found: &Found, guards: Guards, family: Family) -> &'static str {
-    let flow = trial_flow(hook.ifindex, Shape::new(family, L4Proto::Tcp, false));
+    let flow = trial_flow(hook.ifindex, Shape::new(family.is_ipv6(), L4Proto::Tcp, false));
     let prio = found.prios.of(Use::Flows, family);
     let handle = Handle(NonZeroU32::MAX);
     let mut refused = Vec::new();
