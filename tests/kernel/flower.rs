@@ -602,6 +602,77 @@ fn rules_read_back_as_they_were_meant() {
     assert_eq!(net.ns.run("tc qdisc show dev lan0").matches("clsact").count(), 0);
 }
 
+/// What `tc filter show` says, without what is particular to one rule (indices, the cookie), and with
+/// the keys of a `pedit` that rewrite parts of the same word as one: `tc` makes two where one would do.
+fn as_shown(text: &str) -> Vec<String> {
+    let mut shown: Vec<String> = Vec::new();
+    let mut last_key: Option<(String, u32, u32)> = None;
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            [] | ["index" | "cookie", ..] => {}
+            ["key", _, "at", at, "val", value, "mask", mask] => {
+                let hex = |s: &str| u32::from_str_radix(s, 16).unwrap();
+                let (mut value, mut mask) = (hex(value), hex(mask));
+                if let Some((before, v, m)) = &last_key
+                    && before == at
+                {
+                    (value, mask) = (value | v, mask & m);
+                    shown.pop();
+                }
+                shown.push(format!("{at} val {value:08x} mask {mask:08x}"));
+                last_key = Some(((*at).to_owned(), value, mask));
+            }
+            ["key", _, rest @ ..] => shown.push(rest.join(" ")),
+            [.., "pedit", "action", "pipe", "keys", _] => shown.push("pedit pipe".to_owned()),
+            _ => shown.push(line.trim_end().to_owned()),
+        }
+    }
+    shown
+}
+
+#[test]
+fn tc_shows_our_rules_as_it_shows_those_that_are_written_with_it() {
+    let net = Net::new();
+    let port = net.bind("lan0");
+    let macs = format!("munge eth dst set {SERVER} munge eth src set {WAN}");
+    let to = "action mirred egress redirect dev wan0";
+    net.ns.run("tc qdisc add dev wan0 clsact");
+    for (pref, ip, ours, matches, actions) in [
+        (
+            49412,
+            "ip",
+            TCP4,
+            "ip_proto tcp dst_ip 10.0.2.2 src_ip 10.0.1.2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7",
+            "munge ip ttl dec pipe action csum ip4h pipe",
+        ),
+        (
+            49412,
+            "ip",
+            UDP4,
+            "ip_proto udp dst_ip 10.0.2.2 src_ip 10.0.1.2 dst_port 53 src_port 4000",
+            "munge ip ttl dec pipe action csum ip4h pipe",
+        ),
+        (
+            49413,
+            "ipv6",
+            TCP6,
+            "ip_proto tcp dst_ip fd02::2 src_ip fd01::2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7",
+            "munge ip6 hoplimit add 0xff pipe",
+        ),
+    ] {
+        let rule = port.add(1, flow(tuple(ours), tuple(ours)));
+        net.ns.run(&format!(
+            "tc filter add dev wan0 ingress protocol {ip} pref {pref} handle 1 flower skip_hw \
+             dst_mac {LAN} {matches} ip_flags nofrag action pedit ex {macs} {actions} {to}"
+        ));
+        let show = |dev: &str| net.ns.run(&format!("tc filter show dev {dev} ingress pref {pref}"));
+        assert_eq!(as_shown(&show("lan0")), as_shown(&show("wan0")));
+        port.delete(1, rule).unwrap();
+        net.ns.run("tc filter del dev wan0 ingress");
+    }
+}
+
 #[test]
 fn a_routed_packet_is_redirected_with_new_macs_and_one_less_ttl() {
     let net = Net::new();

@@ -20,6 +20,10 @@ impl Hardware {
     /// Its ports are to be used in this way (`offload` in the configuration), after the knobs of the
     /// NIC were set.
     fn start(test: &str, offload: &str, knobs: &[(&str, &str)]) -> Self {
+        Self::without_daemon(test, knobs).daemon(test, offload)
+    }
+
+    fn without_daemon(test: &str, knobs: &[(&str, &str)]) -> Self {
         assert!(std::env::var_os("CTOFFLOAD_SIMNIC").is_some(), "this needs scripts/lab --nic");
         let hardware = Self { router: Router::of(test, "simnic") };
         hardware.router.run(
@@ -28,7 +32,7 @@ impl Hardware {
         for (knob, value) in knobs {
             PORTS.iter().for_each(|port| hardware.set(port, knob, value));
         }
-        hardware.daemon(test, offload)
+        hardware
     }
 
     fn daemon(mut self, test: &str, offload: &str) -> Self {
@@ -247,6 +251,20 @@ fn rules_of_a_port_for_both_stand_in_both() {
     let rules = h.router.run("tc filter show dev lan ingress pref 49412");
     assert!(rules.contains("  in_hw ") && !rules.contains("skip_sw"), "{rules}");
     assert_eq!(h.port("lan")["in_hw"], 1);
+}
+
+#[test]
+fn tags_are_changed_in_the_nic() {
+    let h = Hardware::without_daemon("nicvlan", &[]);
+    h.router.put_in_vlan("lan", 10);
+    h.router.put_in_vlan("wan", 20);
+    let h = h.daemon("nicvlan", "skip-sw");
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    let rules = h.router.run("tc filter show dev lan ingress");
+    for part in ["vlan_id 10", "vlan  pop", "vlan  push id 20", "  in_hw "] {
+        assert!(rules.contains(part), "no {part} in {rules}");
+    }
 }
 
 #[test]

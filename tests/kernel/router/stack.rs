@@ -4,7 +4,7 @@ use super::*;
 
 impl Router {
     /// Moves the network behind a netdev into a VLAN.
-    fn put_in_vlan(&self, dev: &str, id: u16) {
+    pub(crate) fn put_in_vlan(&self, dev: &str, id: u16) {
         let net = if dev == "lan" { 1 } else { 2 };
         let host = self.host(dev);
         self.run(&format!(
