@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use netdev_providers::{
-    Direction, Flow, FlowMatch, Forward, Generation, Ifindex, Leftover, MacAddr, Netdev, Rejection,
-    Tuple, VlanId,
+    Above, Direction, Flow, FlowMatch, Forward, Generation, Ifindex, Leftover, MacAddr, Netdev,
+    Rejection, Tuple, VlanId,
 };
 
 use super::conn::{ConnHandle, ConnKey};
@@ -56,6 +56,7 @@ pub(super) fn flow(conn: &ConnHandle, direction: Direction, path: &Path) -> Flow
             tuple: *conn.arriving(direction),
         },
         forward: path.forward,
+        above: Above { iif: path.iif, oif: path.oif },
     }
 }
 

@@ -25,7 +25,7 @@ use generator::{Generator, udp_frame};
 use measure::Samples;
 use netdev_providers::tc_flower::TcFlowerClass;
 use netdev_providers::{
-    Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Instance,
+    Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Instance,
     L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider, ProviderClass, Request,
     Ticket, Tuple, Zone,
 };
@@ -317,6 +317,7 @@ fn add(port: &Arc<dyn Provider>, net: &Net) {
             tuple,
             macs: Some(MacRewrite { src: WAN, dst: SERVER }),
         },
+        above: Above::default(),
     };
     port.can_offload(&flow).expect("a flow that can be offloaded");
     let instance = Instance(1.try_into().unwrap());

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
-    BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags,
-    Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider,
+    Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation,
+    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider,
     ProviderClass, Reason, Request, RuleId, RuleReport, Ticket, Tuple, Zone,
 };
 use nix::net::if_::if_nametoindex;
@@ -182,6 +182,7 @@ fn flow(arrival: Tuple, departure: Tuple) -> Flow {
             tuple: departure,
             macs: Some(MacRewrite { src: WAN, dst: SERVER }),
         },
+        above: Above::default(),
     }
 }
 

@@ -12,13 +12,15 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::{
-    BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags,
-    Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider,
+    Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation,
+    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider,
     ProviderClass, Request, RuleId, RuleReport, Ticket, Tuple, Zone,
 };
 
 use crate::host::Host;
 use crate::netns::NetNs;
+
+mod hardware;
 
 /// Emulated kernels are slow, above all when they load modules.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -178,6 +180,7 @@ impl Net {
                 tuple: opposite.inverted(),
                 macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
             },
+            above: Above::default(),
         }
     }
 }
@@ -639,4 +642,44 @@ fn flowtable_a_netdev_that_it_cannot_serve_is_declined_with_the_reason() {
     assert!(declined("lo", HwFlags::Both).contains("Ethernet"));
     assert!(declined("lan0", HwFlags::SkipSw).contains("skip_sw"));
     assert!(!net.ns.run("nft list tables").contains("ctoffload"), "nothing is left behind");
+}
+
+/// Keeps the kernel from loading modules, as one has it that lacks them.
+struct NoModprobe(String);
+
+impl NoModprobe {
+    const PATH: &str = "/proc/sys/kernel/modprobe";
+
+    fn new() -> Self {
+        let before = std::fs::read_to_string(Self::PATH).unwrap();
+        std::fs::write(Self::PATH, "/bin/false").unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for NoModprobe {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::PATH, &self.0);
+    }
+}
+
+#[test]
+fn flowtable_what_the_kernel_lacks_is_named() {
+    let net = Net::new();
+    let class = net.class();
+    net.bind(&class, "lan0").provider.release().unwrap();
+    for module in ["nft_flow_offload", "nf_flow_table_inet"] {
+        let lacking = NoModprobe::new();
+        // Namespaces of tests before may still be on their way out.
+        until("the module is unloaded", || {
+            net.ns.try_run(&format!("rmmod {module}")).status.success()
+        });
+        let Err(BindError::Declined(why)) = net.try_bind(&class, "lan0", HwFlags::Both) else {
+            panic!("{module}: not declined")
+        };
+        assert!(why.contains("the kernel lacks") && why.contains(module), "{module}: {why}");
+        assert!(!net.ns.run("nft list tables").contains("ctoffload"), "nothing is left behind");
+        drop(lacking);
+    }
+    net.bind(&class, "lan0").provider.release().unwrap();
 }

@@ -16,7 +16,7 @@ use ctoffload::engine::usage::Strays;
 use ctoffload::engine::{Engine, Limits, NewPort};
 use netdev_providers::tc_flower::TcFlowerClass;
 use netdev_providers::{
-    Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Ifindex,
+    Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Ifindex,
     Instance, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider, ProviderClass, Reason,
     Request, Ticket, Tuple, VlanId, Zone,
 };
@@ -96,6 +96,7 @@ fn flow(text: &str) -> Flow {
         ingress_mtu: 1500,
         matches: FlowMatch { eth_dst: Some(ROUTER), vlan: None, tuple },
         forward: forward(tuple),
+        above: Above::default(),
     }
 }
 

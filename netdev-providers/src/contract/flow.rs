@@ -46,6 +46,17 @@ pub struct Forward {
     pub macs: Option<MacRewrite>,
 }
 
+/// The netdevs that route the packets, where they are not those that the packets pass but stand above
+/// them: VLAN devices, bridges, bonds. For backends that select what the kernel routes; a rule on the
+/// netdev needs nothing of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Above {
+    /// Above the port, on arrival. `None`: it is the port.
+    pub iif: Option<Ifindex>,
+    /// Above [`Forward::egress`], on departure. `None`: it is that.
+    pub oif: Option<Ifindex>,
+}
+
 /// One direction of one connection on one port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
@@ -59,6 +70,8 @@ pub struct Flow {
     pub matches: FlowMatch,
     /// What is done to them.
     pub forward: Forward,
+    /// Who routes them.
+    pub above: Above,
 }
 
 impl Flow {

@@ -115,7 +115,7 @@ mod tests {
 
     use super::*;
     use crate::contract::class::{BindError, ProviderClass};
-    use crate::contract::flow::{FlowMatch, Forward};
+    use crate::contract::flow::{Above, FlowMatch, Forward};
     use crate::contract::operation::{Done, Outcome, Request, Ticket};
     use crate::contract::reason::Reason;
     use crate::contract::types::{Cookie, Direction, Epoch, Instance, Netdev, RuleId, Zone};
@@ -151,6 +151,7 @@ mod tests {
                     tuple,
                     macs: None,
                 },
+                above: Above::default(),
             }),
         }
     }

@@ -11,6 +11,9 @@ use crate::contract::types::Ifindex;
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
 /// Size of `struct ifinfomsg`.
 const IFINFOMSG_LEN: usize = 16;
 
@@ -23,6 +26,10 @@ pub struct Link {
     pub name: String,
     /// Its hardware type (`ARPHRD_*`).
     pub hardware_type: u16,
+    /// What it is (`bond`, `vlan`, `veth` …); a physical device has no kind.
+    pub kind: Option<String>,
+    /// The netdev that it is enslaved to: a bridge, a bond.
+    pub controller: Option<Ifindex>,
 }
 
 /// Reads netdevs of the network namespace of the thread that opened it.
@@ -52,10 +59,17 @@ impl Links {
         m.finish();
         let mut found = None;
         let asked = self.0.request(&buf, seq, |m| {
-            let name = m.attrs(IFINFOMSG_LEN).find_type(IFLA_IFNAME).and_then(|a| a.str());
+            let attr = |ty| m.attrs(IFINFOMSG_LEN).find_type(ty);
+            let name = attr(IFLA_IFNAME).and_then(|a| a.str());
             if let (RTM_NEWLINK, Some(b), Some(name)) = (m.ty, m.fixed::<IFINFOMSG_LEN>(), name) {
-                let hardware_type = u16::from_ne_bytes([b[2], b[3]]);
-                found = Some(Link { ifindex, name: name.to_owned(), hardware_type });
+                let kind = attr(IFLA_LINKINFO).and_then(|a| a.nested().find_type(IFLA_INFO_KIND));
+                found = Some(Link {
+                    ifindex,
+                    name: name.to_owned(),
+                    hardware_type: u16::from_ne_bytes([b[2], b[3]]),
+                    kind: kind.and_then(|a| a.str()).map(str::to_owned),
+                    controller: attr(IFLA_MASTER).and_then(|a| a.u32()).and_then(Ifindex::new),
+                });
             }
         });
         match asked {

@@ -79,8 +79,11 @@ impl Key {
     pub(super) fn new(port: Ifindex, flow: &Flow) -> Self {
         let ConnId { zone, original } = ConnId::of(flow);
         let mut bytes = [0; LEN6];
-        bytes[..4].copy_from_slice(&port.get().to_ne_bytes());
-        bytes[4..8].copy_from_slice(&flow.forward.egress.get().to_ne_bytes());
+        // What the forward hook sees: the netdevs that route.
+        let iif = flow.above.iif.unwrap_or(port);
+        let oif = flow.above.oif.unwrap_or(flow.forward.egress);
+        bytes[..4].copy_from_slice(&iif.get().to_ne_bytes());
+        bytes[4..8].copy_from_slice(&oif.get().to_ne_bytes());
         bytes[8] = original.proto().number();
         bytes[12..14].copy_from_slice(&zone.0.to_ne_bytes());
         bytes[16..18].copy_from_slice(&original.sport().to_be_bytes());

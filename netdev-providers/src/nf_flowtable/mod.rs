@@ -5,7 +5,7 @@
 //! ```text
 //! table inet ctoffload_flow {                    # owned by our socket: gone when it closes
 //!   flowtable f0 { hook ingress priority 1000; devices = { <ports> }; counter; }
-//!   set ports  { type iface_index; }
+//!   set ports  { type iface_index; }              # and the netdevs above them that route
 //!   set orig4  { iif . oif . l4proto . zone . ports . addresses; }   # and reply4, orig6, reply6
 //!   chain select { type filter hook forward priority 1000; policy accept;
 //!     iif != @ports accept
@@ -36,6 +36,13 @@
 //! the two directions take different netdevs of this class the rule holds for neither, and the
 //! connection stays on the slow path: the kernel's entry would bend one direction to the other's path.
 //!
+//! # Netdevs above a port
+//! A VLAN device or a bridge that routes is what the forward hook sees, so it is what an element
+//! names, and it stands in the set of ports beside the port below it. The kernel finds the port by
+//! itself when it makes the entry (`dev_fill_forward_path`), with the tag. It does not look below a
+//! bond: a connection that is routed on a bond above the port is refused. So is one that leaves by a
+//! bridge which has ports of this class and others, to one of the others.
+//!
 //! # How a deletion takes effect
 //! The kernel lets nobody delete an entry. It ends by itself when its connection ends (FIN, RST, or an
 //! entry of conntrack that dies), when its route is replaced, when a netdev of it goes down, or after
@@ -64,7 +71,10 @@
 //!   process can remove or change it.
 //! * **Hardware.** The `offload` flag holds for a flowtable with all its netdevs: it is on while every
 //!   port wants it and its driver takes it, and off from the first that does not. A port asked to be
-//!   in hardware only is declined: a flowtable forwards in software whatever hardware has not.
+//!   in hardware only is declined: a flowtable forwards in software whatever hardware has not, as
+//!   when its table is full. **A NIC that was reset** loses no packet either, but is not noticed: the
+//!   kernel offers the entry again with every refresh, a driver that has it in its book refuses, and
+//!   `IPS_HW_OFFLOAD` stands. A new flowtable brings hardware back: a flush of the port, say.
 //!
 //! # How the code is cut
 //! `key` elements, `table` the table and its transactions, `readback` conntrack, `provider`, `class`.

@@ -14,7 +14,7 @@ use crate::contract::flow::Flow;
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::provider::{Counters, Fault, Provider, RuleReport};
 use crate::contract::reason::{Reason, Rejection};
-use crate::contract::types::{Cookie, Netdev, RuleId};
+use crate::contract::types::{Cookie, Ifindex, Netdev, RuleId};
 use crate::netlink::error::KernelError;
 
 /// An element that is in.
@@ -72,7 +72,7 @@ impl NfFlowtable {
     }
 
     /// The change that an operation asks for; what needs none is completed.
-    fn accept(&self, op: Operation, adding: &mut usize) -> Option<Pending> {
+    fn accept(&self, state: &mut State, op: Operation, adding: &mut usize) -> Option<Pending> {
         let Operation { request, ticket } = op;
         match request {
             Request::Established { .. } => {
@@ -95,7 +95,8 @@ impl NfFlowtable {
                 }
             },
             Request::Add { cookie, flow } => {
-                if let Err(why) = self.can_offload(&flow) {
+                let fits = self.can_offload(&flow).and_then(|()| self.look_above(state, &flow));
+                if let Err(why) = fits {
                     ticket.complete(Err(why));
                     return None;
                 }
@@ -109,6 +110,23 @@ impl NfFlowtable {
                 Some(Pending { ticket, change, conn, what: What::Add { cookie } })
             }
         }
+    }
+
+    /// Prepares for the netdevs above that route the flow.
+    fn look_above(&self, state: &mut State, flow: &Flow) -> Result<(), Rejection> {
+        // Without a table the change itself says what is wrong.
+        let Some(table) = &mut state.table else { return Ok(()) };
+        let mut look = |top: Option<Ifindex>, below, reason| {
+            let Some(top) = top else { return Ok(()) };
+            table.route_above(top, below).map_err(|e| {
+                let lasting =
+                    matches!(e, TableError::BelowBond { .. } | TableError::Ambiguous { .. });
+                let reason = if lasting { reason } else { Reason::Busy };
+                Rejection::with_detail(reason, e.to_string())
+            })
+        };
+        look(flow.above.iif, self.netdev.ifindex, Reason::IngressUnsupported)?;
+        look(flow.above.oif, flow.forward.egress, Reason::EgressUnsupported)
     }
 
     /// Carries out what is pending, in one transaction, or, when elements are refused, in another
@@ -283,9 +301,6 @@ impl Provider for NfFlowtable {
         if from.is_ipv6() != to.is_ipv6() || from.proto() != to.proto() {
             return unsupported("the address family or the protocol changes on the way");
         }
-        if flow.matches.vlan.is_some() || flow.forward.vlan.is_some() {
-            return unsupported("the rule stands below a VLAN device: bind the VLAN device itself");
-        }
         if flow.forward.macs.is_none() {
             return unsupported("a flowtable routes: bridged packets do not pass it");
         }
@@ -304,7 +319,7 @@ impl Provider for NfFlowtable {
             let chunk: Vec<_> = batch
                 .by_ref()
                 .take(CHANGES_PER_TRANSACTION)
-                .filter_map(|op| self.accept(op, &mut adding))
+                .filter_map(|op| self.accept(&mut state, op, &mut adding))
                 .collect();
             let done = self.commit(&mut state, chunk);
             let (added, removed) = self.note(&mut state, &done);
@@ -418,7 +433,7 @@ impl Provider for NfFlowtable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::flow::{FlowMatch, Forward};
+    use crate::contract::flow::{Above, FlowMatch, Forward};
     use crate::contract::types::{Direction, Ifindex, Zone};
 
     #[test]
@@ -436,6 +451,7 @@ mod tests {
                 tuple,
                 macs: None,
             },
+            above: Above::default(),
         };
         let add = Change::Add(Key::new(Ifindex::new(1).unwrap(), &flow));
         let refused =

@@ -1,5 +1,7 @@
 //! The table: what it is made of, and the transactions that change it.
 
+use std::collections::HashSet;
+
 use nix::errno::Errno;
 use tracing::debug;
 
@@ -52,6 +54,12 @@ pub(super) enum TableError {
     Unsupported { what: &'static str, needs: &'static str, source: KernelError },
     #[error("nf_tables refused {what}: {source}")]
     Refused { what: &'static str, source: KernelError },
+    #[error("{port} is a port of bond {bond}: the kernel's flowtable does not look below a bond")]
+    BelowBond { port: String, bond: String },
+    #[error(
+        "netdev {top} stands above ports of this provider and above {egress}, which is none: where a packet leaves cannot be told"
+    )]
+    Ambiguous { top: Ifindex, egress: Ifindex },
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
 }
@@ -61,7 +69,10 @@ impl TableError {
         match self {
             Self::Unsupported { source, .. } | Self::Refused { source, .. } => Some(source.errno),
             Self::Netlink(e) => e.errno(),
-            Self::AlreadyOwned { .. } | Self::TableExists { .. } => None,
+            Self::AlreadyOwned { .. }
+            | Self::TableExists { .. }
+            | Self::BelowBond { .. }
+            | Self::Ambiguous { .. } => None,
         }
     }
 }
@@ -81,6 +92,9 @@ pub(super) struct Table {
     name: String,
     /// The ports, in the order in which they came.
     ports: Vec<Ifindex>,
+    /// Netdevs that route, each with a netdev below it, as far as flows have named them. (What has gone
+    /// again stays: no index is given twice while the other is in use.)
+    above: HashSet<(Ifindex, Ifindex)>,
     /// Counts the flowtables: their names differ.
     generation: u32,
     /// With the `offload` flag.
@@ -94,13 +108,22 @@ impl Table {
     pub(super) fn install(
         mut socket: Socket,
         name: &str,
-        links: Links,
+        mut links: Links,
         port: &Link,
         hardware: bool,
     ) -> Result<Self, TableError> {
         let mut t = Transaction::new(&mut socket);
         describe(&mut t, name, port, hardware);
-        done(t, name)?;
+        done(t, name).map_err(|e| match e {
+            // The type of the flowtable, unless it is the netdev.
+            TableError::Refused { what: what @ THE_FLOWTABLE, source }
+                if source.errno == Errno::ENOENT
+                    && matches!(links.get(port.ifindex), Ok(Some(_))) =>
+            {
+                TableError::Unsupported { what, needs: NEEDS_FLOWTABLE, source }
+            }
+            other => other,
+        })?;
         debug!(table = name, port = port.name, hardware, "flowtable made");
         let ports = vec![port.ifindex];
         Ok(Self {
@@ -108,6 +131,7 @@ impl Table {
             links,
             name: name.to_owned(),
             ports,
+            above: HashSet::new(),
             generation: 0,
             hardware,
             without_flowtable: false,
@@ -131,16 +155,13 @@ impl Table {
     /// that was made while the netdev was no port has its other direction there, which it has not
     /// seen.
     pub(super) fn add_port(&mut self, port: &Link, hardware: bool) -> Result<(), TableError> {
-        let mut t = Transaction::new(&mut self.socket);
-        put_port(&mut t, &self.name, NFT_MSG_NEWSETELEM, CREATE, port.ifindex);
-        done(t, &self.name)?;
+        let members = self.members(port.ifindex);
+        self.put_ports(NFT_MSG_NEWSETELEM, CREATE, &members)?;
         self.ports.push(port.ifindex);
         let before = self.hardware;
         let Err(refused) = self.renew_as(hardware) else { return Ok(()) };
         self.ports.pop();
-        let mut t = Transaction::new(&mut self.socket);
-        put_port(&mut t, &self.name, NFT_MSG_DELSETELEM, 0, port.ifindex);
-        done(t, &self.name)?;
+        self.put_ports(NFT_MSG_DELSETELEM, 0, &members)?;
         if self.without_flowtable {
             self.renew_as(before)?;
         }
@@ -152,8 +173,9 @@ impl Table {
     pub(super) fn remove_port(&mut self, port: Ifindex) -> Result<(), TableError> {
         self.ports.retain(|p| *p != port);
         let link = self.links.get(port)?;
+        let members = self.members(port);
         let mut t = Transaction::new(&mut self.socket);
-        put_port(&mut t, &self.name, NFT_MSG_DELSETELEM, 0, port);
+        put_ports(&mut t, &self.name, NFT_MSG_DELSETELEM, 0, &members);
         if let Some(link) = &link
             && !self.without_flowtable
         {
@@ -172,6 +194,47 @@ impl Table {
             Err(e) if link.is_some() && e.errno() == Some(Errno::ENOENT) => self.renew().map(drop),
             other => other,
         }
+    }
+
+    /// What stands in the set of ports for this one alone: itself, and netdevs above it that are above
+    /// no other port.
+    fn members(&self, port: Ifindex) -> Vec<Ifindex> {
+        let others =
+            |top: Ifindex| self.ports.iter().any(|p| *p != port && self.above.contains(&(top, *p)));
+        let tops = self.above.iter().filter(|(_, below)| *below == port).map(|(top, _)| *top);
+        std::iter::once(port).chain(tops.filter(|top| !others(*top))).collect()
+    }
+
+    fn put_ports(&mut self, msg: u16, flags: u16, ports: &[Ifindex]) -> Result<(), TableError> {
+        let mut t = Transaction::new(&mut self.socket);
+        put_ports(&mut t, &self.name, msg, flags, ports);
+        done(t, &self.name)
+    }
+
+    /// Prepares for a flow that is routed on a netdev above `below`: where `below` is a port, what is
+    /// routed there is the port's. The kernel finds ports below VLAN devices and bridges, and not
+    /// below bonds.
+    pub(super) fn route_above(&mut self, top: Ifindex, below: Ifindex) -> Result<(), TableError> {
+        let known = self.above.contains(&(top, below));
+        if !self.ports.contains(&below) {
+            if self.ports.iter().any(|p| self.above.contains(&(top, *p))) {
+                return Err(TableError::Ambiguous { top, egress: below });
+            }
+            self.above.insert((top, below));
+            return Ok(());
+        }
+        if let Some(port) = self.links.get(below)?
+            && let Some(controller) = port.controller
+            && let Some(bond) = self.links.get(controller)?
+            && bond.kind.as_deref() == Some("bond")
+        {
+            return Err(TableError::BelowBond { port: port.name, bond: bond.name });
+        }
+        if !known {
+            self.put_ports(NFT_MSG_NEWSETELEM, CREATE, &[top])?;
+            self.above.insert((top, below));
+        }
+        Ok(())
     }
 
     /// Puts a new flowtable in the place of the old: all entries of the old one end. Netdevs that are
@@ -315,10 +378,11 @@ fn done(t: Transaction<'_>, table: &str) -> Result<(), TableError> {
 }
 
 const THE_TABLE: &str = "the table";
+const THE_FLOWTABLE: &str = "the flowtable";
 
-fn put_port(t: &mut Transaction<'_>, table: &str, msg: u16, flags: u16, port: Ifindex) {
+fn put_ports(t: &mut Transaction<'_>, table: &str, msg: u16, flags: u16, ports: &[Ifindex]) {
     t.add(Step::new("the port in the set of ports", NEEDS_NFT), msg, flags, |m| {
-        elements(m, table, PORTS, [port.get().to_ne_bytes()].iter());
+        elements(m, table, PORTS, ports.iter().map(|p| p.get().to_ne_bytes()));
     });
 }
 
@@ -366,7 +430,7 @@ pub(super) fn describe(t: &mut Transaction<'_>, table: &str, port: &Link, hardwa
         m.str(NFTA_TABLE_NAME, table).be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER);
     });
     let flowtable = flowtable_name(0);
-    t.add(Step::new("the flowtable", NEEDS_FLOWTABLE), NFT_MSG_NEWFLOWTABLE, CREATE | EXCL, |m| {
+    t.add(Step::new(THE_FLOWTABLE, NEEDS_FLOWTABLE), NFT_MSG_NEWFLOWTABLE, CREATE | EXCL, |m| {
         put_flowtable(m, table, &flowtable, hardware, [&*port.name]);
     });
     t.add(Step::new("the set of ports", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
@@ -378,7 +442,7 @@ pub(super) fn describe(t: &mut Transaction<'_>, table: &str, port: &Link, hardwa
             .be32(NFTA_SET_ID, PORTS_ID)
             .attr(NFTA_SET_USERDATA, HOST_ORDER);
     });
-    put_port(t, table, NFT_MSG_NEWSETELEM, CREATE, port.ifindex);
+    put_ports(t, table, NFT_MSG_NEWSETELEM, CREATE, &[port.ifindex]);
     for set in SetOf::ALL {
         t.add(Step::new("a set of connections", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
             #[expect(clippy::cast_possible_truncation, reason = "32 or 56")]

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::key::{ConnId, Key, SetOf};
 use super::readback::goes_on;
 use super::table::describe;
-use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
+use crate::contract::flow::{Above, Flow, FlowMatch, Forward, MacRewrite};
 use crate::contract::types::{Direction, Ifindex, MacAddr, Tuple, Zone};
 use crate::netlink::link::Link;
 use crate::netlink::netfilter::conntrack::{CtEntry, CtStatus, TcpState};
@@ -23,7 +23,13 @@ fn ifindex(n: u32) -> Ifindex {
 fn built(hardware: bool) -> Vec<u8> {
     let mut socket = Socket::open(Family::Netfilter).unwrap();
     let mut t = Transaction::new(&mut socket);
-    let port = Link { ifindex: ifindex(7), name: "eth0".to_owned(), hardware_type: 1 };
+    let port = Link {
+        ifindex: ifindex(7),
+        name: "eth0".to_owned(),
+        hardware_type: 1,
+        kind: None,
+        controller: None,
+    };
     describe(&mut t, "ctoffload_flow", &port, hardware);
     t.bytes().to_vec()
 }
@@ -102,6 +108,7 @@ fn flow(arriving: &str, leaving: &str, direction: Direction) -> Flow {
             tuple: leaving.parse().unwrap(),
             macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
         },
+        above: Above::default(),
     }
 }
 

@@ -16,7 +16,7 @@ use super::prios::Use;
 use super::probe::{Found, Guards};
 use super::rule::{self, Form, Place};
 use super::uapi::*;
-use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
+use crate::contract::flow::{Above, Flow, FlowMatch, Forward, MacRewrite};
 use crate::contract::provider::Capability;
 use crate::contract::reason::{Reason, Rejection};
 use crate::contract::types::{Direction, Ifindex, L4Proto, MacAddr, Tuple, VlanId, Zone};
@@ -312,5 +312,6 @@ pub(super) fn trial_flow(ifindex: Ifindex, shape: Shape) -> Flow {
             tuple: if shape.does == Does::Nat { tuple(other, 1) } else { tuple(zero, 0) },
             macs: Some(MacRewrite { src: MacAddr::default(), dst: MacAddr::default() }),
         },
+        above: Above::default(),
     }
 }

@@ -17,7 +17,7 @@ use super::rule::{self, Form, Place};
 use super::template::{Subject, Templates};
 use super::uapi::*;
 use super::{guard, rule::rule_id, rule::split_rule_id};
-use crate::contract::flow::{Flow, FlowMatch, Forward, MacRewrite};
+use crate::contract::flow::{Above, Flow, FlowMatch, Forward, MacRewrite};
 use crate::contract::provider::Counters;
 use crate::contract::types::{
     Cookie, Direction, Epoch, Ifindex, Instance, L4Proto, MacAddr, Tuple, VlanId, Zone,
@@ -55,6 +55,7 @@ fn example() -> Flow {
                 dst: MacAddr([2, 0, 0, 0, 2, 2]),
             }),
         },
+        above: Above::default(),
     }
 }
 
@@ -102,6 +103,7 @@ prop_compose! {
                 tuple: tuple(to),
                 macs: macs.map(|(src, dst)| MacRewrite { src, dst }),
             },
+            above: Above::default(),
         }
     }
 }

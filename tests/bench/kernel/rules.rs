@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use netdev_providers::{
-    Cookie, Direction, Epoch, Flow, FlowMatch, Forward, Ifindex, Instance, L4Proto, MacAddr,
+    Above, Cookie, Direction, Epoch, Flow, FlowMatch, Forward, Ifindex, Instance, L4Proto, MacAddr,
     MacRewrite, Tuple, Zone,
 };
 
@@ -31,6 +31,7 @@ pub(crate) fn flow(n: u32, egress: Ifindex) -> Flow {
         ingress_mtu: 1500,
         matches: FlowMatch { eth_dst: Some(ROUTER), vlan: None, tuple },
         forward: Forward { egress, vlan: None, mtu: 1500, tuple, macs },
+        above: Above::default(),
     }
 }
 
