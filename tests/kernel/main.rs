@@ -12,4 +12,5 @@ mod netlink;
 mod netns;
 mod nic;
 mod nic_faults;
+mod oracle;
 mod router;

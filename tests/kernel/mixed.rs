@@ -1,10 +1,12 @@
 //! Ports of different providers in one connection, as the daemon runs them: tc-flower on one netdev,
 //! nf-flowtable on the other, none on a third.
 
+use std::fs::File;
+
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::router::{BOTH, Connection, Router, wait_until};
+use crate::router::{BOTH, Connection, Router, reset_counters, wait_until};
 
 const FLOWER: &str = "tc-flower";
 const FLOWTABLE: &str = "nf-flowtable";
@@ -48,19 +50,7 @@ fn configure(test: &str, ports: &[(&str, &[&str])]) -> String {
 
 /// Packets in the forward hook since the last call, of each ingress netdev.
 fn forwarded(r: &Router) -> [u64; 3] {
-    // nft gives up (EINTR) when the ruleset changes meanwhile, which our elements do.
-    let mut text = None;
-    wait_until("the counters are read", || {
-        let out = r.try_run("nft reset counters table inet watch");
-        text = out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned());
-        text.is_some()
-    });
-    let text = text.expect("the counters");
-    ["lan", "wan", "wan2"].map(|name| {
-        let at = text.find(&format!("counter {name} ")).expect("the counter");
-        let mut words = text[at..].split_whitespace().skip_while(|w| *w != "packets");
-        words.nth(1).and_then(|n| n.parse().ok()).expect("a number")
-    })
+    reset_counters(|line| r.try_run(line), ["lan", "wan", "wan2"])
 }
 
 /// Packets of a conversation that cross the forward hook, by ingress netdev. `installed` is said
@@ -195,26 +185,64 @@ fn mixed_a_change_of_the_firewall_reaches_connections_in_the_flowtable() {
     wait_crossing(&r, &mut c, [false; 3]);
 }
 
+/// Tables with an owner are passed over: nothing is to be repaired. The rest is as configured.
 #[test]
-fn mixed_a_flush_of_the_ruleset_is_survived() {
-    let mut r = router("flush");
-    let file = configure("flush", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
+fn mixed_a_flush_of_the_ruleset_is_noticed_reported_and_survived() {
+    for (test, on_change) in [("flush1", "flush"), ("flush2", "keep")] {
+        let mut r = router(test);
+        let file = configure(test, &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
+        let text = std::fs::read_to_string(&file).expect("a file");
+        let text = format!("[sight]\non-ruleset-change = \"{on_change}\"\n{text}");
+        std::fs::write(&file, text).expect("a file");
+        let log = format!("{file}.log");
+        r.start_logging(&["--config", &file], File::create(&log).expect("a file").into());
+        let mut c = r.connect();
+        r.wait_installed(&BOTH, &mut c);
+        let adds = |r: &Router| r.json(&["stats"])["adds"].as_u64().expect("a number");
+        let before = adds(&r);
+        r.run("nft flush ruleset");
+        let ours = "table inet ctoffload\ntable inet ctoffload_flow\n";
+        assert_eq!(r.run("nft list tables"), ours);
+        wait_until("it is reported", || {
+            std::fs::read_to_string(&log).is_ok_and(|log| log.contains("tables were deleted"))
+        });
+        if on_change == "flush" {
+            wait_until("connections were taken back, and are offloaded again", || {
+                c.ping();
+                adds(&r) > before && r.installed() == BOTH
+            });
+        } else {
+            c.ping();
+            assert_eq!((adds(&r), r.installed()), (before, BOTH.map(String::from).to_vec()));
+        }
+        let entry = || r.run("conntrack -L -p tcp --dport 5001 2>/dev/null");
+        wait_until("the flowtable has it", || {
+            c.ping();
+            entry().contains("OFFLOAD")
+        });
+        assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+        assert_eq!(r.run("nft list tables"), "");
+    }
+}
+
+/// The classes of a netdev are asked in the order of the configuration; what declined is shown.
+#[test]
+fn mixed_a_class_that_declines_leaves_the_port_to_the_next_and_is_shown_with_its_reason() {
+    let mut r = router("decline");
+    r.run("nft add table inet ctoffload_flow");
+    let file =
+        configure("decline", &[("lan", &[FLOWTABLE, FLOWER]), ("wan", &[FLOWER, FLOWTABLE])]);
     r.start(&["--config", &file]);
-    let mut c = r.connect();
-    r.wait_installed(&BOTH, &mut c);
-    let before = r.json(&["stats"])["adds"].as_u64().expect("a number");
-    r.run("nft flush ruleset");
-    assert_eq!(
-        r.run("nft list tables"),
-        "table inet ctoffload\ntable inet ctoffload_flow\n",
-        "tables with an owner are passed over"
-    );
-    wait_until("it is noticed: connections were taken back, and are offloaded again", || {
-        c.ping();
-        r.json(&["stats"])["adds"].as_u64().expect("a number") > before && r.installed() == BOTH
-    });
+    assert_eq!((provider(&r, "lan"), provider(&r, "wan")), (FLOWER.into(), FLOWER.into()));
+    let shown = |port: &str| {
+        let out = r.cli(&["port", "show", port]);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let (lan, wan) = (shown("lan"), shown("wan"));
+    assert!(lan.contains(FLOWTABLE) && lan.contains("exists and is not ours"), "{lan}");
+    assert!(!wan.contains(FLOWTABLE), "{wan}");
     assert_eq!(r.signal(Signal::SIGTERM), Some(0));
-    assert_eq!(r.run("nft list tables"), "");
+    assert_eq!(r.run("nft list tables"), "table inet watch\ntable inet ctoffload_flow\n");
 }
 
 #[test]
@@ -264,4 +292,23 @@ fn mixed_the_flowtable_is_renewed_only_where_an_entry_would_live_on() {
     assert_ne!(flowtable(&r), before);
     r.wait_installed(&BOTH, &mut c);
     wait_crossing(&r, &mut c, [false; 3]);
+}
+
+/// The kernel's flowtable does not look below a bond: nothing is selected that would never be found.
+#[test]
+fn mixed_the_flowtable_refuses_what_is_routed_on_a_bond_and_says_so() {
+    let mut r = router("bond2");
+    r.run(
+        "set -e
+         ip link add bond0 type bond mode active-backup
+         ip addr del 10.1.0.1/24 dev lan; ip link set lan down; ip link set lan master bond0
+         ip link set lan up; ip link set bond0 up; ip addr add 10.1.0.1/24 dev bond0",
+    );
+    let file = configure("bond2", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWER])]);
+    r.start(&["--config", &file]);
+    let mut c = r.connect();
+    r.wait_refused(("lan", "original"), "ingress-unsupported", "below a bond", &mut c);
+    r.wait_installed(&["wan reply"], &mut c);
+    let sets = r.run("nft list table inet ctoffload_flow");
+    assert!(!sets.contains("elements = { 0x"), "{sets}");
 }

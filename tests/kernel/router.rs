@@ -66,9 +66,14 @@ impl Router {
     }
 
     pub(crate) fn start(&mut self, args: &[&str]) {
+        self.start_logging(args, Stdio::inherit());
+    }
+
+    /// The same, with its log there.
+    pub(crate) fn start_logging(&mut self, args: &[&str], log: Stdio) {
         let child = Command::new(env!("CARGO_BIN_EXE_ctoffloadd"))
             .args(args)
-            .stderr(Stdio::inherit())
+            .stderr(log)
             .spawn()
             .expect("ctoffloadd");
         self.daemon = Some(child);
@@ -149,7 +154,13 @@ impl Router {
         Some((text(&slot["reason"]), text(&slot["detail"])))
     }
 
-    fn wait_refused(&self, at: (&str, &str), reason: &str, why: &str, c: &mut Connection) {
+    pub(crate) fn wait_refused(
+        &self,
+        at: (&str, &str),
+        reason: &str,
+        why: &str,
+        c: &mut Connection,
+    ) {
         let mut last = None;
         wait_until(&format!("{at:?} refused: {reason}, {why}"), || {
             c.ping();
@@ -275,6 +286,26 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Packets that these counters of table `inet watch` have counted since the last call.
+pub(crate) fn reset_counters<const N: usize>(
+    try_run: impl Fn(&str) -> Output,
+    names: [&str; N],
+) -> [u64; N] {
+    // nft gives up (EINTR) when the ruleset changes meanwhile, which elements of ours do.
+    let mut text = None;
+    wait_until("the counters are read", || {
+        let out = try_run("nft reset counters table inet watch");
+        text = out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned());
+        text.is_some()
+    });
+    let text = text.expect("the counters");
+    names.map(|name| {
+        let at = text.find(&format!("counter {name} ")).expect("the counter");
+        let mut words = text[at..].split_whitespace().skip_while(|w| *w != "packets");
+        words.nth(1).and_then(|n| n.parse().ok()).expect("a number")
+    })
 }
 
 pub(crate) const BOTH: [&str; 2] = ["lan original", "wan reply"];
