@@ -160,12 +160,11 @@ impl KernelDatapath {
             let (backend, engine, stop) = (Arc::clone(&backend), engine.clone(), Arc::clone(&stop));
             move || ends::run(&backend, &engine, ct_events, &stop)
         })?;
-        if let Some(watch) =
-            ruleset::Watch::open(Arc::clone(&backend)).map_err(DatapathError::Ruleset)?
-        {
+        let watch = ruleset::Watch::open(Arc::clone(&backend)).map_err(DatapathError::Ruleset)?;
+        datapath.spawn("ruleset", {
             let (engine, stop) = (engine.clone(), Arc::clone(&stop));
-            datapath.spawn("ruleset", move || watch.run(&engine, &stop))?;
-        }
+            move || watch.run(&engine, &stop)
+        })?;
         datapath.spawn("monitor", move || {
             if let Err(e) = monitor::run(&events, monitor_stopped) {
                 tracing::error!("rtnetlink events ended: {e}");

@@ -1,6 +1,9 @@
 //! Changes of the firewall. Packets that rules of ours forward do not pass it, so a connection that
 //! the new ruleset would stop has to come back to the slow path, where it is stopped; one that it
-//! lets pass is sighted again and offloaded again.
+//! lets pass is sighted again and offloaded again; or it stays where it is, as configured.
+//!
+//! `nft flush ruleset` passes over tables that have an owner, as ours have: nothing is to be repaired.
+//! It is a change like others, and reported, since the firewall is gone.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -35,14 +38,10 @@ struct Changes {
 }
 
 impl Watch {
-    /// `None` when the configuration says that nothing is to happen.
-    pub(super) fn open(backend: Shared) -> Result<Option<Self>, NetlinkError> {
-        if backend.config().on_ruleset_change == OnRulesetChange::Keep {
-            return Ok(None);
-        }
+    pub(super) fn open(backend: Shared) -> Result<Self, NetlinkError> {
         let socket = Socket::open(Family::Netfilter)?;
         socket.join(NFNLGRP_NFTABLES)?;
-        Ok(Some(Self { socket, backend }))
+        Ok(Self { socket, backend })
     }
 
     pub(super) fn run(mut self, engine: &Engine, stop: &AtomicBool) {
@@ -70,12 +69,19 @@ impl Watch {
             if changes.any && Instant::now() >= earliest {
                 let Changes { tables, .. } = std::mem::take(&mut changes);
                 earliest = Instant::now() + AT_MOST_EVERY;
-                let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
-                let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
-                tracing::info!(rules, "the ruleset changed: connections go back to the slow path");
                 if tables > 0 {
-                    // `flush ruleset` passes over tables that have an owner, as ours have.
                     tracing::warn!(tables, "tables were deleted from nf_tables; ours stand");
+                }
+                match self.backend.config().on_ruleset_change {
+                    OnRulesetChange::Keep => tracing::debug!("the ruleset changed"),
+                    OnRulesetChange::Flush => {
+                        let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
+                        let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
+                        tracing::info!(
+                            rules,
+                            "the ruleset changed: connections go back to the slow path"
+                        );
+                    }
                 }
             }
         }
