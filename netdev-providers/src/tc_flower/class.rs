@@ -6,9 +6,11 @@ use tracing::{debug, info};
 
 use super::bpf::NatPrograms;
 use super::hook::Hook;
+use super::occupants;
+use super::plan::Plan;
 use super::prios::Prios;
 use super::probe;
-use super::provider::{Plan, TcFlower};
+use super::provider::TcFlower;
 use crate::contract::class::{BindError, ProviderClass};
 use crate::contract::provider::{Fault, Provider};
 use crate::contract::types::{Ifindex, Instance, Netdev};
@@ -114,7 +116,7 @@ impl ProviderClass for TcFlowerClass {
             if hook.qdisc()?.is_none() {
                 return Ok(0);
             }
-            let cleared = probe::clear_leftovers(&mut hook)?;
+            let cleared = occupants::clear_leftovers(&mut hook)?;
             if cleared.made_qdisc {
                 hook.delete_unused_clsact()?;
             }

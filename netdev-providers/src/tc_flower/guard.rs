@@ -169,3 +169,8 @@ pub(super) fn flower_ttl(
     });
     m.finish();
 }
+
+/// True when the cookie is a guard's.
+pub(super) fn is_guard(cookie: &Cookie) -> bool {
+    matches!(cookie.epoch, GUARD | GUARD_AND_QDISC)
+}

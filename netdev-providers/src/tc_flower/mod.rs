@@ -47,8 +47,9 @@
 //! `uapi` numbers of the kernel headers, `prios` where rules stand, `encode` match keys, `actions`,
 //! `bpf` the checksum programs, `guard`, `rule` whole messages, `template` the same without encoding
 //! them anew, `parse` dumps, `same` whether a dumped rule is what we would write, `hook` requests on one
-//! netdev, `probe` what bind does, `capability` what
-//! it finds out, `handles`, `provider`, `class`.
+//! netdev, `probe` what bind does, `occupants` what it finds there, `capability` what it finds out, `plan` what that means for a flow,
+//! `handles`, `writer` an operation from the queue to its result, `upkeep` what concerns all rules of a
+//! port, `provider`, `class`.
 
 mod actions;
 #[allow(unsafe_code, reason = "calls bpf(2), and takes the descriptor that it returns")]
@@ -59,7 +60,9 @@ mod encode;
 mod guard;
 mod handles;
 mod hook;
+mod occupants;
 mod parse;
+mod plan;
 mod prios;
 mod probe;
 mod provider;
@@ -67,6 +70,8 @@ mod rule;
 mod same;
 mod template;
 mod uapi;
+mod upkeep;
+mod writer;
 
 pub use class::{TcFlowerClass, TcFlowerConfig};
 

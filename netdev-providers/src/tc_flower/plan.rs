@@ -1,0 +1,109 @@
+//! What one netdev's rules are like: which flows are offered, in which form, and what is known of
+//! them. Nothing here changes while the port lives, but for what the NIC has said.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tracing::info;
+
+use super::actions::NatForm;
+use super::probe::{Found, Mode};
+use super::rule::Form;
+use super::uapi::*;
+use crate::contract::flow::Flow;
+use crate::contract::reason::{Reason, Rejection};
+use crate::contract::types::Instance;
+
+/// What does not change while the port lives.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) instance: Instance,
+    pub(super) found: Found,
+    pub(super) batch: usize,
+    /// Why the NIC did not take the last rule that went to software for it.
+    pub(super) nic_said: Mutex<Option<Box<str>>>,
+}
+
+impl Plan {
+    pub(super) fn can_offload(&self, flow: &Flow) -> Result<(), Rejection> {
+        let (from, to) = (&flow.matches.tuple, &flow.forward.tuple);
+        if from.is_ipv6() != to.is_ipv6() || from.proto() != to.proto() {
+            return Err(Rejection::with_detail(
+                Reason::Unsupported,
+                "the address family or the protocol changes on the way",
+            ));
+        }
+        let found = &self.found;
+        if let (true, Err(why)) = (flow.has_vlan(), &found.vlan) {
+            return Err(Rejection::with_detail(Reason::Unsupported, why.as_str()));
+        }
+        if flow.may_exceed_mtu()
+            && let Err(why) = &found.length
+        {
+            let (from, to) = (flow.ingress_mtu, flow.forward.mtu);
+            return Err(Rejection::with_detail(
+                Reason::MtuMismatch,
+                format!("MTU {from} on arrival, {to} on departure, and {why}"),
+            ));
+        }
+        if flow.has_nat()
+            && self.is_for_software(flow)
+            && let Err(why) = &found.nat
+        {
+            return Err(Rejection::with_detail(Reason::NatChecksum, why.as_str()));
+        }
+        // In the kernel's or the driver's words.
+        self.found.capabilities.refusal(flow).map_or(Ok(()), Err)
+    }
+
+    /// True when the flow's rule is kept out of hardware from the start: what it needs is told apart
+    /// in software only.
+    pub(super) fn is_for_software(&self, flow: &Flow) -> bool {
+        !self.found.mode.has_hardware()
+            || flow.may_exceed_mtu()
+            || (flow.matches.vlan.is_some() && !self.found.tagged_in_hw)
+    }
+
+    /// The form of a flow's rule. A NAT rule is either for hardware or for software, since their
+    /// checksums are kept right in different ways; `software` asks for the latter.
+    pub(super) fn form(&self, flow: &Flow, software: bool) -> Form<'_> {
+        let percpu_stats = self.found.percpu_stats;
+        if !flow.has_nat() {
+            let flags = if software { TCA_CLS_FLAGS_SKIP_HW } else { self.found.mode.flags() };
+            return Form { flags, nat: None, percpu_stats };
+        }
+        match &self.found.nat {
+            Ok(programs) if software => {
+                let family = Family::of(&flow.matches);
+                let (before, after) = programs.pair(family, flow.matches.tuple.proto());
+                let nat = Some(NatForm::Software { before, after });
+                Form { flags: TCA_CLS_FLAGS_SKIP_HW, nat, percpu_stats }
+            }
+            _ => Form { flags: TCA_CLS_FLAGS_SKIP_SW, nat: Some(NatForm::Hardware), percpu_stats },
+        }
+    }
+
+    /// Remembers why a rule is in software only.
+    pub(super) fn nic_refused(&self, words: &str) {
+        let mut said = lock(&self.nic_said);
+        if said.as_deref() != Some(words) {
+            info!("in software only: {words}");
+            *said = Some(words.into());
+        }
+    }
+
+    /// Whether the NIC has a rule that the kernel has just taken, where that is known at once.
+    pub(super) fn in_hw(&self, flow: &Flow, software: bool) -> Option<bool> {
+        match self.found.mode {
+            Mode::Software => Some(false),
+            Mode::Hardware => Some(true),
+            Mode::Both if software => Some(false),
+            Mode::Both if flow.has_nat() => Some(true),
+            Mode::Both => None,
+        }
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic in a completion leaves the state whole: see `Writer::send`.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
