@@ -23,7 +23,8 @@ pub struct TcFlowerConfig {
     /// one of them, the next twelve are tried, and so on. The default, 0xc100, is behind all that the
     /// kernel gives to filters without a prio.
     pub prio_base: u16,
-    /// How many messages go to the kernel in one system call.
+    /// How many messages go to the kernel in one system call, and are acknowledged in another: at most,
+    /// for long messages are sent earlier.
     pub batch: usize,
     /// Whether actions count per processor: several processors that forward one flow at a time
     /// do not contend then, but a rule costs some 50 bytes per action and processor more, and
@@ -33,7 +34,7 @@ pub struct TcFlowerConfig {
 
 impl Default for TcFlowerConfig {
     fn default() -> Self {
-        Self { prio_base: 0xc100, batch: 64, percpu_stats: true }
+        Self { prio_base: 0xc100, batch: 256, percpu_stats: true }
     }
 }
 

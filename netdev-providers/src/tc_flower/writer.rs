@@ -26,6 +26,10 @@ use crate::netlink::error::KernelError;
 /// kernel they keep their cookie, so that nothing about them has to be written.
 pub(super) type Adopted = Arc<Mutex<HashMap<RuleId, Cookie>>>;
 
+/// More bytes than this wait for nothing: the kernel refuses a send that is longer than the socket's
+/// send buffer, which is 208 kB by default. A message has a kilobyte at most.
+const SEND_MAX: usize = 128 * 1024;
+
 /// An operation that has been written into the buffer.
 #[derive(Debug)]
 struct Pending {
@@ -157,7 +161,7 @@ impl Writer {
             }
         };
         self.write(plan, Pending { ticket, place, handle, what });
-        if self.pending.len() >= plan.batch {
+        if self.pending.len() >= plan.batch || self.hook.buf.len() >= SEND_MAX {
             self.send_all(plan);
         }
     }
