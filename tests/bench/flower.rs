@@ -13,6 +13,8 @@ mod ours;
 mod report;
 #[path = "kernel/rules.rs"]
 mod rules;
+#[path = "kernel/setting.rs"]
+mod setting;
 #[path = "kernel/world.rs"]
 mod world;
 
@@ -25,51 +27,35 @@ use std::time::Duration;
 use measure::{Samples, cpus};
 use ours::{Ours, rule_ids};
 use report::{Bar, Figure, Report};
+use setting::Setting;
 
-const USAGE: &str = "flower --on WHERE [--native] [--quick] [--out FILE]
+const USAGE: &str = "flower --on WHERE [--native] [--writers] [--quick] [--out FILE]
 
   --on WHERE  the machine's name in the figures, e.g. 'emulated 6.12'
   --native    at the machine's own speed: the bars for that
+  --writers   two writers against one alone: this needs two processors
   --quick     few rules and rounds: to see that it runs, not to believe the figures
   --out FILE  write the figures there as JSON";
+
+const WRITERS: &str = "--writers";
 
 /// The prio of the rules that are not ours.
 const PRIO: u16 = 0x1000;
 
-struct Setting {
-    on: String,
-    native: bool,
-    quick: bool,
-    files: PathBuf,
-}
-
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1);
-    let (mut on, mut native, mut quick, mut out) = (None, false, false, None::<PathBuf>);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--bench" => {} // cargo says so
-            "--on" => on = args.next(),
-            "--native" => native = true,
-            "--quick" => quick = true,
-            "--out" => out = args.next().map(PathBuf::from),
-            _ => {
-                eprintln!("usage: {USAGE}");
-                return ExitCode::from(2);
-            }
-        }
-    }
-    let Some(on) = on else {
-        eprintln!("usage: {USAGE}");
-        return ExitCode::from(2);
+    let setting = match Setting::read(USAGE, &[WRITERS]) {
+        Ok(setting) => setting,
+        Err(status) => return status,
     };
-    let files = std::env::temp_dir();
-    let setting = Setting { on, native, quick, files };
     let mut report = Report::default();
     world::private_network();
     network();
-    suite(&setting, &mut report);
-    report::finish(&report, out.as_deref())
+    if setting.has(WRITERS) {
+        two_writers(&setting, &mut report);
+    } else {
+        one_writer(&setting, &mut report);
+    }
+    report::finish(&report, setting.out.as_deref())
 }
 
 /// Three netdevs, one per contestant, and two that rules redirect to.
@@ -83,30 +69,45 @@ fn network() {
     world::sh("tc qdisc add dev tc0 clsact && tc qdisc add dev bare0 clsact");
 }
 
-fn suite(setting: &Setting, report: &mut Report) {
+fn one_writer(setting: &Setting, report: &mut Report) {
     let ours = Ours::bind("ours0", "out0");
     let template = bare::Template::catch(&ours);
     let sizes: &[(u32, usize)] = match (setting.quick, setting.native) {
-        (true, _) => &[(500, 2)],
-        (false, true) => &[(1000, 15), (20_000, 7), (100_000, 3)],
-        (false, false) => &[(1000, 7), (20_000, 3), (100_000, 1)],
+        (true, _) => &[(500, 3)],
+        (false, true) => &[(1000, 15), (20_000, 9), (100_000, 3)],
+        (false, false) => &[(1000, 9), (20_000, 3), (100_000, 1)],
     };
     for &(count, rounds) in sizes {
+        let mut contest = Contest::new(&ours, &template, count);
+        for round in 0..rounds {
+            contest.round(round);
+        }
         let last = (count, rounds) == *sizes.last().unwrap();
-        inserts(setting, report, &ours, &template, count, rounds, last);
+        contest.report(setting, report, last);
     }
-    two_writers(setting, report, ours);
 }
 
+/// Lines in one file: `tc` does not give back what it needs for each, and of a process in user-mode
+/// Linux the host can map 64k pages.
+const LINES: u32 = 20_000;
+
 /// One line per rule, for `tc -batch`.
-fn batch_file(setting: &Setting, verb: &str, count: u32) -> PathBuf {
-    let mut text = String::new();
-    for n in 0..count {
-        writeln!(text, "{}", rules::tc_line(verb, "tc0", PRIO, n, "out0")).unwrap();
-    }
-    let path = setting.files.join(format!("{verb}.tc"));
-    std::fs::write(&path, text).unwrap();
-    path
+fn batch_files(verb: &str, count: u32) -> Vec<PathBuf> {
+    let starts = (0..count).step_by(LINES as usize);
+    let file = |first: u32| {
+        let mut text = String::new();
+        for n in first..count.min(first + LINES) {
+            writeln!(text, "{}", rules::tc_line(verb, "tc0", PRIO, n, "out0")).unwrap();
+        }
+        let path = std::env::temp_dir().join(format!("{verb}-{first}.tc"));
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    starts.map(file).collect()
+}
+
+fn tc_batches(files: &[PathBuf]) -> Duration {
+    files.iter().map(|file| world::tc_batch(file)).sum()
 }
 
 /// Seconds of each contestant, round by round.
@@ -121,93 +122,138 @@ fn per_second(count: u32, seconds: &Samples) -> Option<f64> {
     seconds.median().map(|s| f64::from(count) / s)
 }
 
-fn inserts(
-    setting: &Setting,
-    report: &mut Report,
-    ours: &Ours,
-    template: &bare::Template,
+fn push(samples: &mut Samples, took: Duration) {
+    samples.push(took.as_secs_f64());
+}
+
+/// So many rules, written and removed by each contestant in turn. Each has the kernel to itself: its
+/// rules are gone before the next one's come. And each comes first as often as the others do: whoever
+/// does writes into memory that the kernel has to find first.
+struct Contest<'a> {
+    ours: &'a Ours,
+    prebuilt: bare::Prebuilt,
+    add: Vec<PathBuf>,
+    del: Vec<PathBuf>,
     count: u32,
-    rounds: usize,
-    whole: bool,
-) {
-    let (add, del) = (batch_file(setting, "add", count), batch_file(setting, "del", count));
-    let (mut insert, mut delete) = (Rounds::default(), Rounds::default());
-    let (mut flush, mut sweep) = (Rounds::default(), Rounds::default());
-    let before = world::count_filters("ours0");
-    let push = |samples: &mut Samples, took: Duration| samples.push(took.as_secs_f64());
-    for round in 0..rounds {
-        let prepared = ours.prepare_adds(count);
-        let prebuilt = bare::prebuild(template, count, "bare0");
-        let (took, done) = ours.run(prepared);
-        push(&mut insert.ours, took);
-        push(&mut insert.bare, bare::send(&prebuilt));
-        push(&mut insert.tc, world::tc_batch(&add));
-        if round == 0 {
-            // Nobody wins by writing less than the others.
-            let found = ["ours0", "bare0", "tc0"].map(world::count_filters);
-            let rules = count as usize;
-            assert_eq!(found, [before + rules, rules, rules], "rules of ours, bare and tc");
+    /// What stands at our port when there is no flow.
+    guards: usize,
+    insert: Rounds,
+    delete: Rounds,
+    flush: Rounds,
+    sweep: Rounds,
+}
+
+impl<'a> Contest<'a> {
+    fn new(ours: &'a Ours, template: &bare::Template, count: u32) -> Self {
+        Self {
+            ours,
+            prebuilt: bare::prebuild(template, count, "bare0"),
+            add: batch_files("add", count),
+            del: batch_files("del", count),
+            count,
+            guards: world::count_filters("ours0"),
+            insert: Rounds::default(),
+            delete: Rounds::default(),
+            flush: Rounds::default(),
+            sweep: Rounds::default(),
         }
-        let (took, reported) = ours.sweep();
-        assert_eq!(reported, u64::from(count));
-        push(&mut sweep.ours, took);
-        push(&mut sweep.tc, tc_sweep());
-        push(&mut flush.bare, world::tc_flush("bare0"));
-        let rules = rule_ids(&done);
-        push(&mut delete.ours, ours.run(ours.prepare_deletes(&rules)).0);
-        push(&mut delete.tc, world::tc_batch(&del));
-        // Again, for the flush.
-        ours.run(ours.prepare_adds(count));
-        bare::send(&prebuilt);
-        let (took, flushed) = ours.flush();
-        assert_eq!(flushed, u64::from(count));
-        push(&mut flush.ours, took);
-        push(&mut flush.tc, world::tc_flush("bare0"));
     }
-    let on = &setting.on;
-    let over_tc = insert.tc.over(&insert.ours).median();
-    report.add(
-        Figure::new(format!("insert {count}, times tc -batch ({on})"), over_tc, "x")
-            .bar(Bar::AtLeast(if setting.native { 6.0 } else { 3.0 }))
-            .peer("ours/s", per_second(count, &insert.ours))
-            .peer("tc -batch/s", per_second(count, &insert.tc)),
-    );
-    report.add(
-        Figure::new(
-            format!("insert {count}, over a bare loop ({on})"),
-            insert.ours.over(&insert.bare).median(),
+
+    fn round(&mut self, round: usize) {
+        for turn in 0..3 {
+            let counted = round == 0;
+            match (round + turn) % 3 {
+                0 => self.ours(counted),
+                1 => self.bare(counted),
+                _ => self.tc(counted),
+            }
+        }
+    }
+
+    /// Nobody wins by writing less than the others.
+    fn check(&self, counted: bool, netdev: &str, beside: usize) {
+        if counted {
+            let want = beside + self.count as usize;
+            assert_eq!(world::count_filters(netdev), want, "rules of {netdev}");
+        }
+    }
+
+    fn ours(&mut self, counted: bool) {
+        let (took, done) = self.ours.run(self.ours.prepare_adds(self.count));
+        push(&mut self.insert.ours, took);
+        self.check(counted, "ours0", self.guards);
+        let (took, reported) = self.ours.sweep();
+        assert_eq!(reported, u64::from(self.count));
+        push(&mut self.sweep.ours, took);
+        let deletes = self.ours.prepare_deletes(&rule_ids(&done));
+        push(&mut self.delete.ours, self.ours.run(deletes).0);
+        // Again, for the flush.
+        self.ours.run(self.ours.prepare_adds(self.count));
+        let (took, flushed) = self.ours.flush();
+        assert_eq!(flushed, u64::from(self.count));
+        push(&mut self.flush.ours, took);
+    }
+
+    fn bare(&mut self, counted: bool) {
+        push(&mut self.insert.bare, bare::send(&self.prebuilt));
+        self.check(counted, "bare0", 0);
+        push(&mut self.flush.tc, world::tc_flush("bare0"));
+    }
+
+    fn tc(&mut self, counted: bool) {
+        push(&mut self.insert.tc, tc_batches(&self.add));
+        self.check(counted, "tc0", 0);
+        push(&mut self.sweep.tc, tc_sweep());
+        push(&mut self.delete.tc, tc_batches(&self.del));
+    }
+
+    fn report(&self, setting: &Setting, report: &mut Report, last: bool) {
+        let Self { count, insert, delete, flush, sweep, .. } = self;
+        let (count, on) = (*count, &setting.on);
+        let over_tc = insert.tc.over(&insert.ours).median();
+        report.add(
+            Figure::new(format!("insert {count}, times tc -batch ({on})"), over_tc, "x")
+                .bar(Bar::AtLeast(if setting.native { 6.0 } else { 3.0 }))
+                .peer("ours/s", per_second(count, &insert.ours))
+                .peer("tc -batch/s", per_second(count, &insert.tc)),
+        );
+        report.add(
+            Figure::new(
+                format!("insert {count}, over a bare loop ({on})"),
+                insert.ours.over(&insert.bare).median(),
+                "x",
+            )
+            .bar(Bar::AtMost(1.3))
+            .peer("bare/s", per_second(count, &insert.bare)),
+        );
+        report.add(
+            Figure::new(
+                format!("delete {count} one by one, times tc -batch ({on})"),
+                delete.tc.over(&delete.ours).median(),
+                "x",
+            )
+            .peer("ours/s", per_second(count, &delete.ours))
+            .peer("tc -batch/s", per_second(count, &delete.tc)),
+        );
+        let milliseconds = |seconds: &Samples| seconds.median().map(|s| s * 1e3);
+        let flushed = Figure::new(
+            format!("flush {count}, over one `tc filter del` ({on})"),
+            flush.ours.over(&flush.tc).median(),
             "x",
         )
-        .bar(Bar::AtMost(1.3))
-        .peer("bare/s", per_second(count, &insert.bare)),
-    );
-    report.add(
-        Figure::new(
-            format!("delete {count} one by one, times tc -batch ({on})"),
-            delete.tc.over(&delete.ours).median(),
+        .peer("ours ms", milliseconds(&flush.ours))
+        .peer("tc ms", milliseconds(&flush.tc));
+        let swept = Figure::new(
+            format!("usage of {count}, times `tc -s filter show` ({on})"),
+            sweep.tc.over(&sweep.ours).median(),
             "x",
         )
-        .peer("ours/s", per_second(count, &delete.ours))
-        .peer("tc -batch/s", per_second(count, &delete.tc)),
-    );
-    let flush_bar = Bar::AtMost(1.2);
-    let flushed = Figure::new(
-        format!("flush {count}, over one `tc filter del` ({on})"),
-        flush.ours.over(&flush.tc).median(),
-        "x",
-    )
-    .peer("ours ms", flush.ours.median().map(|s| s * 1e3))
-    .peer("tc ms", flush.tc.median().map(|s| s * 1e3));
-    let swept = Figure::new(
-        format!("usage of {count}, times `tc -s filter show` ({on})"),
-        sweep.tc.over(&sweep.ours).median(),
-        "x",
-    )
-    .peer("ours ms", sweep.ours.median().map(|s| s * 1e3))
-    .peer("tc ms", sweep.tc.median().map(|s| s * 1e3));
-    // The bars are for 100k rules; smaller tables are shown for their own sake.
-    report.add(if whole { flushed.bar(flush_bar) } else { flushed });
-    report.add(if whole { swept.bar(Bar::AtLeast(5.0)) } else { swept });
+        .peer("ours ms", milliseconds(&sweep.ours))
+        .peer("tc ms", milliseconds(&sweep.tc));
+        // The bars are for 100k rules; smaller tables are shown for their own sake.
+        report.add(if last { flushed.bar(Bar::AtMost(1.2)) } else { flushed });
+        report.add(if last { swept.bar(Bar::AtLeast(5.0)) } else { swept });
+    }
 }
 
 fn tc_sweep() -> Duration {
@@ -215,36 +261,40 @@ fn tc_sweep() -> Duration {
     world::time_program("tc", &["-s", "filter", "show", "dev", "tc0", "ingress"], Stdio::from(null))
 }
 
-/// Two ports, a writer each, against one after the other.
-fn two_writers(setting: &Setting, report: &mut Report, one: Ours) {
+/// Two ports, a writer each, against one.
+fn two_writers(setting: &Setting, report: &mut Report) {
     let name = format!("insert, two writers over one ({})", setting.on);
-    let bar = Bar::AtLeast(1.6);
     if cpus().len() < 2 {
-        report.add(Figure::new(name, None, "x").note("one processor"));
+        let why = "one processor: two writers take turns";
+        report.add(Figure::new(name, None, "x").bar(Bar::AtLeast(1.6)).note(why));
         return;
     }
-    let other = Ours::bind("ours1", "out0");
-    let (count, rounds) = if setting.quick { (500, 2) } else { (10_000, 5) };
+    let (one, other) = (Ours::bind("ours0", "out0"), Ours::bind("ours1", "out0"));
+    let (count, rounds) = if setting.quick { (500, 2) } else { (10_000, 9) };
     let (mut alone, mut together) = (Samples::default(), Samples::default());
-    for _ in 0..rounds {
-        alone.push(one.run(one.prepare_adds(count)).0.as_secs_f64());
-        one.flush();
-        let work = [(&one, one.prepare_adds(count)), (&other, other.prepare_adds(count))];
-        let started = std::time::Instant::now();
-        std::thread::scope(|s| {
-            for (writer, prepared) in work {
-                s.spawn(move || writer.run(prepared));
+    for round in 0..rounds {
+        for turn in 0..2 {
+            if (round + turn) % 2 == 0 {
+                alone.push(one.run(one.prepare_adds(count)).0.as_secs_f64());
+            } else {
+                let work = [(&one, one.prepare_adds(count)), (&other, other.prepare_adds(count))];
+                let started = std::time::Instant::now();
+                std::thread::scope(|s| {
+                    for (writer, prepared) in work {
+                        s.spawn(move || writer.run(prepared));
+                    }
+                });
+                together.push(started.elapsed().as_secs_f64());
+                other.flush();
             }
-        });
-        together.push(started.elapsed().as_secs_f64());
-        one.flush();
-        other.flush();
+            one.flush();
+        }
     }
     // Twice the rules in the time that `together` took.
     let ratio = alone.over(&together).median().map(|r| r * 2.0);
     report.add(
         Figure::new(name, ratio, "x")
-            .bar(bar)
+            .bar(Bar::AtLeast(1.6))
             .peer("one/s", per_second(count, &alone))
             .peer("two/s", per_second(count * 2, &together)),
     );

@@ -10,13 +10,14 @@ mod generator;
 mod measure;
 #[allow(dead_code, reason = "shared with the other suites")]
 mod report;
+#[path = "kernel/setting.rs"]
+mod setting;
 #[allow(dead_code, reason = "shared with the other suites")]
 #[path = "kernel/world.rs"]
 mod world;
 
 use std::fs::File;
 use std::net::{SocketAddr, UdpSocket};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -31,6 +32,7 @@ use netdev_providers::{
 };
 use nix::sched::{CloneFlags, setns};
 use report::{Bar, Figure, Report};
+use setting::Setting;
 use world::{ifindex, sh};
 
 const USAGE: &str = "forward --on WHERE [--native] [--nic] [--quick] [--out FILE]
@@ -49,35 +51,20 @@ const SERVER: MacAddr = MacAddr([2, 0, 0, 0, 2, 2]);
 const FROM: ([u8; 4], u16) = ([10, 0, 1, 2], 4000);
 const TO: ([u8; 4], u16) = ([10, 0, 2, 2], 5300);
 
+const NIC: &str = "--nic";
+
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1);
-    let (mut on, mut native, mut nic, mut quick) = (None, false, false, false);
-    let mut out = None::<PathBuf>;
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--bench" => {} // cargo says so
-            "--on" => on = args.next(),
-            "--native" => native = true,
-            "--nic" => nic = true,
-            "--quick" => quick = true,
-            "--out" => out = args.next().map(PathBuf::from),
-            _ => {
-                eprintln!("usage: {USAGE}");
-                return ExitCode::from(2);
-            }
-        }
-    }
-    let Some(on) = on else {
-        eprintln!("usage: {USAGE}");
-        return ExitCode::from(2);
+    let setting = match Setting::read(USAGE, &[NIC]) {
+        Ok(setting) => setting,
+        Err(status) => return status,
     };
     let mut report = Report::default();
     world::private_network();
-    rates(&mut report, &on, native, quick);
-    if nic {
-        hardware(&mut report, &on, quick);
+    rates(&mut report, &setting.on, setting.native, setting.quick);
+    if setting.has(NIC) {
+        hardware(&mut report, &setting.on, setting.quick);
     }
-    report::finish(&report, out.as_deref())
+    report::finish(&report, setting.out.as_deref())
 }
 
 /// `client c0 --- LAN0 [router: this thread's namespace] WAN0 --- s0 server`

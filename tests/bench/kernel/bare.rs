@@ -16,8 +16,8 @@ use super::world::{ifindex, sh};
 const RTM_NEWTFILTER: u16 = 44;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_ACK: u16 = 4;
-/// Messages in one send.
-const PER_SEND: usize = 64;
+/// Messages in one send: as many as the provider's.
+const PER_SEND: usize = 256;
 /// Offsets in a `struct nlmsghdr` and the `struct tcmsg` behind it.
 const FLAGS: usize = 6;
 const SEQ: usize = 8;
