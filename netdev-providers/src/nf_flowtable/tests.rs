@@ -142,6 +142,14 @@ fn a_key_is_what_the_registers_hold() {
     assert_eq!(key.as_ref(), want);
 }
 
+#[test]
+fn a_key_names_the_netdevs_that_route() {
+    let mut flow = flow(THERE.0, THERE.1, Direction::Original);
+    flow.above = Above { iif: Some(ifindex(70)), oif: Some(ifindex(90)) };
+    let key = Key::new(ifindex(7), &flow);
+    assert_eq!(key.as_ref()[..8], [70u32.to_ne_bytes(), 90u32.to_ne_bytes()].concat());
+}
+
 proptest! {
     /// Whatever differs between two flows of a port makes another element.
     #[test]
