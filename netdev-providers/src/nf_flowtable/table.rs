@@ -11,24 +11,22 @@ use crate::netlink::error::{KernelError, NetlinkError};
 use crate::netlink::link::{Link, Links};
 use crate::netlink::netfilter::nft::expr::{self, Cmp};
 use crate::netlink::netfilter::nft::set::elements;
+use crate::netlink::netfilter::nft::table::{self, NetdevSet};
 use crate::netlink::netfilter::nft::*;
 use crate::netlink::socket::{CREATE, EXCL, Socket};
 use crate::netlink::wire::Message;
 
-const PORTS: &str = "ports";
-const PORTS_ID: u32 = 1;
+const PORTS: NetdevSet = NetdevSet { name: "ports", id: 1 };
 const SELECT: &str = "select";
 const OFFLOAD: &str = "offload";
 /// In the forward hook: behind every filter of others, so that what they drop makes no entry. On
 /// ingress: behind their ingress filters.
 const PRIORITY: u32 = 1000;
-/// What `nft` calls the key types (its `enum datatypes`): `iface_index`; and `integer` for keys of
-/// more parts than it has room to name.
-const NFT_TYPE_IFINDEX: u32 = 20;
+/// What `nft` calls the key type (its `enum datatypes`) of keys of more parts than it has room to name:
+/// `integer`.
 const NFT_TYPE_INTEGER: u32 = 4;
-/// What `nft` 1.0.6 stores beside a set so that it can list it: the byte order of the key, host
-/// and network.
-const HOST_ORDER: &[u8] = &[0x00, 0x04, 0x01, 0x00, 0x00, 0x00];
+/// What `nft` 1.0.6 stores beside a set so that it can list it: the byte order of the key, the
+/// network's.
 const NETWORK_ORDER: &[u8] = &[0x00, 0x04, 0x02, 0x00, 0x00, 0x00];
 
 /// Elements that one message of a flush names (some 70 bytes each; an attribute holds 64 kB).
@@ -156,12 +154,12 @@ impl Table {
     /// seen.
     pub(super) fn add_port(&mut self, port: &Link, hardware: bool) -> Result<(), TableError> {
         let members = self.members(port.ifindex);
-        self.put_ports(NFT_MSG_NEWSETELEM, CREATE, &members)?;
+        self.put_in_set(&members)?;
         self.ports.push(port.ifindex);
         let before = self.hardware;
         let Err(refused) = self.renew_as(hardware) else { return Ok(()) };
         self.ports.pop();
-        self.put_ports(NFT_MSG_DELSETELEM, 0, &members)?;
+        self.take_out_of_set(&members)?;
         if self.without_flowtable {
             self.renew_as(before)?;
         }
@@ -175,7 +173,7 @@ impl Table {
         let link = self.links.get(port)?;
         let members = self.members(port);
         let mut t = Transaction::new(&mut self.socket);
-        put_ports(&mut t, &self.name, NFT_MSG_DELSETELEM, 0, &members);
+        PORTS.delete(&mut t, THE_PORT, &self.name, &members);
         if let Some(link) = &link
             && !self.without_flowtable
         {
@@ -205,9 +203,15 @@ impl Table {
         std::iter::once(port).chain(tops.filter(|top| !others(*top))).collect()
     }
 
-    fn put_ports(&mut self, msg: u16, flags: u16, ports: &[Ifindex]) -> Result<(), TableError> {
+    fn put_in_set(&mut self, netdevs: &[Ifindex]) -> Result<(), TableError> {
         let mut t = Transaction::new(&mut self.socket);
-        put_ports(&mut t, &self.name, msg, flags, ports);
+        PORTS.add(&mut t, THE_PORT, &self.name, netdevs);
+        done(t, &self.name)
+    }
+
+    fn take_out_of_set(&mut self, netdevs: &[Ifindex]) -> Result<(), TableError> {
+        let mut t = Transaction::new(&mut self.socket);
+        PORTS.delete(&mut t, THE_PORT, &self.name, netdevs);
         done(t, &self.name)
     }
 
@@ -231,7 +235,7 @@ impl Table {
             return Err(TableError::BelowBond { port: port.name, bond: bond.name });
         }
         if !known {
-            self.put_ports(NFT_MSG_NEWSETELEM, CREATE, &[top])?;
+            self.put_in_set(&[top])?;
             self.above.insert((top, below));
         }
         Ok(())
@@ -334,9 +338,7 @@ impl Table {
     /// Removes the table now (dropping the value removes it too).
     pub(super) fn remove(mut self) -> Result<(), TableError> {
         let mut t = Transaction::new(&mut self.socket);
-        t.add(Step::new("deleting the table", NEEDS_NFT), NFT_MSG_DELTABLE, 0, |m| {
-            m.str(NFTA_TABLE_NAME, &self.name);
-        });
+        table::delete(&mut t, Step::new("deleting the table", NEEDS_NFT), &self.name);
         match done(t, &self.name) {
             Err(e) if e.errno() == Some(Errno::ENOENT) => Ok(()),
             other => other,
@@ -379,12 +381,7 @@ fn done(t: Transaction<'_>, table: &str) -> Result<(), TableError> {
 
 const THE_TABLE: &str = "the table";
 const THE_FLOWTABLE: &str = "the flowtable";
-
-fn put_ports(t: &mut Transaction<'_>, table: &str, msg: u16, flags: u16, ports: &[Ifindex]) {
-    t.add(Step::new("the port in the set of ports", NEEDS_NFT), msg, flags, |m| {
-        elements(m, table, PORTS, ports.iter().map(|p| p.get().to_ne_bytes()));
-    });
-}
+const THE_PORT: Step = Step::new("the port in the set of ports", NEEDS_NFT);
 
 fn put_flowtable<'n>(
     m: &mut Message<'_>,
@@ -418,31 +415,19 @@ fn delete_flowtable(t: &mut Transaction<'_>, table: &str, flowtable: &str) {
 }
 
 fn put_offload_rule(t: &mut Transaction<'_>, table: &str, flowtable: &str) {
-    t.add(Step::new("the rule that offloads", NEEDS_FLOW), NFT_MSG_NEWRULE, CREATE | APPEND, |m| {
-        m.str(NFTA_RULE_TABLE, table).str(NFTA_RULE_CHAIN, OFFLOAD);
-        m.nested(NFTA_RULE_EXPRESSIONS, |m| expr::flow_offload(m, flowtable));
-    });
+    let step = Step::new("the rule that offloads", NEEDS_FLOW);
+    table::append_rule(t, step, table, OFFLOAD, |m| expr::flow_offload(m, flowtable));
 }
 
 /// The messages that make the table.
 pub(super) fn describe(t: &mut Transaction<'_>, table: &str, port: &Link, hardware: bool) {
-    t.add(Step::new(THE_TABLE, NEEDS_NFT), NFT_MSG_NEWTABLE, CREATE | EXCL, |m| {
-        m.str(NFTA_TABLE_NAME, table).be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER);
-    });
+    table::make_owned(t, Step::new(THE_TABLE, NEEDS_NFT), table);
     let flowtable = flowtable_name(0);
     t.add(Step::new(THE_FLOWTABLE, NEEDS_FLOWTABLE), NFT_MSG_NEWFLOWTABLE, CREATE | EXCL, |m| {
         put_flowtable(m, table, &flowtable, hardware, [&*port.name]);
     });
-    t.add(Step::new("the set of ports", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
-        m.str(NFTA_SET_TABLE, table)
-            .str(NFTA_SET_NAME, PORTS)
-            .be32(NFTA_SET_FLAGS, 0)
-            .be32(NFTA_SET_KEY_TYPE, NFT_TYPE_IFINDEX)
-            .be32(NFTA_SET_KEY_LEN, 4)
-            .be32(NFTA_SET_ID, PORTS_ID)
-            .attr(NFTA_SET_USERDATA, HOST_ORDER);
-    });
-    put_ports(t, table, NFT_MSG_NEWSETELEM, CREATE, &[port.ifindex]);
+    PORTS.make(t, Step::new("the set of ports", NEEDS_NFT), table);
+    PORTS.add(t, THE_PORT, table, &[port.ifindex]);
     for set in SetOf::ALL {
         t.add(Step::new("a set of connections", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
             #[expect(clippy::cast_possible_truncation, reason = "32 or 56")]
@@ -460,24 +445,13 @@ pub(super) fn describe(t: &mut Transaction<'_>, table: &str, port: &Link, hardwa
         m.str(NFTA_CHAIN_TABLE, table).str(NFTA_CHAIN_NAME, OFFLOAD);
     });
     put_offload_rule(t, table, &flowtable);
-    t.add(Step::new("the chain that selects", NEEDS_NFT), NFT_MSG_NEWCHAIN, CREATE | EXCL, |m| {
-        m.str(NFTA_CHAIN_TABLE, table)
-            .str(NFTA_CHAIN_NAME, SELECT)
-            .str(NFTA_CHAIN_TYPE, "filter")
-            .be32(NFTA_CHAIN_POLICY, NF_ACCEPT)
-            .nested(NFTA_CHAIN_HOOK, |m| {
-                m.be32(NFTA_HOOK_HOOKNUM, NF_INET_FORWARD).be32(NFTA_HOOK_PRIORITY, PRIORITY);
-            });
-    });
+    let chain = Step::new("the chain that selects", NEEDS_NFT);
+    table::make_forward_chain(t, chain, table, SELECT, PRIORITY);
     let mut rule = |step, fill: &dyn Fn(&mut Message<'_>)| {
-        t.add(step, NFT_MSG_NEWRULE, CREATE | APPEND, |m| {
-            m.str(NFTA_RULE_TABLE, table).str(NFTA_RULE_CHAIN, SELECT);
-            m.nested(NFTA_RULE_EXPRESSIONS, fill);
-        });
+        table::append_rule(t, step, table, SELECT, fill);
     };
     rule(Step::new("the rule on other netdevs", NEEDS_NFT), &|m| {
-        expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
-        expr::lookup_not(m, PORTS, PORTS_ID);
+        PORTS.unless_in(m, expr::NFT_META_IIF);
         expr::accept(m);
     });
     for set in SetOf::ALL {
@@ -496,8 +470,7 @@ pub(super) fn describe(t: &mut Transaction<'_>, table: &str, port: &Link, hardwa
         };
         rule(Step::new(one, NEEDS_CT), &|m| {
             of_this_direction(m);
-            expr::meta(m, expr::NFT_META_OIF, expr::NFT_REG_1);
-            expr::lookup_not(m, PORTS, PORTS_ID);
+            PORTS.unless_in(m, expr::NFT_META_OIF);
             load(m, set.ipv6);
             expr::lookup(m, set.name(), set.id());
             expr::goto(m, OFFLOAD);

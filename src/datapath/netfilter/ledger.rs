@@ -51,6 +51,7 @@ use netdev_providers::netlink::netfilter::nft::expr::{self, Cmp};
 use netdev_providers::netlink::netfilter::nft::set::{
     NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, element_keys, element_packets, elements,
 };
+use netdev_providers::netlink::netfilter::nft::table::{self, NFT_TYPE_IFINDEX, NetdevSet};
 use netdev_providers::netlink::netfilter::nft::*;
 use netdev_providers::netlink::socket::{ACK, CREATE, DUMP, EXCL};
 use netdev_providers::netlink::wire::Received;
@@ -63,13 +64,10 @@ use super::conntrack::{CtId, CtStatus};
 
 /// `NF_IP_PRI_FILTER` (`linux/netfilter_ipv4.h`).
 const NF_IP_PRI_FILTER: u32 = 0;
-/// What `nft` calls the key types (its `enum datatypes`; the kernel does not care): `iface_index`,
-/// and the concatenation `iface_index . integer . ct_dir`, six bits each.
-const NFT_TYPE_IFINDEX: u32 = 20;
-const NFT_TYPE_SIGHTED: u32 = 20 << 12 | 4 << 6 | 27;
-/// What `nft` 1.0.6 stores beside a set so that it can list it: the byte order of the key.
-const PORTS_USERDATA: &[u8] = &[0x00, 0x04, 0x01, 0x00, 0x00, 0x00];
-/// The same for `typeof meta iif . ct id . ct direction`.
+/// What `nft` calls the key type (its `enum datatypes`; the kernel does not care): the concatenation
+/// `iface_index . integer . ct_dir`, six bits each.
+const NFT_TYPE_SIGHTED: u32 = NFT_TYPE_IFINDEX << 12 | 4 << 6 | 27;
+/// What `nft` 1.0.6 stores beside a set so that it can list it: `typeof meta iif . ct id . ct direction`.
 const SIGHTED_USERDATA: &[u8] = &[
     0x00, 0x04, 0x00, 0x00, 0x00, 0x00, 0x03, 0x44, 0x00, 0x04, 0x0d, 0x00, 0x00, 0x00, 0x01, 0x3c,
     0x00, 0x0e, 0x00, 0x04, 0x09, 0x00, 0x00, 0x00, 0x01, 0x06, 0x00, 0x04, 0x04, 0x00, 0x00, 0x00,
@@ -78,8 +76,7 @@ const SIGHTED_USERDATA: &[u8] = &[
     0x00, 0x04, 0x01, 0x00, 0x00, 0x00, 0x01, 0x04, 0xff, 0xff, 0xff, 0xff,
 ];
 
-const PORTS: &str = "ports";
-const PORTS_ID: u32 = 1;
+const PORTS: NetdevSet = NetdevSet { name: "ports", id: 1 };
 const SIGHTED: &str = "sighted";
 const SIGHTED_ID: u32 = 2;
 const SIGHTED_KEY_LEN: u32 = 12;
@@ -281,7 +278,9 @@ impl Ledger {
     /// # Errors
     /// The kernel's refusal, or a failure of the exchange.
     pub fn port_add(&mut self, port: Ifindex) -> Result<(), LedgerError> {
-        self.change_port(port, NFT_MSG_NEWSETELEM, CREATE, Errno::EEXIST, "adding a port")
+        self.change_ports(Errno::EEXIST, |t, table| {
+            PORTS.add(t, Step::new("adding a port", NEEDS_NFT), table, &[port]);
+        })
     }
 
     /// Sights nothing on this netdev from now on; its elements stay. A netdev that is no port is
@@ -290,22 +289,18 @@ impl Ledger {
     /// # Errors
     /// The kernel's refusal, or a failure of the exchange.
     pub fn port_del(&mut self, port: Ifindex) -> Result<(), LedgerError> {
-        self.change_port(port, NFT_MSG_DELSETELEM, 0, Errno::ENOENT, "removing a port")
+        self.change_ports(Errno::ENOENT, |t, table| {
+            PORTS.delete(t, Step::new("removing a port", NEEDS_NFT), table, &[port]);
+        })
     }
 
-    fn change_port(
+    fn change_ports(
         &mut self,
-        port: Ifindex,
-        msg: u16,
-        flags: u16,
         done_already: Errno,
-        what: &'static str,
+        change: impl FnOnce(&mut Transaction<'_>, &str),
     ) -> Result<(), LedgerError> {
-        let table = &self.config.table;
         let mut t = Transaction::new(&mut self.socket);
-        t.add(Step::new(what, NEEDS_NFT), msg, flags, |m| {
-            elements(m, table, PORTS, [port.get().to_ne_bytes()].iter());
-        });
+        change(&mut t, &self.config.table);
         match first_refusal(t.commit()?) {
             None => Ok(()),
             Some((_, e)) if e.errno == done_already => Ok(()),
@@ -422,7 +417,7 @@ impl Ledger {
     /// As [`sighted`](Self::sighted).
     pub fn ports(&mut self) -> Result<Vec<Ifindex>, LedgerError> {
         let mut ports = Vec::new();
-        self.dump(PORTS, &mut ports, |m, ports| {
+        self.dump(PORTS.name, &mut ports, |m, ports| {
             let index = |b: &[u8]| Ifindex::new(u32::from_ne_bytes(b.try_into().ok()?));
             ports.extend(element_keys(m).filter_map(index));
         })?;
@@ -496,9 +491,7 @@ impl Ledger {
     pub fn remove(mut self) -> Result<(), LedgerError> {
         let table = &self.config.table;
         let mut t = Transaction::new(&mut self.socket);
-        t.add(Step::new("deleting the table", NEEDS_NFT), NFT_MSG_DELTABLE, 0, |m| {
-            m.str(NFTA_TABLE_NAME, table);
-        });
+        table::delete(&mut t, Step::new("deleting the table", NEEDS_NFT), table);
         match first_refusal(t.commit()?) {
             None => Ok(()),
             Some((_, e)) if e.errno == Errno::ENOENT => {
@@ -557,18 +550,8 @@ fn install_into(
 /// The messages that make the table.
 fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
     let table = config.table.as_str();
-    t.add(Step::new("the table", NEEDS_NFT), NFT_MSG_NEWTABLE, CREATE | EXCL, |m| {
-        m.str(NFTA_TABLE_NAME, table).be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER);
-    });
-    t.add(Step::new("the set of ports", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
-        m.str(NFTA_SET_TABLE, table)
-            .str(NFTA_SET_NAME, PORTS)
-            .be32(NFTA_SET_FLAGS, 0)
-            .be32(NFTA_SET_KEY_TYPE, NFT_TYPE_IFINDEX)
-            .be32(NFTA_SET_KEY_LEN, 4)
-            .be32(NFTA_SET_ID, PORTS_ID)
-            .attr(NFTA_SET_USERDATA, PORTS_USERDATA);
-    });
+    table::make_owned(t, Step::new("the table", NEEDS_NFT), table);
+    PORTS.make(t, Step::new("the set of ports", NEEDS_NFT), table);
     t.add(Step::new("the set of sights", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
         m.str(NFTA_SET_TABLE, table)
             .str(NFTA_SET_NAME, SIGHTED)
@@ -581,24 +564,12 @@ fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
             })
             .attr(NFTA_SET_USERDATA, SIGHTED_USERDATA);
     });
-    t.add(Step::new("the chain", NEEDS_INET), NFT_MSG_NEWCHAIN, CREATE | EXCL, |m| {
-        m.str(NFTA_CHAIN_TABLE, table)
-            .str(NFTA_CHAIN_NAME, CHAIN)
-            .str(NFTA_CHAIN_TYPE, "filter")
-            .be32(NFTA_CHAIN_POLICY, NF_ACCEPT)
-            .nested(NFTA_CHAIN_HOOK, |m| {
-                m.be32(NFTA_HOOK_HOOKNUM, NF_INET_FORWARD).be32(NFTA_HOOK_PRIORITY, PRIORITY);
-            });
-    });
+    table::make_forward_chain(t, Step::new("the chain", NEEDS_INET), table, CHAIN, PRIORITY);
     let mut rule = |step, fill: &dyn Fn(&mut Message<'_>)| {
-        t.add(step, NFT_MSG_NEWRULE, CREATE | APPEND, |m| {
-            m.str(NFTA_RULE_TABLE, table).str(NFTA_RULE_CHAIN, CHAIN);
-            m.nested(NFTA_RULE_EXPRESSIONS, fill);
-        });
+        table::append_rule(t, step, table, CHAIN, fill);
     };
     rule(Step::new("the rule on ports", NEEDS_NFT), &|m| {
-        expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
-        expr::lookup_not(m, PORTS, PORTS_ID);
+        PORTS.unless_in(m, expr::NFT_META_IIF);
         expr::accept(m);
     });
     // What nft_flow_offload.c and TC cannot offload, and what is offloaded or dying already.

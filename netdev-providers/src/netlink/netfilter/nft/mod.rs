@@ -5,12 +5,14 @@
 //! | [`transaction`] | several changes that take effect together, or not at all |
 //! | [`expr`] | expressions of rules |
 //! | [`set`] | elements of sets |
+//! | [`table`] | what tables of ours have in common |
 //!
 //! All numbers in attributes are in network order; data that goes into registers, and keys of sets,
 //! are as the packet or the kernel has them.
 
 pub mod expr;
 pub mod set;
+pub mod table;
 pub mod transaction;
 
 pub use transaction::{Step, Transaction, first_refusal};
