@@ -24,6 +24,8 @@ use crate::contract::types::{
 };
 use crate::netlink::wire::{AttrIter, Message, MessageIter, Received};
 
+mod requests;
+
 fn cookie() -> Cookie {
     let instance = Instance(NonZeroU32::new(0x1234_5678).unwrap());
     Cookie { instance, epoch: Epoch(7), direction: Direction::Reply }
