@@ -29,10 +29,23 @@ pub(crate) struct Prepared {
     count: usize,
 }
 
+impl Prepared {
+    /// The same, handed over one operation at a time.
+    #[allow(dead_code, reason = "not in every suite that has this file")]
+    pub(crate) fn one_by_one(mut self) -> Self {
+        self.batches = self.batches.into_iter().flatten().map(|op| vec![op]).collect();
+        self
+    }
+}
+
 impl Ours {
     pub(crate) fn bind(netdev: &str, egress: &str) -> Self {
+        Self::bind_to(&TcFlowerClass::default(), netdev, egress)
+    }
+
+    pub(crate) fn bind_to(class: &dyn ProviderClass, netdev: &str, egress: &str) -> Self {
         let instance = Instance(1.try_into().expect("not 0"));
-        let provider = TcFlowerClass::default().bind(&world::netdev(netdev), instance);
+        let provider = class.bind(&world::netdev(netdev), instance);
         let provider = provider.unwrap_or_else(|e| panic!("{netdev} is not bound: {e}"));
         Self { provider, instance, egress: world::ifindex(egress) }
     }
