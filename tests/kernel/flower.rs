@@ -357,6 +357,18 @@ impl Packet {
         }
     }
 
+    /// With a hop-by-hop (0), routing (43) or destination (60) header of 8 bytes with padding, or a
+    /// fragment header (44) that says "whole packet".
+    fn with_extension(self, kind: u8) -> Self {
+        let next = self.tuple.proto().number();
+        let bytes = match kind {
+            44 => vec![next, 0, 0, 0, 0, 0, 0, 9],
+            43 => vec![next, 0, 0, 0, 0, 0, 0, 0],
+            _ => vec![next, 0, 1, 4, 0, 0, 0, 0],
+        };
+        Self { extension: Some((kind, bytes)), ..self }
+    }
+
     /// Where the IP header begins.
     fn l3_at(&self) -> usize {
         14 + 4 * self.tags.len()
@@ -702,17 +714,6 @@ fn what_a_rule_must_not_take_goes_up_the_stack() {
         port.add(epoch as u64, flow(t, t));
     }
     let of = |name: &str| Packet::new(tuple(name));
-    // Hop-by-hop, routing and destination headers of 8 bytes with padding, and a fragment header
-    // that says "whole packet".
-    let extension = |kind: u8, name: &str| {
-        let next = tuple(name).proto().number();
-        let bytes = match kind {
-            44 => vec![next, 0, 0, 0, 0, 0, 0, 9],
-            43 => vec![next, 0, 0, 0, 0, 0, 0, 0],
-            _ => vec![next, 0, 1, 4, 0, 0, 0, 0],
-        };
-        Packet { extension: Some((kind, bytes)), ..of(name) }
-    };
     let mut cases: Vec<(String, Packet)> = Vec::new();
     for name in [TCP4, UDP4, TCP6, UDP6] {
         for ttl in [0, 1] {
@@ -736,7 +737,7 @@ fn what_a_rule_must_not_take_goes_up_the_stack() {
     }
     for name in [TCP6, UDP6] {
         for kind in [0, 43, 60, 44] {
-            cases.push((format!("extension header {kind}"), extension(kind, name)));
+            cases.push((format!("extension header {kind}"), of(name).with_extension(kind)));
         }
     }
     let taken = || {

@@ -114,15 +114,6 @@ fn what_is_for_the_slow_path_is_seen_there() {
         for (epoch, t) in ALL.into_iter().map(tuple).enumerate() {
             r.port.add(epoch as u64, r.flow(t));
         }
-        let extension = |kind: u8, name: &str| {
-            let next = tuple(name).proto().number();
-            let bytes = match kind {
-                44 => vec![next, 0, 0, 0, 0, 0, 0, 9],
-                43 => vec![next, 0, 0, 0, 0, 0, 0, 0],
-                _ => vec![next, 0, 1, 4, 0, 0, 0, 0],
-            };
-            Packet { extension: Some((kind, bytes)), ..r.packet(name) }
-        };
         let mut cases: Vec<(String, Packet)> = Vec::new();
         for name in ALL {
             for ttl in [0, 1] {
@@ -153,7 +144,10 @@ fn what_is_for_the_slow_path_is_seen_there() {
         }
         for name in [TCP6, UDP6] {
             for kind in [0, 43, 60, 44] {
-                cases.push((format!("extension header {kind}"), extension(kind, name)));
+                cases.push((
+                    format!("extension header {kind}"),
+                    r.packet(name).with_extension(kind),
+                ));
             }
         }
         for (what, packet) in &cases {
