@@ -18,7 +18,7 @@ mod world;
 
 use std::fs::File;
 use std::net::{SocketAddr, UdpSocket};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -62,6 +62,8 @@ fn main() -> ExitCode {
     world::private_network();
     rates(&mut report, &setting.on, setting.native, setting.quick);
     if setting.has(NIC) {
+        // Another router: the first one has the same addresses.
+        world::private_network();
         hardware(&mut report, &setting.on, setting.quick);
     }
     report::finish(&report, setting.out.as_deref())
@@ -78,19 +80,23 @@ impl Net {
     fn new(name: &str, link: impl Fn(&str, MacAddr, &str, MacAddr) -> String) -> Self {
         let (lan, wan) = (format!("lan{name}"), format!("wan{name}"));
         let (c, s) = (format!("c{name}"), format!("s{name}"));
-        sh(&format!("ip netns add {c} && ip netns add {s} && sysctl -qw net.ipv4.ip_forward=1"));
+        // Nothing is on the wires but what is sent here: no IPv6, and neighbours that need not be asked.
+        let quiet = "sh -c '! test -e /proc/sys/net/ipv6 || sysctl -qw net.ipv6.conf.default.disable_ipv6=1'";
+        sh(&format!("{quiet} && sysctl -qw net.ipv4.ip_forward=1"));
         sh(&link(&lan, LAN, &c, CLIENT));
         sh(&link(&wan, WAN, &s, SERVER));
-        for (port, wire, net) in [(&lan, &c, 1), (&wan, &s, 2)] {
+        for (port, wire, net, mac, far) in [(&lan, &c, 1, LAN, CLIENT), (&wan, &s, 2, WAN, SERVER)]
+        {
             sh(&format!(
-                "ip link set {wire} netns {wire}
+                "ip netns add {wire} && ip netns exec {wire} {quiet} && ip link set {wire} netns {wire}
                  ip addr add 10.0.{net}.1/24 dev {port} && ip link set {port} up
                  ip -n {wire} link set lo up && ip -n {wire} link set {wire} up
                  ip -n {wire} addr add 10.0.{net}.2/24 dev {wire}
-                 ip -n {wire} route add default via 10.0.{net}.1"
+                 ip -n {wire} route add default via 10.0.{net}.1
+                 ip -n {wire} neigh replace 10.0.{net}.1 lladdr {mac} dev {wire}
+                 ip neigh replace 10.0.{net}.2 lladdr {far} dev {port}"
             ));
         }
-        // What arrives at the server is counted by its netdev, and goes no further.
         Self { lan, wan }
     }
 
@@ -154,11 +160,16 @@ impl Net {
 
     /// Packets that have arrived at the server's end of the wire.
     fn arrived(&self) -> u64 {
-        let (s, wire) = (self.server(), self.server());
-        let text =
-            sh(&format!("ip netns exec {s} cat /sys/class/net/{wire}/statistics/rx_packets"));
-        text.trim().parse().unwrap()
+        let server = self.server();
+        received(&format!("-n {server}"), &server)
     }
+}
+
+/// Packets that a netdev has received, in the network namespace that this option of ip(8) names.
+fn received(netns: &str, netdev: &str) -> u64 {
+    let counted =
+        sh(&format!("ip {netns} -s -j link show dev {netdev} | jq '.[].stats64.rx.packets'"));
+    counted.trim().parse().unwrap()
 }
 
 fn inside(netns: &str) {
@@ -172,22 +183,41 @@ fn veth() -> Net {
     })
 }
 
-/// Sends, and says how many packets arrived per second; all must.
-fn rate(net: &Net, generator: &mut Generator, rings: usize) -> f64 {
+/// Which way packets take.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    Slow,
+    /// Around it: what is forwarded there is not counted as forwarded.
+    Fast,
+}
+
+/// Sends, and says how many packets arrived per second; all must, and by that way.
+fn rate(net: &Net, generator: &mut Generator, rings: usize, way: Way) -> f64 {
     generator.send(2).expect("sent");
-    let before = net.arrived();
+    let (before, slowly_before) = (net.arrived(), slowly_forwarded());
     let started = Instant::now();
     let sent = generator.send(rings).expect("sent");
     let took = started.elapsed().as_secs_f64();
-    let arrived = net.arrived() - before;
+    let (arrived, slowly) = (net.arrived() - before, slowly_forwarded() - slowly_before);
     assert!(arrived * 100 >= sent * 99, "{arrived} of {sent} packets arrived");
+    let expected = if way == Way::Slow { sent } else { 0 };
+    assert_eq!(slowly, expected, "packets of {sent} on the slow path");
     arrived as f64 / took
 }
 
-/// How a contestant is set up, and taken away again.
+/// Packets that this router's IPv4 has forwarded (`ForwDatagrams`).
+fn slowly_forwarded() -> u64 {
+    let counters = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    let mut lines = counters.lines().filter_map(|line| line.strip_prefix("Ip: "));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let mut columns = names.split(' ').zip(values.split(' '));
+    columns.find(|(name, _)| *name == "ForwDatagrams").unwrap().1.parse().unwrap()
+}
+
+/// The ruleset that packets meet on the slow path: conntrack, a NAT hook, a filter.
 const SLOW: &str = "nft 'table ip fw {
     chain post { type nat hook postrouting priority 100; oifname \"nosuch0\" masquerade; }
-    chain fwd { type filter hook forward priority 0; ct state established,related accept; accept; }
+    chain forwarding { type filter hook forward priority 0; ct state established,related accept; accept; }
 }'";
 /// The same where nf_tables has no IPv4 (user-mode Linux).
 const SLOW_IPTABLES: &str = "
@@ -195,11 +225,43 @@ const SLOW_IPTABLES: &str = "
     iptables-legacy -A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT";
 const NO_IPTABLES: &str = "iptables-legacy -t nat -F && iptables-legacy -F";
 const NO_NFT: &str = "nft delete table ip fw";
+/// The same with a flowtable that takes the connection.
 const FLOWTABLE: &str = "nft 'table ip fw {
     flowtable f { hook ingress priority 0; devices = { lan0, wan0 }; }
     chain post { type nat hook postrouting priority 100; oifname \"nosuch0\" masquerade; }
-    chain fwd { type filter hook forward priority 0; ip protocol udp flow add @f; ct state established,related accept; accept; }
+    chain forwarding { type filter hook forward priority 0; ip protocol udp flow add @f; ct state established,related accept; accept; }
 }'";
+
+/// What of nf_tables the kernel has, asked with the least that needs it: a ruleset above that fails is
+/// an error, not a kernel that lacks something.
+struct NfTables {
+    ipv4: bool,
+    flow: bool,
+}
+
+impl NfTables {
+    fn of_this_kernel() -> Self {
+        let chain = "chain c { type filter hook forward priority 0;";
+        Self {
+            ipv4: Self::takes(&format!("{chain} }}")),
+            flow: Self::takes(&format!(
+                "flowtable f {{ hook ingress priority 0; devices = {{ lo }}; }}; {chain} ip protocol udp flow add @f; }}"
+            )),
+        }
+    }
+
+    fn takes(table: &str) -> bool {
+        let probe = format!("table ip probe {{ {table}; }}");
+        let checked = Command::new("nft").args(["--check", &probe]).output().expect("nft");
+        let said = String::from_utf8_lossy(&checked.stderr);
+        // What the kernel refuses, and not nft itself.
+        assert!(
+            checked.status.success() || said.contains("Could not process rule"),
+            "nft --check '{probe}': {said}"
+        );
+        checked.status.success()
+    }
+}
 
 fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
     let net = veth();
@@ -207,38 +269,31 @@ fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
     let (rings, rounds) = match (quick, native) {
         (true, _) => (8, 2),
         (_, true) => (2000, 9),
-        (_, false) => (100, 7),
+        (_, false) => (40, 15),
     };
     let (mut slow, mut ours) = (Samples::default(), Samples::default());
     let (mut flowtable, mut alone) = (Samples::default(), Samples::default());
-    let works = |line: &str| {
-        let line = format!("{{ {line}; }} >/dev/null 2>&1");
-        std::process::Command::new("sh").args(["-c", &line]).status().unwrap().success()
-    };
-    let has_flowtable = works(&format!("{FLOWTABLE} && {NO_NFT}"));
-    let (slow_path, no_slow_path) = if works(&format!("{SLOW} && {NO_NFT}")) {
-        (SLOW, NO_NFT)
-    } else {
-        (SLOW_IPTABLES, NO_IPTABLES)
-    };
+    let nf_tables = NfTables::of_this_kernel();
+    let (slow_path, no_slow_path) =
+        if nf_tables.ipv4 { (SLOW, NO_NFT) } else { (SLOW_IPTABLES, NO_IPTABLES) };
     for _ in 0..rounds {
         sh(slow_path);
         net.converse();
-        slow.push(rate(&net, &mut generator, rings));
+        slow.push(rate(&net, &mut generator, rings, Way::Slow));
         {
             // The same connection, in the same ruleset, with a rule on the netdev that it arrives at.
             let port = bind(&net.lan, HwFlags::SkipHw);
             add(&port, &net);
-            ours.push(rate(&net, &mut generator, rings));
+            ours.push(rate(&net, &mut generator, rings, Way::Fast));
             port.flush().expect("flushed");
             port.release().expect("released");
         }
         net.forget_server_filter();
         sh(no_slow_path);
-        if has_flowtable {
+        if nf_tables.flow {
             sh(FLOWTABLE);
             net.converse();
-            flowtable.push(rate(&net, &mut generator, rings));
+            flowtable.push(rate(&net, &mut generator, rings, Way::Fast));
             net.forget_server_filter();
             sh(NO_NFT);
         } else {
@@ -257,7 +312,7 @@ fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
     let figure = Figure::new(name, ours.over(&flowtable).median(), "x")
         .bar(Bar::AtLeast(1.0))
         .peer("flowtable pps", flowtable.median());
-    report.add(if has_flowtable {
+    report.add(if nf_tables.flow {
         figure
     } else {
         figure.note("this kernel has no flow expression")
@@ -330,10 +385,7 @@ fn hardware(report: &mut Report, on: &str, quick: bool) {
     let mut generator = net.generator();
     let port = bind(&net.lan, HwFlags::SkipSw);
     add(&port, &net);
-    let seen = || -> u64 {
-        let counters = sh(&format!("cat /sys/class/net/{}/statistics/rx_packets", net.lan));
-        counters.trim().parse().unwrap()
-    };
+    let seen = || received("", &net.lan);
     let (host_before, wire_before) = (seen(), net.arrived());
     let sent = generator.send(rings).expect("sent");
     std::thread::sleep(Duration::from_millis(500));
