@@ -29,6 +29,8 @@ pub const NFT_REG32_01: u32 = 9;
 /// `NFT_REG32_02`.
 pub const NFT_REG32_02: u32 = 10;
 // enum nft_meta_keys
+/// `NFT_META_PROTOCOL`: the ethertype, in network order.
+pub const NFT_META_PROTOCOL: u32 = 1;
 /// `NFT_META_IIF`.
 pub const NFT_META_IIF: u32 = 4;
 /// `NFT_META_OIF`.

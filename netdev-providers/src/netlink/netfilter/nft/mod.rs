@@ -1,4 +1,4 @@
-//! nf_tables (`linux/netfilter/nf_tables.h`): tables of ours in family `inet`.
+//! nf_tables (`linux/netfilter/nf_tables.h`): tables of ours, in family `inet` and in family `bridge`.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -79,7 +79,7 @@ pub const NFTA_CHAIN_TYPE: u16 = 7;
 pub const NFTA_HOOK_HOOKNUM: u16 = 1;
 /// `NFTA_HOOK_PRIORITY`.
 pub const NFTA_HOOK_PRIORITY: u16 = 2;
-/// `NF_INET_FORWARD` (`linux/netfilter.h`).
+/// `NF_INET_FORWARD` (`linux/netfilter.h`), and `NF_BR_FORWARD` (`linux/netfilter_bridge.h`).
 pub const NF_INET_FORWARD: u32 = 2;
 /// `NF_ACCEPT`.
 pub const NF_ACCEPT: u32 = 1;
@@ -148,14 +148,27 @@ pub const APPEND: u16 = 0x800;
 pub const NFPROTO_INET: u8 = 1;
 /// `NFPROTO_IPV4`.
 pub const NFPROTO_IPV4: u8 = 2;
+/// `NFPROTO_BRIDGE`.
+pub const NFPROTO_BRIDGE: u8 = 7;
 /// `NFPROTO_IPV6`.
 pub const NFPROTO_IPV6: u8 = 10;
 
-/// A request that reads, outside of a transaction.
+/// A request that reads of family `inet`, outside of a transaction.
 pub fn get(msg: u16, flags: u16, seq: u32, fill: impl FnOnce(&mut Message<'_>)) -> Vec<u8> {
+    get_of(NFPROTO_INET, msg, flags, seq, fill)
+}
+
+/// The same of any family.
+pub fn get_of(
+    family: u8,
+    msg: u16,
+    flags: u16,
+    seq: u32,
+    fill: impl FnOnce(&mut Message<'_>),
+) -> Vec<u8> {
     let mut buf = Vec::with_capacity(128);
     let mut m = Message::new(&mut buf, msg_type(SUBSYS_NFTABLES, msg), REQUEST | flags, seq);
-    m.raw(&nfgenmsg(NFPROTO_INET, 0));
+    m.raw(&nfgenmsg(family, 0));
     fill(&mut m);
     m.finish();
     buf

@@ -38,10 +38,11 @@ pub struct Transaction<'a> {
     /// Where the last message begins.
     last_at: usize,
     steps: Vec<Step>,
+    family: u8,
 }
 
 impl<'a> Transaction<'a> {
-    /// An empty one. Family `inet` throughout.
+    /// An empty one. Messages are for family `inet` until [`of_family`](Self::of_family).
     #[must_use]
     pub fn new(socket: &'a mut Socket) -> Self {
         let first_seq = socket.next_seq();
@@ -49,7 +50,12 @@ impl<'a> Transaction<'a> {
         let mut m = Message::new(&mut buf, NFNL_MSG_BATCH_BEGIN, REQUEST, first_seq);
         m.raw(&nfgenmsg(0, SUBSYS_NFTABLES));
         m.finish();
-        Self { socket, buf, first_seq, last_at: 0, steps: Vec::new() }
+        Self { socket, buf, first_seq, last_at: 0, steps: Vec::new(), family: NFPROTO_INET }
+    }
+
+    /// The messages that are added from now on are for tables of this family.
+    pub const fn of_family(&mut self, family: u8) {
+        self.family = family;
     }
 
     /// Adds a message; the first step has the sequence number after the begin message's.
@@ -59,7 +65,7 @@ impl<'a> Transaction<'a> {
         self.last_at = self.buf.len();
         let ty = msg_type(SUBSYS_NFTABLES, msg);
         let mut m = Message::new(&mut self.buf, ty, REQUEST | flags, seq);
-        m.raw(&nfgenmsg(NFPROTO_INET, 0));
+        m.raw(&nfgenmsg(self.family, 0));
         fill(&mut m);
         m.finish();
     }
