@@ -96,9 +96,9 @@ impl Changes {
             NetEvent::LinkGone(ifindex) => self.link_gone(ifindex),
             NetEvent::Neighbour { ifindex, address, mac } => self.neighbour(ifindex, address, mac),
             NetEvent::Learnt { bridge, mac, behind } => self.learnt(bridge, mac, behind),
-            NetEvent::BridgePort(ifindex, forwarding) => {
+            NetEvent::BridgePort(ifindex, port) => {
                 if let Some(link) = self.backend.links().get(ifindex) {
-                    self.link(Link { forwarding, ..link });
+                    self.link(Link { port, ..link });
                 }
             }
             NetEvent::Routes(prefix) => rerouted.add(prefix),
@@ -143,7 +143,7 @@ impl Changes {
             let changed = old.mac != link.mac
                 || old.mtu != link.mtu
                 || old.layer != link.layer
-                || old.forwarding != link.forwarding
+                || old.port != link.port
                 || old.controller != link.controller;
             // First what has this netdev anywhere in its stack, as it was or as it is.
             if changed || (old.up && !link.up) {

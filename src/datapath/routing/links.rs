@@ -24,10 +24,30 @@ pub struct Link {
     pub up: bool,
     /// It is enslaved (bridge, bond, VRF …) to this netdev.
     pub controller: Option<u32>,
-    /// It is no port of a bridge, or one that forwards (`BR_STATE_FORWARDING`).
-    pub forwarding: bool,
+    /// What it may do as a port of a bridge, where it is one.
+    pub port: BridgePort,
     /// What becomes of frames that are sent to it.
     pub layer: Layer,
+}
+
+/// Which frames a bridge forwards from and to one of its ports. Of a netdev that is no port: the
+/// default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BridgePort {
+    /// Those that it learns the way of (`BR_STATE_FORWARDING`), or none.
+    pub forwarding: bool,
+    /// None to other ports that are isolated too.
+    pub isolated: bool,
+    /// Also back out of this port.
+    pub hairpin: bool,
+    /// From it, those of senders only that are known to be behind it.
+    pub locked: bool,
+}
+
+impl Default for BridgePort {
+    fn default() -> Self {
+        Self { forwarding: true, isolated: false, hairpin: false, locked: false }
+    }
 }
 
 /// What a netdev does with the frames that it is given to send, and so what stands below it.
@@ -83,7 +103,7 @@ impl Link {
             mtu: 0,
             up: m.header.flags.contains(LinkFlags::Up),
             controller: None,
-            forwarding: true,
+            port: BridgePort::default(),
             layer: Layer::Real,
         };
         let ethernet = m.header.link_layer_type == LinkLayerType::Ether
@@ -104,13 +124,28 @@ impl Link {
             }
         }
         link.layer = Layer::of(infos, lower.filter(|_| !elsewhere));
-        link.forwarding = infos.iter().all(|i| match i {
-            LinkInfo::PortData(InfoPortData::BridgePort(port)) => port.iter().all(
-                |p| !matches!(p, InfoBridgePort::State(s) if *s != BridgePortState::Forwarding),
-            ),
-            _ => true,
-        });
+        for i in infos {
+            if let LinkInfo::PortData(InfoPortData::BridgePort(attributes)) = i {
+                link.port = BridgePort::of(attributes);
+            }
+        }
         Some(link)
+    }
+}
+
+impl BridgePort {
+    fn of(attributes: &[InfoBridgePort]) -> Self {
+        let mut port = Self::default();
+        for a in attributes {
+            match a {
+                InfoBridgePort::State(s) => port.forwarding = *s == BridgePortState::Forwarding,
+                InfoBridgePort::Isolated(yes) => port.isolated = *yes,
+                InfoBridgePort::HairpinMode(yes) => port.hairpin = *yes,
+                InfoBridgePort::Locked(yes) => port.locked = *yes,
+                _ => {}
+            }
+        }
+        port
     }
 }
 

@@ -21,7 +21,7 @@ use rtnetlink::sys::AsyncSocket;
 use tokio::sync::oneshot;
 
 use super::fdb::Behind;
-use super::links::Link;
+use super::links::{BridgePort, Link};
 
 /// Something changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,8 +48,8 @@ pub enum NetEvent {
         /// Where frames for it are sent.
         behind: Option<Behind>,
     },
-    /// A port of a bridge forwards, or does not (spanning tree).
-    BridgePort(Ifindex, bool),
+    /// What a port of a bridge may do.
+    BridgePort(Ifindex, BridgePort),
     /// Routes to this prefix changed: for a rule and for an address, to the whole of its family.
     Routes((IpAddr, u8)),
     /// Events were lost: everything may have changed. The links that there are follow as
@@ -192,21 +192,33 @@ fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
 
 /// The state of a bridge's port (`br_ifinfo_notify`).
 fn bridge_port(m: &LinkMessage) -> Option<NetEvent> {
-    const IFLA_BRPORT_STATE: u16 = 1;
+    // linux/if_link.h: IFLA_BRPORT_*
+    const STATE: u16 = 1;
+    const MODE: u16 = 4;
+    const ISOLATED: u16 = 33;
+    const LOCKED: u16 = 39;
     const BR_STATE_FORWARDING: u8 = 3;
     let ifindex = Ifindex::new(m.header.index)?;
     m.attributes.iter().find_map(|a| {
         let LinkAttribute::ProtoInfoBridge(infos) = a else { return None };
-        infos.iter().find_map(|i| match i {
-            LinkProtoInfoBridge::Other(nla)
-                if nla.kind() == IFLA_BRPORT_STATE && nla.value_len() == 1 =>
-            {
-                let mut state = [0];
-                nla.emit_value(&mut state);
-                Some(NetEvent::BridgePort(ifindex, state[0] == BR_STATE_FORWARDING))
-            }
-            _ => None,
-        })
+        let byte = |kind| {
+            infos.iter().find_map(|i| match i {
+                LinkProtoInfoBridge::Other(nla) if nla.kind() == kind && nla.value_len() == 1 => {
+                    let mut value = [0];
+                    nla.emit_value(&mut value);
+                    Some(value[0])
+                }
+                _ => None,
+            })
+        };
+        let is_set = |kind| byte(kind).is_some_and(|b| b != 0);
+        let port = BridgePort {
+            forwarding: byte(STATE)? == BR_STATE_FORWARDING,
+            isolated: is_set(ISOLATED),
+            hairpin: is_set(MODE),
+            locked: is_set(LOCKED),
+        };
+        Some(NetEvent::BridgePort(ifindex, port))
     })
 }
 

@@ -77,19 +77,43 @@ const MAX_DEPTH: usize = 8;
 /// # Errors
 /// When the bottom cannot be found.
 pub fn descend(links: &Links, fdb: &Fdb, top: Ifindex, frames: Frames) -> Result<Stack, Problem> {
-    let mut link = get(links, top)?;
-    let (mut vlan, mut mtu, mut problem) = (None, link.mtu, None);
+    let link = get(links, top)?;
+    // A port of a bridge or a bond that routes by itself: frames get to its controller first.
+    let problem = link.controller.and_then(Ifindex::new).map(|controller| {
+        Problem::lasting(format!("{} is enslaved to {}", link.name, links.name(controller)))
+    });
+    go_down(links, fdb, link, frames, problem)
+}
+
+/// Goes down from a port of a bridge, which forwards the frames.
+///
+/// # Errors
+/// When the bottom cannot be found.
+pub fn descend_port(
+    links: &Links,
+    fdb: &Fdb,
+    port: Ifindex,
+    frames: Frames,
+) -> Result<Stack, Problem> {
+    let link = get(links, port)?;
+    let problem = not_forwarding(&link);
+    go_down(links, fdb, link, frames, problem)
+}
+
+fn go_down(
+    links: &Links,
+    fdb: &Fdb,
+    mut link: Link,
+    frames: Frames,
+    mut problem: Option<Problem>,
+) -> Result<Stack, Problem> {
+    let (mut vlan, mut mtu) = (None, link.mtu);
     // The first problem is the one to be told.
     let note = |problem: &mut Option<Problem>, p: Problem| {
         problem.get_or_insert(p);
     };
     // Also where the bottom cannot be found.
     let first = |problem: &Option<Problem>, p: Problem| problem.clone().unwrap_or(p);
-    // A port of a bridge or a bond that routes by itself: frames get to its controller first.
-    if let Some(controller) = link.controller.and_then(Ifindex::new) {
-        let why = format!("{} is enslaved to {}", link.name, links.name(controller));
-        note(&mut problem, Problem::lasting(why));
-    }
     for _ in 0..MAX_DEPTH {
         let name = &link.name;
         if link.mac.is_none() {
@@ -148,12 +172,16 @@ pub fn descend(links: &Links, fdb: &Fdb, top: Ifindex, frames: Frames) -> Result
         let was_bridge = matches!(link.layer, Layer::Bridge { .. });
         link = get(links, below)?;
         mtu = mtu.min(link.mtu);
-        if was_bridge && !link.forwarding {
-            let why = format!("{} does not forward (spanning tree)", link.name);
-            note(&mut problem, Problem::passing(why));
+        if let (true, Some(p)) = (was_bridge, not_forwarding(&link)) {
+            note(&mut problem, p);
         }
     }
     Err(Problem::lasting(format!("more than {MAX_DEPTH} netdevs above each other")))
+}
+
+fn not_forwarding(port: &Link) -> Option<Problem> {
+    (!port.port.forwarding)
+        .then(|| Problem::passing(format!("{} does not forward (spanning tree)", port.name)))
 }
 
 fn get(links: &Links, ifindex: Ifindex) -> Result<Link, Problem> {
@@ -163,7 +191,7 @@ fn get(links: &Links, ifindex: Ifindex) -> Result<Link, Problem> {
         .ok_or_else(|| Problem::passing(format!("netdev {ifindex} is not known (yet)")))
 }
 
-fn bridge_port(
+pub(super) fn bridge_port(
     links: &Links,
     fdb: &Fdb,
     bridge: &Link,
@@ -235,6 +263,7 @@ pub fn not_a_port(links: &Links, link: &Link) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::datapath::routing::links::BridgePort;
 
     fn ifindex(n: u32) -> Ifindex {
         Ifindex::new(n).unwrap()
@@ -252,7 +281,7 @@ mod tests {
             mtu: 1500,
             up: true,
             controller: None,
-            forwarding: true,
+            port: BridgePort::default(),
             layer,
         }
     }
@@ -356,7 +385,8 @@ mod tests {
         assert!(to(&fdb, 70).2.contains("filters VLANs"));
         assert!(to(&fdb, 75).2.contains("filters VLANs"), "not that the address is unknown");
         links.set(link(9, BRIDGE));
-        links.set(Link { forwarding: false, ..port_of(9, link(1, Layer::Real)) });
+        let port = BridgePort { forwarding: false, ..BridgePort::default() };
+        links.set(Link { port, ..port_of(9, link(1, Layer::Real)) });
         assert!(to(&fdb, 70).2.contains("spanning tree"));
         fdb.forget(ifindex(3));
         assert!(to(&fdb, 71).2.contains("has not learnt"));
