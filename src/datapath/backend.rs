@@ -408,7 +408,9 @@ impl Datapath for Backend {
         create: &dyn Fn(ConnKey, Tuple, u64) -> Option<ConnHandle>,
     ) -> Vec<Option<Recognised>> {
         let nobody = || vec![None; leftovers.len()];
-        if !self.config.adopt {
+        // What is routed on a bridge or a bond above a port, and what is bridged, only a packet tells.
+        let enslaved = self.links.get(port.ifindex).is_some_and(|l| l.controller.is_some());
+        if !self.config.adopt || enslaved {
             return nobody();
         }
         let entries = match self.conntrack().dump() {
