@@ -284,9 +284,9 @@ mod tests {
         assert_eq!(code(NflogError::NotPermitted.into()), 4);
         assert_eq!(code(ConntrackError::NotPermitted.into()), 4);
         assert_eq!(DaemonError::NotRoot.exit_code(), 4);
-        assert_eq!(code(LedgerError::AlreadyOwned { table: "ctoffload".into() }.into()), 3);
+        assert_eq!(code(LedgerError::AlreadyOwned { table: "inet ctoffload".into() }.into()), 3);
         assert_eq!(code(DatapathError::Accounting), 5);
-        assert_eq!(code(LedgerError::TableExists { table: "ctoffload".into() }.into()), 1);
+        assert_eq!(code(LedgerError::TableExists { table: "inet ctoffload".into() }.into()), 1);
         assert_eq!(DaemonError::NoGroup("readers".into()).exit_code(), 2);
     }
 }

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use super::DatapathError;
 use super::admission::Admission;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
-use super::netfilter::ledger::{Ledger, LedgerConfig, LedgerKey};
+use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
 use super::routing::fdb::Fdb;
 use super::routing::links::Links;
 use super::routing::path::PathResolver;
@@ -90,6 +90,7 @@ pub(super) struct Known {
 /// An element of the ledger, and the port whose slot it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sighted {
+    pub hook: Hook,
     /// The netdev that routed the packet: the port, or one above it.
     pub iif: Ifindex,
     pub port: Ifindex,
@@ -339,12 +340,16 @@ impl Backend {
             tracing::warn!(count = stale.len(), "stale sights stay in the ledger: {e}");
         }
         let size = self.config.ledger_size as usize;
-        if kept.len() >= size - size / 10 {
-            tracing::error!(
-                elements = kept.len(),
-                size,
-                "the sight ledger is nearly full: connections beyond it stay on the slow path unseen; raise ledger-size"
-            );
+        for hook in [Hook::Inet, Hook::Bridge] {
+            let elements = kept.iter().filter(|k| k.hook == hook).count();
+            if elements >= size - size / 10 {
+                tracing::error!(
+                    table = %hook,
+                    elements,
+                    size,
+                    "the sight ledger is nearly full: connections beyond it stay on the slow path unseen; raise ledger-size"
+                );
+            }
         }
     }
 }
@@ -466,7 +471,10 @@ impl Datapath for Backend {
         for sight in sights {
             let Some(id) = ct_id(&sight.conn) else { continue };
             // Also where nothing is noted of it any more: what the port itself has sighted.
-            keys.push(LedgerKey { iif: sight.ifindex, ct_id: id, direction: sight.direction });
+            for hook in [Hook::Inet, Hook::Bridge] {
+                let (iif, direction) = (sight.ifindex, sight.direction);
+                keys.push(LedgerKey { hook, iif, ct_id: id, direction });
+            }
             if let Some(mut known) = self.known.get_mut(&id) {
                 known.sighted.retain(|s| {
                     let same = (s.port, s.direction) == (sight.ifindex, sight.direction);
@@ -512,7 +520,7 @@ impl Known {
 
 impl Sighted {
     pub(super) fn key(&self, ct_id: CtId) -> LedgerKey {
-        LedgerKey { iif: self.iif, ct_id, direction: self.direction }
+        LedgerKey { hook: self.hook, iif: self.iif, ct_id, direction: self.direction }
     }
 }
 

@@ -79,7 +79,7 @@ impl Reader {
             tracing::debug!(iif = %sight.in_dev, "a sight without a connection of ours");
             return;
         };
-        let key = LedgerKey { iif: sight.in_dev, ct_id: id, direction };
+        let key = LedgerKey { hook: sight.hook, iif: sight.in_dev, ct_id: id, direction };
         // In the flowtable of somebody else: it is left to that one, and looked at again.
         if entry.status.offload() && !self.is_ours(&entry, id) {
             self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
@@ -116,7 +116,7 @@ impl Reader {
                 timeout: entry.timeout,
                 sighted: Vec::new(),
             });
-            let sighted = Sighted { iif, port: real, direction };
+            let sighted = Sighted { hook: sight.hook, iif, port: real, direction };
             if !known.sighted.contains(&sighted) {
                 known.sighted.push(sighted);
             }

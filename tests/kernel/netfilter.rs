@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ctoffload::datapath::netfilter::conntrack::{
     Conntrack, CtEntry, CtEvent, CtEvents, CtUpdate, TcpState, timeouts,
 };
-use ctoffload::datapath::netfilter::ledger::{Ledger, LedgerConfig, LedgerError, LedgerKey};
+use ctoffload::datapath::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerError, LedgerKey};
 use ctoffload::datapath::netfilter::nflog::{NflogError, Sight, SightLog};
 use netdev_providers::{Direction, Ifindex, L4Proto, Tuple, Zone};
 use nix::errno::Errno;
@@ -134,7 +134,7 @@ fn seen(log: &mut SightLog, ct: &mut Conntrack) -> Vec<LedgerKey> {
                 assert_eq!(s.direction, Some(direction));
             }
             assert_eq!(s.hw_header.unwrap()[12], if entry.original.is_ipv6() { 0x86 } else { 8 });
-            LedgerKey { iif: s.in_dev, ct_id: entry.id.unwrap(), direction }
+            LedgerKey { hook: s.hook, iif: s.in_dev, ct_id: entry.id.unwrap(), direction }
         })
         .collect();
     keys.sort_unstable();
@@ -151,10 +151,14 @@ fn entry(ct: &mut Conntrack, s: &TcpStream) -> CtEntry {
 }
 
 fn both_directions(e: &CtEntry, from: Ifindex, to: Ifindex) -> [LedgerKey; 2] {
+    both_directions_in(Hook::Inet, e, from, to)
+}
+
+fn both_directions_in(hook: Hook, e: &CtEntry, from: Ifindex, to: Ifindex) -> [LedgerKey; 2] {
     let ct_id = e.id.unwrap();
     [
-        LedgerKey { iif: from, ct_id, direction: Direction::Original },
-        LedgerKey { iif: to, ct_id, direction: Direction::Reply },
+        LedgerKey { hook, iif: from, ct_id, direction: Direction::Original },
+        LedgerKey { hook, iif: to, ct_id, direction: Direction::Reply },
     ]
 }
 
@@ -225,6 +229,98 @@ fn netfilter_one_log_per_netdev_connection_and_direction() {
     ledger.rearm(&many).unwrap();
     ledger.remove().unwrap();
     assert!(!r.ns.run("nft list tables").contains("ctoffload"));
+}
+
+/// Two hosts behind a bridge, and one that the router routes to.
+#[test]
+fn netfilter_a_bridge_shows_its_ports_the_connection_and_the_tag() {
+    let r = Router::new();
+    let mac = |host: usize| {
+        let link = r.hosts[host].sh("ip -br link show e0");
+        link.split_whitespace().nth(2).unwrap().to_owned()
+    };
+    r.ns.run(
+        "set -e; ip link add br0 type bridge; ip link set br0 up
+         for r in r0 r1; do ip addr flush dev $r; ip link set $r master br0; done
+         ip addr add 10.0.0.1/24 dev br0; ip addr add fd00:0::1/64 dev br0 nodad",
+    );
+    r.hosts[1].sh(
+        "ip addr flush dev e0; ip addr add 10.0.0.3/24 dev e0; ip addr add fd00:0::3/64 dev e0 nodad
+         ip link add link e0 name e0.7 type vlan id 7; ip link set e0.7 up
+         ip addr add 10.0.7.3/24 dev e0.7",
+    );
+    r.hosts[0].sh("ip link add link e0 name e0.7 type vlan id 7; ip link set e0.7 up
+         ip addr add 10.0.7.2/24 dev e0.7");
+    let mut log = SightLog::open(GROUP).unwrap();
+    let mut ledger = r.ledger(LedgerConfig { bridged: true, ..LedgerConfig::default() });
+    let bridge = r.ns.run("ip -o link show br0 | cut -d: -f1");
+    ledger.port_add(Ifindex::new(bridge.trim().parse().unwrap()).unwrap()).unwrap();
+    let mut ct = Conntrack::open().unwrap();
+
+    let mut want = Vec::new();
+    let mut open = Vec::new();
+    for (target, vlan) in [("10.0.0.3", None), ("fd00:0::3", None), ("10.0.7.3", Some(7))] {
+        let (mut c, mut s) = r.tcp(0, 1, target);
+        talk(&mut c, &mut s);
+        let entry = entry(&mut ct, &c);
+        let keys = both_directions_in(Hook::Bridge, &entry, r.ports[0], r.ports[1]);
+        let [there, back] = &sights(&mut log)[..] else { panic!("two sights to {target}") };
+        for (sight, key, out, hosts) in
+            [(there, keys[0], r.ports[1], [1, 0]), (back, keys[1], r.ports[0], [0, 1])]
+        {
+            assert_eq!((sight.hook, sight.in_dev, sight.out_dev), (key.hook, key.iif, Some(out)));
+            assert_eq!(sight.vlan, vlan);
+            let header = sight.hw_header.unwrap();
+            let macs = [0, 6].map(|at| header[at..at + 6].iter().map(|b| format!("{b:02x}")));
+            let macs = macs.map(|bytes| bytes.collect::<Vec<_>>().join(":"));
+            assert_eq!(macs, hosts.map(mac));
+            assert_eq!(sight.forward_tuple(), entry.in_forward(key.direction));
+            let found = ct.find_forwarded(Zone(0), &sight.forward_tuple().unwrap()).unwrap();
+            assert_eq!(found.map(|(e, d)| (e.id, d)), Some((entry.id, key.direction)));
+            assert_eq!(sight.ct.is_some(), log.has_conntrack());
+            assert_eq!(sight.ct.as_ref().map(|e| e.original), Some(entry.original));
+        }
+        want.extend(keys);
+        open.push((c, s));
+    }
+    // What is routed is sighted where it is routed, in the other table.
+    let (mut c, mut s) = r.tcp(0, 2, "10.0.2.2");
+    talk(&mut c, &mut s);
+    let routed = both_directions(&entry(&mut ct, &c), ledger.ports().unwrap()[3], r.ports[2]);
+    let mut routed = routed.to_vec();
+    routed.sort_unstable();
+    assert_eq!(seen(&mut log, &mut ct), routed);
+    want.extend(routed);
+    open.push((c, s));
+    want.sort_unstable();
+    assert_eq!(ledger.sighted().unwrap(), want);
+    assert_eq!(ledger.len().unwrap(), want.len());
+    let counted = ledger.counted().unwrap();
+    assert!(counted.len() == want.len() && want.iter().all(|k| counted[k] > 2), "{counted:?}");
+
+    // Re-armed in the table that each is in, and only there.
+    let other = |k: &LedgerKey| LedgerKey {
+        hook: if k.hook == Hook::Inet { Hook::Bridge } else { Hook::Inet },
+        ..*k
+    };
+    let others: Vec<_> = want.iter().map(other).collect();
+    ledger.rearm(&others).unwrap();
+    assert_eq!(ledger.sighted().unwrap(), want);
+    let again = [want[0], want[2], want[3]];
+    ledger.rearm(&again).unwrap();
+    for (c, s) in &mut open {
+        talk(c, s);
+    }
+    assert_eq!(seen(&mut log, &mut ct), again);
+    assert_eq!(r.ns.run("nft list tables"), "table inet ctoffload\ntable bridge ctoffload\n");
+    ledger.remove().unwrap();
+    assert_eq!(r.ns.run("nft list tables"), "");
+    // Whose table it is, and what is in the way, is told with its family.
+    r.ns.run("nft add table bridge ctoffload");
+    let refused = Ledger::install(LedgerConfig { bridged: true, ..LedgerConfig::default() });
+    let Err(LedgerError::TableExists { table }) = refused else { panic!("{refused:?}") };
+    assert_eq!(table, "bridge ctoffload");
+    assert!(!r.ns.run("nft list tables").contains("inet"));
 }
 
 #[test]

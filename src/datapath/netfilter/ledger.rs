@@ -20,6 +20,18 @@
 //! }
 //! <once> = add @sighted { iif . ct id . ct direction counter limit rate 1/hour burst 1 packets }
 //! ```
+//! Where connections that a bridge forwards are to be sighted too ([`LedgerConfig::bridged`]), there is
+//! a second table of the same kind, with sets of its own, in the bridge's forward hook:
+//! ```text
+//! table bridge ctoffload {
+//!   chain sight { type filter hook forward priority 10; policy accept;
+//!     iif != @ports accept                     # a port of the bridge
+//!     ct status & ...                          # as above; [ct bytes < N accept]
+//!     meta pkttype != other accept             # flooded: broadcast, multicast
+//!     ...                                      # as above
+//!   }
+//! }
+//! ```
 //! What a rule accepts leaves this chain only; packets never meet a verdict other than accept here.
 //!
 //! Things to know:
@@ -42,49 +54,35 @@
 //!   reassembles them before. Should one come all the same, the kernel does not load a transport
 //!   header from it, and the TCP rule does not match.
 //! - A full set logs nothing: compare [`Ledger::len`] with [`Ledger::size`].
+//! - In family `bridge` the `ct` expressions switch **bridge conntrack** on for the namespace
+//!   (`nf_conntrack_bridge`, which the kernel loads for it), as long as the table stands: every IP
+//!   packet that comes into a bridge there is tracked, in a VLAN or not, and fragments are reassembled
+//!   and cut up again. Connections that were there before are picked up in the middle
+//!   (`net.netfilter.nf_conntrack_tcp_loose`).
+//! - A frame whose receiver the bridge does not know passes its forward hook once for every port that
+//!   it is flooded to. The first of them is the sight.
+
+mod rules;
 
 use std::collections::HashMap;
 
 use netdev_providers::netlink::error::KernelError;
 use netdev_providers::netlink::netfilter::NFGENMSG_LEN;
-use netdev_providers::netlink::netfilter::nft::expr::{self, Cmp};
 use netdev_providers::netlink::netfilter::nft::set::{
     NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, element_keys, element_packets, elements,
 };
-use netdev_providers::netlink::netfilter::nft::table::{self, NFT_TYPE_IFINDEX, NetdevSet};
+use netdev_providers::netlink::netfilter::nft::table::{self, NetdevSet};
 use netdev_providers::netlink::netfilter::nft::*;
-use netdev_providers::netlink::socket::{ACK, CREATE, DUMP, EXCL};
+use netdev_providers::netlink::socket::{ACK, DUMP};
 use netdev_providers::netlink::wire::Received;
-use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
+use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use netdev_providers::{Direction, Ifindex};
 use nix::errno::Errno;
 use tracing::{debug, warn};
 
-use super::conntrack::{CtId, CtStatus};
-
-/// `NF_IP_PRI_FILTER` (`linux/netfilter_ipv4.h`).
-const NF_IP_PRI_FILTER: u32 = 0;
-/// What `nft` calls the key type (its `enum datatypes`; the kernel does not care): the concatenation
-/// `iface_index . integer . ct_dir`, six bits each.
-const NFT_TYPE_SIGHTED: u32 = NFT_TYPE_IFINDEX << 12 | 4 << 6 | 27;
-/// What `nft` 1.0.6 stores beside a set so that it can list it: `typeof meta iif . ct id . ct direction`.
-const SIGHTED_USERDATA: &[u8] = &[
-    0x00, 0x04, 0x00, 0x00, 0x00, 0x00, 0x03, 0x44, 0x00, 0x04, 0x0d, 0x00, 0x00, 0x00, 0x01, 0x3c,
-    0x00, 0x0e, 0x00, 0x04, 0x09, 0x00, 0x00, 0x00, 0x01, 0x06, 0x00, 0x04, 0x04, 0x00, 0x00, 0x00,
-    0x01, 0x14, 0x00, 0x04, 0x0c, 0x00, 0x00, 0x00, 0x01, 0x0c, 0x00, 0x04, 0x17, 0x00, 0x00, 0x00,
-    0x01, 0x04, 0xff, 0xff, 0xff, 0xff, 0x02, 0x14, 0x00, 0x04, 0x0c, 0x00, 0x00, 0x00, 0x01, 0x0c,
-    0x00, 0x04, 0x01, 0x00, 0x00, 0x00, 0x01, 0x04, 0xff, 0xff, 0xff, 0xff,
-];
-
-const PORTS: NetdevSet = NetdevSet { name: "ports", id: 1 };
-const SIGHTED: &str = "sighted";
-const SIGHTED_ID: u32 = 2;
-const SIGHTED_KEY_LEN: u32 = 12;
-const CHAIN: &str = "sight";
-/// After the chains that filter at priority 0, so that only what they accepted is sighted.
-const PRIORITY: u32 = NF_IP_PRI_FILTER + 10;
-/// The L3 and L4 headers: 40 + 20 bytes in IPv6, rounded up.
-const SNAPLEN: u32 = 64;
+pub use self::rules::Hook;
+use self::rules::{NEEDS_NFT, NEEDS_XFRM, PORTS, SIGHTED, SIGHTED_KEY_LEN, describe};
+use super::conntrack::CtId;
 
 /// Elements that one message names (28 bytes each; an attribute holds 64 kB).
 const KEYS_PER_MESSAGE: usize = 1024;
@@ -99,18 +97,18 @@ const DUMP_TRIES: u32 = 8;
 pub enum LedgerError {
     /// A table of that name belongs to another process that is alive.
     #[error(
-        "table inet {table} belongs to another process: is another daemon running in this network namespace?"
+        "table {table} belongs to another process: is another daemon running in this network namespace?"
     )]
     AlreadyOwned {
-        /// The table's name.
+        /// The table's family and name.
         table: String,
     },
     /// A table of that name exists and belongs to no process: ours always do, so it is a person's.
     #[error(
-        "table inet {table} exists and is not ours: rename or delete it (`nft delete table inet {table}`)"
+        "table {table} exists and is not ours: rename or delete it (`nft delete table {table}`)"
     )]
     TableExists {
-        /// The table's name.
+        /// The table's family and name.
         table: String,
     },
     /// The kernel lacks something.
@@ -147,13 +145,16 @@ pub enum LedgerError {
 /// What the ledger is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LedgerConfig {
-    /// Name of the table in family `inet`.
+    /// Name of the table in family `inet`, and of that in family `bridge`.
     pub table: String,
     /// The nfnetlink_log group that sights go to: the one given to
     /// [`SightLog::open`](super::nflog::SightLog::open).
     pub group: u16,
-    /// How many (netdev, connection, direction) it can hold; kernel memory is taken as they come.
+    /// How many (netdev, connection, direction) each table can hold; kernel memory is taken as they
+    /// come.
     pub size: u32,
+    /// Sight also what bridges forward without routing it. Switches bridge conntrack on.
+    pub bridged: bool,
     /// Sight UDP connections that never had a reply, from their second packet on.
     pub one_way_udp: bool,
     /// Do not sight connections before conntrack has counted so many bytes of their IP packets, both
@@ -170,6 +171,7 @@ impl Default for LedgerConfig {
             table: "ctoffload".to_owned(),
             group: 0xc70f,
             size: 1 << 20,
+            bridged: false,
             one_way_udp: false,
             min_bytes: 0,
             skip_offloaded: true,
@@ -180,7 +182,9 @@ impl Default for LedgerConfig {
 /// One element of the ledger: this netdev has seen this direction of this connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LedgerKey {
-    /// The ingress netdev.
+    /// Where.
+    pub hook: Hook,
+    /// The ingress netdev: the one that routed the packet, or the port of the bridge.
     pub iif: Ifindex,
     /// The connection.
     pub ct_id: CtId,
@@ -199,9 +203,10 @@ impl LedgerKey {
         b
     }
 
-    fn from_bytes(b: &[u8]) -> Option<Self> {
+    fn from_bytes(hook: Hook, b: &[u8]) -> Option<Self> {
         let b: &[u8; SIGHTED_KEY_LEN as usize] = b.try_into().ok()?;
         Some(Self {
+            hook,
             iif: Ifindex::new(u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))?,
             ct_id: CtId(u32::from_be_bytes([b[4], b[5], b[6], b[7]])),
             direction: match b[8] {
@@ -212,13 +217,6 @@ impl LedgerKey {
         })
     }
 }
-
-const NEEDS_NFT: &str = "nf_tables (CONFIG_NF_TABLES)";
-const NEEDS_INET: &str = "family inet of nf_tables (CONFIG_NF_TABLES_INET)";
-const NEEDS_CT: &str = "nft_ct (CONFIG_NFT_CT) and nf_conntrack (CONFIG_NF_CONNTRACK)";
-const NEEDS_LOG: &str = "nft_ct, nft_limit, nft_log and nfnetlink_log (CONFIG_NFT_CT, \
-                         CONFIG_NFT_LIMIT, CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG)";
-const NEEDS_XFRM: &str = "CONFIG_XFRM";
 
 /// The table, for as long as this value lives: it belongs to the socket inside, and the kernel
 /// removes it when the socket closes, also after `kill -9`. Others can list it, not change it.
@@ -258,6 +256,12 @@ impl Ledger {
         Ok(Self { socket, config, destroy: None })
     }
 
+    /// The hooks that there is a table in.
+    fn hooks(&self) -> impl Iterator<Item = Hook> + use<> {
+        let bridged = self.config.bridged;
+        Hook::BOTH.into_iter().filter(move |h| bridged || *h == Hook::Inet)
+    }
+
     /// What it was installed with.
     #[must_use]
     pub const fn config(&self) -> &LedgerConfig {
@@ -278,8 +282,8 @@ impl Ledger {
     /// # Errors
     /// The kernel's refusal, or a failure of the exchange.
     pub fn port_add(&mut self, port: Ifindex) -> Result<(), LedgerError> {
-        self.change_ports(Errno::EEXIST, |t, table| {
-            PORTS.add(t, Step::new("adding a port", NEEDS_NFT), table, &[port]);
+        self.change_ports(Errno::EEXIST, |t, table, set| {
+            set.add(t, Step::new("adding a port", NEEDS_NFT), table, &[port]);
         })
     }
 
@@ -289,18 +293,23 @@ impl Ledger {
     /// # Errors
     /// The kernel's refusal, or a failure of the exchange.
     pub fn port_del(&mut self, port: Ifindex) -> Result<(), LedgerError> {
-        self.change_ports(Errno::ENOENT, |t, table| {
-            PORTS.delete(t, Step::new("removing a port", NEEDS_NFT), table, &[port]);
+        self.change_ports(Errno::ENOENT, |t, table, set| {
+            set.delete(t, Step::new("removing a port", NEEDS_NFT), table, &[port]);
         })
     }
 
+    /// In every table together, so that they have the same.
     fn change_ports(
         &mut self,
         done_already: Errno,
-        change: impl FnOnce(&mut Transaction<'_>, &str),
+        change: impl Fn(&mut Transaction<'_>, &str, NetdevSet),
     ) -> Result<(), LedgerError> {
+        let hooks = self.hooks();
         let mut t = Transaction::new(&mut self.socket);
-        change(&mut t, &self.config.table);
+        for hook in hooks {
+            t.of_family(hook.family());
+            change(&mut t, &self.config.table, hook.ports());
+        }
         match first_refusal(t.commit()?) {
             None => Ok(()),
             Some((_, e)) if e.errno == done_already => Ok(()),
@@ -314,26 +323,35 @@ impl Ledger {
     /// # Errors
     /// The kernel's refusal, or a failure of the exchange; some elements may be removed then.
     pub fn rearm(&mut self, keys: &[LedgerKey]) -> Result<(), LedgerError> {
+        for hook in self.hooks() {
+            let keys: Vec<_> = keys.iter().filter(|k| k.hook == hook).copied().collect();
+            self.rearm_in(hook, &keys)?;
+        }
+        Ok(())
+    }
+
+    fn rearm_in(&mut self, hook: Hook, keys: &[LedgerKey]) -> Result<(), LedgerError> {
         let mut rest = keys;
         while !rest.is_empty() {
             if self.destroy != Some(false) {
                 let (now, later) = rest.split_at(rest.len().min(KEYS_PER_MESSAGE));
-                if self.destroy_elements(now)? {
+                if self.destroy_elements(hook, now)? {
                     rest = later;
                     continue;
                 }
             }
             let (now, later) = rest.split_at(rest.len().min(MESSAGES_PER_SEND));
-            self.delete_elements(now)?;
+            self.delete_elements(hook, now)?;
             rest = later;
         }
         Ok(())
     }
 
     /// One message for all, since 6.3. `false` when the kernel does not know the message.
-    fn destroy_elements(&mut self, keys: &[LedgerKey]) -> Result<bool, LedgerError> {
+    fn destroy_elements(&mut self, hook: Hook, keys: &[LedgerKey]) -> Result<bool, LedgerError> {
         let table = &self.config.table;
         let mut t = Transaction::new(&mut self.socket);
+        t.of_family(hook.family());
         t.add(Step::new("re-arming", NEEDS_NFT), NFT_MSG_DESTROYSETELEM, 0, |m| {
             elements(m, table, SIGHTED, keys.iter().map(|k| k.to_bytes()));
         });
@@ -354,11 +372,12 @@ impl Ledger {
     /// One message each: a missing element fails the transaction, but every missing one is reported
     /// in the same go, so the second attempt is without them. Only a change of the set in between
     /// can ask for a third, and we alone delete.
-    fn delete_elements(&mut self, keys: &[LedgerKey]) -> Result<(), LedgerError> {
+    fn delete_elements(&mut self, hook: Hook, keys: &[LedgerKey]) -> Result<(), LedgerError> {
         let mut keys = keys.to_vec();
         while !keys.is_empty() {
             let table = &self.config.table;
             let mut t = Transaction::new(&mut self.socket);
+            t.of_family(hook.family());
             for key in &keys {
                 t.add(Step::new("re-arming", NEEDS_NFT), NFT_MSG_DELSETELEM, 0, |m| {
                     elements(m, table, SIGHTED, [key.to_bytes()].iter());
@@ -389,9 +408,11 @@ impl Ledger {
     /// [`NetlinkError::Interrupted`] when the ruleset changed during each of several dumps.
     pub fn sighted(&mut self) -> Result<Vec<LedgerKey>, LedgerError> {
         let mut keys = Vec::new();
-        self.dump(SIGHTED, &mut keys, |m, keys| {
-            keys.extend(element_keys(m).filter_map(LedgerKey::from_bytes));
-        })?;
+        for hook in self.hooks() {
+            keys.append(&mut self.dump(hook, SIGHTED, |m, keys: &mut Vec<_>| {
+                keys.extend(element_keys(m).filter_map(|k| LedgerKey::from_bytes(hook, k)));
+            })?);
+        }
         // A hash table that grows during the walk shows some elements twice.
         keys.sort_unstable();
         keys.dedup();
@@ -403,12 +424,15 @@ impl Ledger {
     /// # Errors
     /// As [`sighted`](Self::sighted).
     pub fn counted(&mut self) -> Result<HashMap<LedgerKey, u64>, LedgerError> {
-        let mut counted = HashMap::new();
-        self.dump(SIGHTED, &mut counted, |m, counted| {
-            let elements = element_packets(m);
-            counted.extend(elements.filter_map(|(k, n)| Some((LedgerKey::from_bytes(k)?, n))));
-        })?;
-        Ok(counted)
+        let mut all = HashMap::new();
+        for hook in self.hooks() {
+            all.extend(self.dump(hook, SIGHTED, |m, counted: &mut Vec<_>| {
+                let elements = element_packets(m);
+                let key = |k| LedgerKey::from_bytes(hook, k);
+                counted.extend(elements.filter_map(|(k, n)| Some((key(k)?, n))));
+            })?);
+        }
+        Ok(all)
     }
 
     /// The netdevs that are sighted on, sorted.
@@ -416,8 +440,7 @@ impl Ledger {
     /// # Errors
     /// As [`sighted`](Self::sighted).
     pub fn ports(&mut self) -> Result<Vec<Ifindex>, LedgerError> {
-        let mut ports = Vec::new();
-        self.dump(PORTS.name, &mut ports, |m, ports| {
+        let mut ports = self.dump(Hook::Inet, PORTS, |m, ports: &mut Vec<_>| {
             let index = |b: &[u8]| Ifindex::new(u32::from_ne_bytes(b.try_into().ok()?));
             ports.extend(element_keys(m).filter_map(index));
         })?;
@@ -429,21 +452,21 @@ impl Ledger {
     /// Collects what each message of a dump has; after an interruption from the start.
     fn dump<C: Default>(
         &mut self,
+        hook: Hook,
         set: &str,
-        into: &mut C,
         collect: impl Fn(&Received<'_>, &mut C),
-    ) -> Result<(), LedgerError> {
+    ) -> Result<C, LedgerError> {
         let mut tries = 0;
         loop {
             let seq = self.socket.next_seq();
-            let buf = get(NFT_MSG_GETSETELEM, DUMP, seq, |m| {
+            let buf = get_of(hook.family(), NFT_MSG_GETSETELEM, DUMP, seq, |m| {
                 m.str(NFTA_SET_ELEM_LIST_TABLE, &self.config.table)
                     .str(NFTA_SET_ELEM_LIST_SET, set);
             });
-            *into = C::default();
-            let done = self.socket.dump(&buf, seq, |m| collect(&m, into));
+            let mut into = C::default();
+            let done = self.socket.dump(&buf, seq, |m| collect(&m, &mut into));
             match done {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(into),
                 // Any change of any table in the namespace interrupts it.
                 Err(NetlinkError::Interrupted) if tries < DUMP_TRIES => tries += 1,
                 Err(e) => return Err(e.into()),
@@ -451,23 +474,27 @@ impl Ledger {
         }
     }
 
-    /// How many elements the ledger holds. Newer kernels count them; on others this dumps the set.
+    /// How many elements the ledger holds. Newer kernels count them; on others this dumps the sets.
     ///
     /// # Errors
     /// As [`sighted`](Self::sighted).
     pub fn len(&mut self) -> Result<usize, LedgerError> {
-        let seq = self.socket.next_seq();
-        let buf = get(NFT_MSG_GETSET, ACK, seq, |m| {
-            m.str(NFTA_SET_TABLE, &self.config.table).str(NFTA_SET_NAME, SIGHTED);
-        });
-        let mut count = None;
-        self.socket.request(&buf, seq, |m| {
-            count = m.attrs(NFGENMSG_LEN).find_type(NFTA_SET_COUNT).and_then(|a| a.be32());
-        })?;
-        match count {
-            Some(n) => Ok(n as usize),
-            None => Ok(self.sighted()?.len()),
+        let mut sum = 0;
+        for hook in self.hooks() {
+            let seq = self.socket.next_seq();
+            let buf = get_of(hook.family(), NFT_MSG_GETSET, ACK, seq, |m| {
+                m.str(NFTA_SET_TABLE, &self.config.table).str(NFTA_SET_NAME, SIGHTED);
+            });
+            let mut count = None;
+            self.socket.request(&buf, seq, |m| {
+                count = m.attrs(NFGENMSG_LEN).find_type(NFTA_SET_COUNT).and_then(|a| a.be32());
+            })?;
+            match count {
+                Some(n) => sum += n as usize,
+                None => return Ok(self.sighted()?.len()),
+            }
         }
+        Ok(sum)
     }
 
     /// Whether nothing was sighted yet.
@@ -478,28 +505,33 @@ impl Ledger {
         Ok(self.len()? == 0)
     }
 
-    /// How many elements it can hold: at [`len`](Self::len) = size nothing new is sighted.
+    /// How many elements a table can hold: one that has so many sights nothing new.
     #[must_use]
     pub const fn size(&self) -> u32 {
         self.config.size
     }
 
-    /// Removes the table now, and says so when that failed (dropping the value removes it too).
+    /// Removes the tables now, and says so when that failed (dropping the value removes it too).
     ///
     /// # Errors
     /// The kernel's refusal, or a failure of the exchange.
     pub fn remove(mut self) -> Result<(), LedgerError> {
         let table = &self.config.table;
-        let mut t = Transaction::new(&mut self.socket);
-        table::delete(&mut t, Step::new("deleting the table", NEEDS_NFT), table);
-        match first_refusal(t.commit()?) {
-            None => Ok(()),
-            Some((_, e)) if e.errno == Errno::ENOENT => {
-                warn!(table, "the ledger's table was gone already");
-                Ok(())
+        for hook in self.hooks() {
+            let mut t = Transaction::new(&mut self.socket);
+            t.of_family(hook.family());
+            table::delete(&mut t, Step::new("deleting the table", NEEDS_NFT), table);
+            match first_refusal(t.commit()?) {
+                None => {}
+                Some((_, e)) if e.errno == Errno::ENOENT => {
+                    warn!(%hook, table, "the ledger's table was gone already");
+                }
+                Some((step, source)) => {
+                    return Err(LedgerError::Refused { what: step.what, source });
+                }
             }
-            Some((step, source)) => Err(LedgerError::Refused { what: step.what, source }),
         }
+        Ok(())
     }
 }
 
@@ -509,7 +541,10 @@ fn install_into(
     with_xfrm: bool,
 ) -> Result<(), LedgerError> {
     let mut t = Transaction::new(socket);
-    describe(&mut t, config, with_xfrm);
+    describe(&mut t, config, Hook::Inet, with_xfrm);
+    if config.bridged {
+        describe(&mut t, config, Hook::Bridge, with_xfrm);
+    }
     let answers = match t.commit() {
         Ok(answers) => answers,
         Err(NetlinkError::Kernel(source)) => {
@@ -531,133 +566,26 @@ fn install_into(
     else {
         return Ok(());
     };
-    let table = || config.table.clone();
-    Err(match source.errno {
-        // Whose table it is comes before everything else in the transaction.
-        Errno::EPERM => LedgerError::AlreadyOwned { table: table() },
-        Errno::EEXIST if step.what == "the table" => LedgerError::TableExists { table: table() },
-        Errno::EOPNOTSUPP
-        | Errno::ENOENT
-        | Errno::EAFNOSUPPORT
-        | Errno::EPROTONOSUPPORT
-        | Errno::EPFNOSUPPORT => {
-            LedgerError::Unsupported { what: step.what, needs: step.needs, source }
+    let table = |hook| format!("{hook} {}", config.table);
+    let of_table = Hook::BOTH.into_iter().find(|h| h.steps().table == step);
+    Err(match (source.errno, of_table) {
+        // Whose table it is comes before everything else in it.
+        (Errno::EPERM, hook) => {
+            LedgerError::AlreadyOwned { table: table(hook.unwrap_or(Hook::Inet)) }
         }
+        (Errno::EEXIST, Some(hook)) => LedgerError::TableExists { table: table(hook) },
+        (
+            Errno::EOPNOTSUPP
+            | Errno::ENOENT
+            | Errno::EAFNOSUPPORT
+            | Errno::EPROTONOSUPPORT
+            | Errno::EPFNOSUPPORT
+            // No bridge conntrack (`nf_ct_netns_do_get`).
+            | Errno::EPROTO,
+            _,
+        ) => LedgerError::Unsupported { what: step.what, needs: step.needs, source },
         _ => LedgerError::Refused { what: step.what, source },
     })
-}
-
-/// The messages that make the table.
-fn describe(t: &mut Transaction<'_>, config: &LedgerConfig, with_xfrm: bool) {
-    let table = config.table.as_str();
-    table::make_owned(t, Step::new("the table", NEEDS_NFT), table);
-    PORTS.make(t, Step::new("the set of ports", NEEDS_NFT), table);
-    t.add(Step::new("the set of sights", NEEDS_NFT), NFT_MSG_NEWSET, CREATE | EXCL, |m| {
-        m.str(NFTA_SET_TABLE, table)
-            .str(NFTA_SET_NAME, SIGHTED)
-            .be32(NFTA_SET_FLAGS, NFT_SET_EVAL)
-            .be32(NFTA_SET_KEY_TYPE, NFT_TYPE_SIGHTED)
-            .be32(NFTA_SET_KEY_LEN, SIGHTED_KEY_LEN)
-            .be32(NFTA_SET_ID, SIGHTED_ID)
-            .nested(NFTA_SET_DESC, |m| {
-                m.be32(NFTA_SET_DESC_SIZE, config.size);
-            })
-            .attr(NFTA_SET_USERDATA, SIGHTED_USERDATA);
-    });
-    table::make_forward_chain(t, Step::new("the chain", NEEDS_INET), table, CHAIN, PRIORITY);
-    let mut rule = |step, fill: &dyn Fn(&mut Message<'_>)| {
-        table::append_rule(t, step, table, CHAIN, fill);
-    };
-    rule(Step::new("the rule on ports", NEEDS_NFT), &|m| {
-        PORTS.unless_in(m, expr::NFT_META_IIF);
-        expr::accept(m);
-    });
-    // What nft_flow_offload.c and TC cannot offload, and what is offloaded or dying already.
-    let mut never = CtStatus::SEQ_ADJUST
-        | CtStatus::DYING
-        | CtStatus::TEMPLATE
-        | CtStatus::NAT_CLASH
-        | CtStatus::HELPER;
-    if config.skip_offloaded {
-        never |= CtStatus::OFFLOAD | CtStatus::HW_OFFLOAD;
-    }
-    rule(Step::new("the rule on conntrack status", NEEDS_CT), &|m| {
-        expr::ct(m, expr::NFT_CT_STATUS, expr::NFT_REG_1);
-        expr::mask(m, &never.to_ne_bytes());
-        expr::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
-        expr::accept(m);
-    });
-    if config.min_bytes > 0 {
-        rule(Step::new("the rule on bytes", NEEDS_CT), &|m| {
-            expr::ct(m, expr::NFT_CT_BYTES, expr::NFT_REG_1);
-            expr::to_be64(m);
-            expr::cmp(m, Cmp::Lt, &config.min_bytes.to_be_bytes());
-            expr::accept(m);
-        });
-    }
-    if with_xfrm {
-        let xfrm = |what| Step { what, needs: NEEDS_XFRM, optional: true };
-        rule(xfrm("the rule on packets from IPsec"), &|m| {
-            expr::meta(m, expr::NFT_META_SECPATH, expr::NFT_REG_1);
-            expr::cmp(m, Cmp::Eq, &[1]);
-            expr::accept(m);
-        });
-        rule(xfrm("the rule on packets into IPsec"), &|m| {
-            expr::rt(m, expr::NFT_RT_XFRM, expr::NFT_REG_1);
-            expr::cmp(m, Cmp::Eq, &[1]);
-            expr::accept(m);
-        });
-    }
-    rule(Step::new("the rule on multicast", NEEDS_NFT), &|m| {
-        expr::meta(m, expr::NFT_META_PKTTYPE, expr::NFT_REG_1);
-        expr::cmp(m, Cmp::Neq, &[0]); // PACKET_HOST
-        expr::accept(m);
-    });
-    rule(Step::new("the rule on IPv4 options", NEEDS_NFT), &|m| {
-        expr::meta(m, expr::NFT_META_NFPROTO, expr::NFT_REG_1);
-        expr::cmp(m, Cmp::Eq, &[NFPROTO_IPV4]);
-        expr::payload(m, expr::NFT_PAYLOAD_NETWORK_HEADER, 0, 1);
-        expr::mask(m, &[0x0f]);
-        expr::cmp(m, Cmp::Neq, &[5]);
-        expr::accept(m);
-    });
-    rule(Step::new("the rule on IPv6 extension headers", NEEDS_NFT), &|m| {
-        expr::meta(m, expr::NFT_META_NFPROTO, expr::NFT_REG_1);
-        expr::cmp(m, Cmp::Eq, &[NFPROTO_IPV6]);
-        expr::payload(m, expr::NFT_PAYLOAD_NETWORK_HEADER, 6, 1);
-        expr::cmp(m, Cmp::Neq, &[6]);
-        expr::cmp(m, Cmp::Neq, &[17]);
-        expr::accept(m);
-    });
-    let once = |m: &mut Message<'_>| {
-        expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
-        expr::ct(m, expr::NFT_CT_ID, expr::NFT_REG32_01);
-        expr::ct(m, expr::NFT_CT_DIRECTION, expr::NFT_REG32_02);
-        expr::add_counting_once_an_hour(m, SIGHTED, SIGHTED_ID);
-        expr::log(m, config.group, SNAPLEN);
-    };
-    let status = |m: &mut Message<'_>, bits: u32| {
-        expr::ct(m, expr::NFT_CT_STATUS, expr::NFT_REG_1);
-        expr::mask(m, &bits.to_ne_bytes());
-        expr::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
-    };
-    rule(Step::new("the rule on TCP", NEEDS_LOG), &|m| {
-        expr::meta(m, expr::NFT_META_L4PROTO, expr::NFT_REG_1);
-        expr::cmp(m, Cmp::Eq, &[6]);
-        status(m, CtStatus::ASSURED);
-        expr::payload(m, expr::NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1);
-        expr::mask(m, &[0x07]); // RST | SYN | FIN
-        expr::cmp(m, Cmp::Eq, &[0]);
-        once(m);
-    });
-    rule(Step::new("the rule on UDP", NEEDS_LOG), &|m| {
-        expr::meta(m, expr::NFT_META_L4PROTO, expr::NFT_REG_1);
-        expr::cmp(m, Cmp::Eq, &[17]);
-        if !config.one_way_udp {
-            status(m, CtStatus::SEEN_REPLY);
-        }
-        once(m);
-    });
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use netdev_providers::netlink::error::KernelError;
+use netdev_providers::netlink::netfilter::conntrack::{AF_INET, AF_INET6};
+use netdev_providers::netlink::netfilter::nft::NFPROTO_BRIDGE;
 use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_ULOG, msg_type, nfgenmsg};
 use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::wire::{AttrIter, MessageIter, Received};
@@ -14,6 +16,7 @@ use nix::errno::Errno;
 use tracing::debug;
 
 use super::conntrack::{self, CtEntry};
+use super::ledger::Hook;
 
 // linux/netfilter/nfnetlink_log.h
 const NFULNL_MSG_PACKET: u16 = 0;
@@ -29,16 +32,25 @@ const NFULA_CFG_TIMEOUT: u16 = 4;
 const NFULA_CFG_QTHRESH: u16 = 5;
 const NFULA_CFG_FLAGS: u16 = 6;
 // enum nfulnl_attr_type
+const NFULA_PACKET_HDR: u16 = 1;
 const NFULA_MARK: u16 = 2;
 const NFULA_IFINDEX_INDEV: u16 = 4;
 const NFULA_IFINDEX_OUTDEV: u16 = 5;
+const NFULA_IFINDEX_PHYSINDEV: u16 = 6;
+const NFULA_IFINDEX_PHYSOUTDEV: u16 = 7;
 const NFULA_PAYLOAD: u16 = 9;
 const NFULA_SEQ: u16 = 12;
 const NFULA_HWHEADER: u16 = 16;
 const NFULA_CT: u16 = 18;
 const NFULA_CT_INFO: u16 = 19;
+const NFULA_VLAN: u16 = 20;
+const NFULA_L2HDR: u16 = 21;
+// enum nfulnl_vlan_attr
+const NFULA_VLAN_TCI: u16 = 2;
 /// `IP_CT_IS_REPLY` (`linux/netfilter/nf_conntrack_common.h`): from here on a packet is a reply.
 const IP_CT_IS_REPLY: u32 = 3;
+/// `VLAN_VID_MASK` (`linux/if_vlan.h`).
+const VLAN_VID_MASK: u16 = 0x0fff;
 
 /// Bytes of the packet that are asked for: the rule's own `snaplen` is less.
 const COPY_RANGE: u32 = 128;
@@ -78,10 +90,14 @@ pub enum NflogError {
 /// destination NAT, before source NAT.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sight {
-    /// The netdev it came in on.
+    /// Which forward hook.
+    pub hook: Hook,
+    /// The netdev it came in on: the one that routed it, or the port of the bridge.
     pub in_dev: Ifindex,
-    /// The netdev it was routed to.
+    /// The netdev it was routed to, or the port that the bridge sends it out of.
     pub out_dev: Option<Ifindex>,
+    /// The VLAN tag that it has in the bridge.
+    pub vlan: Option<u16>,
     /// The packet's mark.
     pub mark: u32,
     /// Its direction in the connection; `None` where the kernel does not give the connection.
@@ -243,11 +259,14 @@ fn read_logs(
 
 fn parse_sight(m: &Received<'_>) -> Option<Sight> {
     let attrs: AttrIter<'_> = m.attrs(NFGENMSG_LEN);
-    let family = *m.payload.first()?;
-    let mut in_dev = None;
+    let mut family = *m.payload.first()?;
+    let hook = if family == NFPROTO_BRIDGE { Hook::Bridge } else { Hook::Inet };
+    let (mut in_dev, mut in_port, mut out_port) = (None, None, None);
     let mut sight = Sight {
+        hook,
         in_dev: Ifindex::new(1)?,
         out_dev: None,
+        vlan: None,
         mark: 0,
         direction: None,
         ct: None,
@@ -256,12 +275,28 @@ fn parse_sight(m: &Received<'_>) -> Option<Sight> {
     };
     for a in attrs {
         match a.ty {
+            // The family of the connection is not the bridge's. (Comes before it.)
+            NFULA_PACKET_HDR if hook == Hook::Bridge => {
+                family = match a.payload.first_chunk()? {
+                    [0x08, 0x00] => AF_INET,
+                    [0x86, 0xdd] => AF_INET6,
+                    _ => family,
+                };
+            }
             NFULA_IFINDEX_INDEV => in_dev = a.be32().and_then(Ifindex::new),
             NFULA_IFINDEX_OUTDEV => sight.out_dev = a.be32().and_then(Ifindex::new),
+            NFULA_IFINDEX_PHYSINDEV => in_port = a.be32().and_then(Ifindex::new),
+            NFULA_IFINDEX_PHYSOUTDEV => out_port = a.be32().and_then(Ifindex::new),
             NFULA_MARK => sight.mark = a.be32()?,
+            NFULA_VLAN => {
+                let tci = a.nested().find_type(NFULA_VLAN_TCI).and_then(|a| a.be16());
+                sight.vlan = tci.map(|tci| tci & VLAN_VID_MASK);
+            }
             NFULA_PAYLOAD => sight.packet = a.payload.into(),
             // Of another length it is of another kind of netdev.
-            NFULA_HWHEADER => sight.hw_header = a.payload.try_into().ok(),
+            NFULA_HWHEADER if hook == Hook::Inet => sight.hw_header = a.payload.try_into().ok(),
+            // In a bridge the length of the other is that of the egress netdev's headers.
+            NFULA_L2HDR if hook == Hook::Bridge => sight.hw_header = a.payload.try_into().ok(),
             NFULA_CT => sight.ct = CtEntry::parse(family, a.nested()),
             NFULA_CT_INFO => {
                 let reply = a.be32()? >= IP_CT_IS_REPLY;
@@ -269,6 +304,10 @@ fn parse_sight(m: &Received<'_>) -> Option<Sight> {
             }
             _ => {}
         }
+    }
+    if hook == Hook::Bridge {
+        // The others are the bridge then; a kernel without CONFIG_BRIDGE_NETFILTER has the ports there.
+        (in_dev, sight.out_dev) = (in_port.or(in_dev), out_port.or(sight.out_dev));
     }
     sight.in_dev = in_dev?;
     Some(sight)
