@@ -66,7 +66,9 @@ impl Watch {
                     std::thread::sleep(TICK);
                 }
             }
-            if changes.any && Instant::now() >= earliest {
+            // At a stop our own tables go, with the socket that told them from others.
+            let stopped = stop.load(Ordering::Relaxed);
+            if changes.any && !stopped && Instant::now() >= earliest {
                 let Changes { tables, .. } = std::mem::take(&mut changes);
                 earliest = Instant::now() + AT_MOST_EVERY;
                 if tables > 0 {
