@@ -93,6 +93,7 @@ fn slot(port: &str, direction: Direction) -> SlotInfo {
         vlan_in: None,
         vlan_out: Some(20),
         dst_mac: Some("02:00:00:00:00:01".into()),
+        bridged: false,
         nat: true,
         in_hw: Some(true),
         packets: 321,

@@ -89,7 +89,8 @@ fn place(
             line("arrives on", format!("{iif}, above {port}{}", tag(s.vlan_in)));
         }
         if let Some(egress) = &s.egress {
-            let mac = s.dst_mac.as_ref().map_or(String::new(), |m| format!(", next hop {m}"));
+            let whom = if s.bridged { "bridged as it is, to" } else { "next hop" };
+            let mac = s.dst_mac.as_ref().map_or(String::new(), |m| format!(", {whom} {m}"));
             let nat = if s.nat { ", addresses or ports rewritten" } else { "" };
             let index = s.egress_ifindex.map_or(String::new(), |i| format!(" (ifindex {i})"));
             let above = s.oif.as_ref().map_or(String::new(), |oif| format!(", below {oif}"));

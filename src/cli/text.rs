@@ -341,13 +341,17 @@ fn slot(s: &SlotInfo, detail: bool) -> Vec<String> {
         Some(false) => "software",
         None => "",
     };
-    let nat = if s.nat { "nat" } else { "" };
+    let change = match (s.nat, s.bridged) {
+        (true, _) => "nat",
+        (false, true) => "bridged",
+        (false, false) => "",
+    };
     vec![
         format!("{}{}", s.port, above(&s.iif)),
         s.direction.to_string(),
         s.state.clone(),
         egress,
-        nat.to_owned(),
+        change.to_owned(),
         hw.to_owned(),
         rest.join(", "),
     ]

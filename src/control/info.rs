@@ -168,8 +168,10 @@ pub struct SlotInfo {
     pub vlan_in: Option<u16>,
     /// The VLAN tag they leave with.
     pub vlan_out: Option<u16>,
-    /// The next hop's MAC address.
+    /// The next hop's MAC address; of bridged packets the receiver's.
     pub dst_mac: Option<String>,
+    /// Whether a bridge forwards them, and nobody routes them.
+    pub bridged: bool,
     /// Whether addresses or ports change on the way.
     pub nat: bool,
     /// Whether the NIC has taken the rule, where that is known.
@@ -508,7 +510,7 @@ attributes! {
         port = 1, ifindex = 2, generation = 3, direction = 4, state = 5, reason = 6, detail = 7,
         retry_in_ms = 8, egress = 9, egress_ifindex = 10, dst_mac = 11, nat = 12, in_hw = 13,
         packets = 14, bytes = 15, idle_ms = 16, cookie = 17, rule = 18, iif = 19, oif = 20,
-        vlan_in = 21, vlan_out = 22,
+        vlan_in = 21, vlan_out = 22, bridged = 23,
     }
     ProviderInfo { class = 1, priority = 2, ports = 3, note = 4 }
     Stats {
@@ -552,13 +554,13 @@ mod tests {
         fn slots()(
             port in "[a-z0-9é]{0,15}", ifindex: u32, reply: bool, state in "[a-z]{1,9}",
             reason in proptest::option::of("[a-z-]{0,20}"), retry_in_ms: Option<u64>, nat: bool,
-            in_hw: Option<bool>, packets: u64, egress_ifindex: Option<u32>, vlan_in: Option<u16>,
+            bridged: bool, in_hw: Option<bool>, packets: u64, egress_ifindex: Option<u32>, vlan_in: Option<u16>,
         ) -> SlotInfo {
             SlotInfo {
                 port, ifindex, generation: 9,
                 direction: if reply { Direction::Reply } else { Direction::Original },
                 state, detail: reason.clone(), reason, retry_in_ms, egress: None, egress_ifindex,
-                iif: None, oif: Some("br0".into()), vlan_in, vlan_out: None, dst_mac: None, nat, in_hw, packets, bytes: 1, idle_ms: None, cookie: None, rule: None,
+                iif: None, oif: Some("br0".into()), vlan_in, vlan_out: None, dst_mac: None, bridged, nat, in_hw, packets, bytes: 1, idle_ms: None, cookie: None, rule: None,
             }
         }
     }

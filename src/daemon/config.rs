@@ -6,6 +6,7 @@
 //! nflog-group = 4919         # 1..=65535: NFLOG group that sights come through
 //! ledger-size = 262144       # elements: (netdev, connection, direction)
 //! one-way-udp = false        # offload UDP that nobody has answered
+//! bridged = false            # also what a bridge forwards without routing it; see below
 //! on-ruleset-change = "flush" # or "keep": offloaded connections when nf_tables rules change
 //!
 //! [limits]
@@ -49,6 +50,18 @@
 //! destination-ports = [443, "8000-8999"]
 //! zones = [0, "100-199"]
 //! ```
+//!
+//! # Bridges
+//!
+//! With `bridged = true` connections that a bridge of this machine forwards between two of its ports
+//! are offloaded as well, when both ports are reached from ports of the daemon. The kernel tracks what
+//! passes a bridge only when it is asked to, and this asks it, for all bridges of the network
+//! namespace as long as the daemon runs: **bridge conntrack** (`nf_conntrack_bridge`). It is off by
+//! default because it changes what the machine does: conntrack's table holds those connections too,
+//! fragments are put together and cut up again, and rules of family `bridge` that say `ct state` begin
+//! to match. (If there are such rules already, it is on, and nothing changes.) Without the kernel's
+//! part of it the daemon does not start (exit status 5). `ledger-size` counts for routed and for
+//! bridged connections each.
 //!
 //! # Admission
 //!
@@ -114,6 +127,8 @@ pub struct Config {
     pub ledger_size: NonZeroU32,
     /// Offload unanswered UDP.
     pub one_way_udp: bool,
+    /// Offload what bridges forward.
+    pub bridged: bool,
     /// What happens to offloaded connections when nf_tables rules change.
     pub on_ruleset_change: OnRulesetChange,
     /// Connections kept.
@@ -163,6 +178,7 @@ struct RawSight {
     nflog_group: Option<NonZeroU16>,
     ledger_size: Option<Spanned<u32>>,
     one_way_udp: bool,
+    bridged: bool,
     on_ruleset_change: RawOnRulesetChange,
 }
 
@@ -346,6 +362,7 @@ impl Config {
             nflog_group: raw.sight.nflog_group.unwrap_or(DEFAULT_GROUP),
             ledger_size: NonZeroU32::new(ledger_size).unwrap_or(NonZeroU32::MIN),
             one_way_udp: raw.sight.one_way_udp,
+            bridged: raw.sight.bridged,
             on_ruleset_change: match raw.sight.on_ruleset_change {
                 RawOnRulesetChange::Flush => OnRulesetChange::Flush,
                 RawOnRulesetChange::Keep => OnRulesetChange::Keep,
@@ -415,6 +432,7 @@ mod tests {
         assert_eq!((c.sweep_seconds, c.sweep_max_seconds), (5, 20));
         assert_eq!(c.on_ruleset_change, OnRulesetChange::Flush);
         assert_eq!(c.port("eth0"), None);
+        assert!(!c.bridged, "bridge conntrack stays off unless it is asked for");
     }
 
     #[test]
@@ -443,6 +461,7 @@ mod tests {
         assert_eq!(error("[usage]\nsweep-seconds = 9\nsweep-max-seconds = 8\n").0, 3);
         assert_eq!(error("[[port]]\nmatch = \"a[\"\n").0, 2);
         assert_eq!(error("[[port]]\nmatch = \"a\"\noffload = \"hw\"\n").0, 3);
+        assert_eq!(error("[sight]\nbridged = 1\n").0, 2);
         assert_eq!(error("\n\n= 3\n").0, 3);
         assert_eq!(error("[[port]]\nmatch = \"a\"\ncapacity = 0\n").0, 3);
         assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);

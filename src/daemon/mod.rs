@@ -173,6 +173,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         nflog_group: config.nflog_group.get(),
         ledger_size: config.ledger_size.get(),
         one_way_udp: config.one_way_udp,
+        bridged: config.bridged,
         admission: config.admission.clone(),
         min_bytes: config.min_bytes,
         on_ruleset_change: config.on_ruleset_change,

@@ -16,14 +16,16 @@ use super::DatapathError;
 use super::admission::Admission;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
-use super::routing::fdb::Fdb;
-use super::routing::links::Links;
+use super::routing::bridged;
+use super::routing::fdb::{Behind, Fdb};
+use super::routing::links::{Layer, Link, Links};
 use super::routing::path::PathResolver;
 use super::routing::stack::{Frames, descend};
 use crate::engine::PortDeleted;
-use crate::engine::conn::{ConnHandle, ConnKey};
+use crate::engine::conn::{ConnHandle, ConnKey, PathTaken};
 use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Sight, SlotChange};
 use crate::engine::reconcile::Recognised;
+use crate::engine::view::SlotView;
 
 /// Settings of the kernel datapath.
 #[derive(Clone, Debug)]
@@ -34,6 +36,8 @@ pub struct Config {
     pub ledger_size: u32,
     /// Offload UDP that nobody has answered.
     pub one_way_udp: bool,
+    /// Offload also what bridges forward without routing it; switches bridge conntrack on.
+    pub bridged: bool,
     /// Which connections may be offloaded.
     pub admission: Admission,
     /// From how many bytes on, both directions together; 0: from the first packet that can be.
@@ -91,10 +95,12 @@ pub(super) struct Known {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sighted {
     pub hook: Hook,
-    /// The netdev that routed the packet: the port, or one above it.
+    /// The netdev that routed the packet: the port, or one above it; or the port of the bridge.
     pub iif: Ifindex,
     pub port: Ifindex,
     pub direction: Direction,
+    /// Of a bridged one: the MAC address that it came from, which the bridge has learnt there.
+    pub from: Option<MacAddr>,
 }
 
 /// Watches what happens. Called on threads of the engine and the datapath: it must not block and
@@ -145,6 +151,7 @@ impl Backend {
         let ledger = Ledger::install(LedgerConfig {
             group: config.nflog_group,
             size: config.ledger_size,
+            bridged: config.bridged,
             one_way_udp: config.one_way_udp,
             min_bytes: config.min_bytes,
             // A flowtable on one netdev of a connection can stand beside another provider on the
@@ -236,6 +243,12 @@ impl Backend {
         elements
     }
 
+    /// How many it can hold.
+    #[must_use]
+    pub fn ledger_size(&self) -> u64 {
+        u64::from(self.config.ledger_size) * if self.config.bridged { 2 } else { 1 }
+    }
+
     /// The netlink port id that the ledger's changes of nf_tables are announced with.
     fn ledger_port_id(&self) -> Option<u32> {
         let mut id = None;
@@ -304,6 +317,42 @@ impl Backend {
                 tracing::warn!(count = keys.len(), "sights not re-armed: {e}");
             }
         });
+    }
+
+    /// The MAC address that the frames of a bridged slot come from.
+    pub(super) fn bridged_from(&self, conn: &ConnHandle, slot: &SlotView) -> Option<MacAddr> {
+        let known = self.known.get(&ct_id(conn)?)?;
+        let of = (Hook::Bridge, slot.netdev.ifindex, slot.direction);
+        known.sighted.iter().find(|s| (s.hook, s.port, s.direction) == of)?.from
+    }
+
+    /// Whether a bridge still forwards the frames of a slot to where its rule sends them.
+    pub(super) fn is_still_bridged(
+        &self,
+        conn: &ConnHandle,
+        slot: &SlotView,
+        taken: &PathTaken,
+    ) -> bool {
+        let hint = PathHint {
+            ingress: taken.iif,
+            eth_dst: taken.dst_mac,
+            bridged: true,
+            ..PathHint::default()
+        };
+        let tuples = (*conn.arriving(slot.direction), conn.leaving(slot.direction));
+        bridged::resolve(&self.links, &self.fdb, slot.netdev.ifindex, tuples, &hint)
+            .is_ok_and(|p| (p.forward.egress, p.oif) == (taken.egress, taken.oif))
+    }
+
+    /// Whether a packet that the stack's forward hook has shown was bridged, and is shown by the
+    /// bridge's own forward hook as well: br_netfilter does that.
+    pub(super) fn is_shown_twice(&self, iif: Ifindex, to: Option<MacAddr>) -> bool {
+        let is_bridge =
+            |l: &Link| matches!(l.layer, Layer::Bridge { .. }) && l.mac.is_some() && l.mac != to;
+        let not_its_own = |to| self.fdb.get(iif, to) != Some(Behind::Itself);
+        self.config.bridged
+            && self.links.get(iif).as_ref().is_some_and(is_bridge)
+            && to.is_some_and(not_its_own)
     }
 
     /// Forgets what was sighted on a netdev that is no port any more, or is gone.

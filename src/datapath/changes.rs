@@ -176,7 +176,8 @@ impl Changes {
     }
 
     /// Takes back the rules whose packets are routed on this netdev or on one above it, on arrival or
-    /// on departure, and not on the netdev that the rule stands on or redirects to.
+    /// on departure, and not on the netdev that the rule stands on or redirects to; or that this bridge
+    /// forwards.
     fn retract_through(&self, above: BTreeSet<Ifindex>, old: &Link, new: &Link) {
         // Most netdevs have nothing above them and nothing below.
         if above.is_empty() && (&old.layer, &new.layer) == (&Layer::Real, &Layer::Real) {
@@ -185,7 +186,10 @@ impl Changes {
         let mut netdevs = above;
         netdevs.insert(old.ifindex);
         let through = |i: Option<Ifindex>| i.is_some_and(|i| netdevs.contains(&i));
-        let rules = self.retract_where(|p, _| through(p.iif) || through(p.oif));
+        let rules = self.retract_where(|p, slot| {
+            let in_port = p.iif.unwrap_or(slot.netdev.ifindex);
+            through(p.iif) || through(p.oif) || (p.bridged && self.is_port_of(in_port, old.ifindex))
+        });
         if rules > 0 {
             tracing::info!(rules, "what is above or below a netdev changed: rules taken back");
         }
@@ -212,13 +216,28 @@ impl Changes {
         if before.is_some() {
             let mut netdevs = self.backend.links().above(bridge);
             netdevs.insert(bridge);
-            let rules = self.retract_where(|p, _| {
-                p.dst_mac == Some(mac) && p.oif.is_some_and(|oif| netdevs.contains(&oif))
-            });
+            let mut rules = 0;
+            for conn in self.engine.conns() {
+                for slot in self.engine.slots(&conn) {
+                    let Some(p) = slot.path else { continue };
+                    let is_stale = if p.bridged {
+                        self.is_port_of(p.oif.unwrap_or(p.egress), bridge)
+                            && (p.dst_mac == Some(mac)
+                                || self.backend.bridged_from(&conn, &slot) == Some(mac))
+                    } else {
+                        p.dst_mac == Some(mac) && p.oif.is_some_and(|oif| netdevs.contains(&oif))
+                    };
+                    rules += u32::from(is_stale && self.retract(&conn, &slot));
+                }
+            }
             if rules > 0 {
                 tracing::info!(%mac, rules, "a bridge's port for it changed: rules taken back");
             }
         }
+    }
+
+    fn is_port_of(&self, port: Ifindex, bridge: Ifindex) -> bool {
+        self.backend.links().get(port).is_some_and(|l| l.controller == Some(bridge.get()))
     }
 
     /// After a loss of events: takes back what the stacks of netdevs, as they are now, do not lead to.
@@ -227,12 +246,22 @@ impl Changes {
         let leads_to = |top, frames, real| {
             descend(links, fdb, top, frames).is_ok_and(|s| s.real.ifindex == real)
         };
-        self.retract_where(|p, slot| {
-            let (port, egress) = (slot.netdev.ifindex, p.egress);
-            let of = Frames::Of(p.dst_mac.unwrap_or_default());
-            p.iif.is_some_and(|iif| !leads_to(iif, Frames::On(port), port))
-                || p.oif.is_some_and(|oif| !leads_to(oif, of, egress))
-        });
+        for conn in self.engine.conns() {
+            for slot in self.engine.slots(&conn) {
+                let Some(p) = slot.path else { continue };
+                let (port, egress) = (slot.netdev.ifindex, p.egress);
+                let of = Frames::Of(p.dst_mac.unwrap_or_default());
+                let is_stale = if p.bridged {
+                    !self.backend.is_still_bridged(&conn, &slot, &p)
+                } else {
+                    p.iif.is_some_and(|iif| !leads_to(iif, Frames::On(port), port))
+                        || p.oif.is_some_and(|oif| !leads_to(oif, of, egress))
+                };
+                if is_stale {
+                    self.retract(&conn, &slot);
+                }
+            }
+        }
     }
 
     /// What was refused because of a netdev as it was may be possible now.
@@ -329,7 +358,8 @@ impl Changes {
                 .and_then(|id| self.backend.known.get(&id).map(|k| k.mark))
                 .unwrap_or(0);
             for slot in &slots {
-                let Some(path) = slot.path else { continue };
+                // No route leads what is bridged.
+                let Some(path) = slot.path.filter(|p| !p.bridged) else { continue };
                 rules += u32::from(
                     self.is_bypassed(&conn, slot, &slots, mark, rerouted)
                         && self.retract(&conn, slot),
@@ -389,7 +419,7 @@ impl Changes {
             direction,
         };
         // What answers it is routed where it was routed to.
-        let hint = PathHint { ingress: path.oif, eth_dst: None, egress: None, mark };
+        let hint = PathHint { ingress: path.oif, mark, ..PathHint::default() };
         let now = self.backend.resolver().resolve(&sight, &hint);
         now.is_ok_and(|p| (p.forward.egress, p.oif) != (slot.netdev.ifindex, path.iif))
     }
@@ -411,7 +441,7 @@ impl Changes {
             conn: conn.clone(),
             direction: slot.direction,
         };
-        let hint = PathHint { ingress: iif, eth_dst: None, egress: None, mark };
+        let hint = PathHint { ingress: iif, mark, ..PathHint::default() };
         let path = self.backend.resolver().resolve(&sight, &hint).ok()?;
         Some(PathTaken {
             egress: path.forward.egress,
@@ -420,6 +450,7 @@ impl Changes {
             iif: path.iif,
             oif: path.oif,
             nat: false,
+            bridged: false,
         })
     }
 }

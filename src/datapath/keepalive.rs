@@ -1,6 +1,13 @@
 //! Usage: conntrack does not see packets that rules forward, so its timeouts are written from the
 //! counters; the neighbour cache does not see them either, so neighbours in use are kept probed.
 //!
+//! **A bridge does not learn from frames that rules carry past it.** What it has learnt would age out
+//! (after 300 s by default), frames that still go through it be flooded, and every rule to that host
+//! be taken back at once, since nobody would know where it is. So bridges are told of the senders
+//! whose rules have carried something, no others and no more often: a host that is silent is forgotten
+//! when it would have been, and its rules go then; and nobody is kept who has been seen elsewhere
+//! meanwhile.
+//!
 //! **Counters of a NIC can stand still** although its rules forward: read from the hardware now and
 //! then only, or never. A connection in use would look idle then, and its conntrack entry would expire
 //! under it. So a connection of which the NIC says nothing is taken back into software a little before
@@ -21,8 +28,11 @@ use super::backend::{Shared, ct_id};
 use super::ends;
 use super::netfilter::conntrack::{CtUpdate, Timeouts, timeouts};
 use super::pacing::{SweepBounds, Swept};
+use super::routing::bridged;
+use super::routing::fdb::Behind;
 use crate::engine::Engine;
 use crate::engine::conn::ConnHandle;
+use crate::engine::slot::SlotState;
 use crate::engine::usage::{Strays, Sweep, Usage};
 
 /// Connections are compared with conntrack's table this often: entries made before our event socket
@@ -87,6 +97,7 @@ impl Keeper {
         }
         self.extend(&sweep.used);
         self.keep_neighbours(&sweep.used);
+        self.keep_learnt(&sweep.used);
         self.give_last_chances(&sweep.still);
         if self.compared.elapsed() >= COMPARE_EVERY {
             self.compared = Instant::now();
@@ -188,6 +199,41 @@ impl Keeper {
             }
         }
         self.backend.resolver().keep_neighbours(keep);
+    }
+
+    /// Senders of bridged frames that rules have carried since the last sweep are where they were.
+    /// Rules that send frames where the bridge would not are taken back: it may have learnt another
+    /// way while they were made.
+    fn keep_learnt(&self, used: &[ConnHandle]) {
+        let since_last = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
+        let mut seen = HashSet::new();
+        for conn in used {
+            for slot in self.engine.slots(conn) {
+                let Some(path) = slot.path.filter(|p| p.bridged) else { continue };
+                if slot.state == SlotState::Installed
+                    && !self.backend.is_still_bridged(conn, &slot, &path)
+                {
+                    self.engine.slot_retract(conn, slot.direction, slot.netdev.generation);
+                    continue;
+                }
+                if slot.idle_ms.is_none_or(|idle| idle >= since_last) {
+                    continue;
+                }
+                let port = path.iif.unwrap_or(slot.netdev.ifindex);
+                if let Some(from) = self.backend.bridged_from(conn, &slot) {
+                    seen.insert((port, from));
+                }
+            }
+        }
+        if seen.is_empty() {
+            return;
+        }
+        let (links, fdb) = (self.backend.links(), self.backend.fdb());
+        seen.retain(|(port, mac)| {
+            let bridge = bridged::port_of(links, *port).map(|(_, bridge)| bridge.ifindex);
+            bridge.is_some_and(|b| fdb.get(b, *mac) == Some(Behind::Port(*port)))
+        });
+        self.backend.resolver().keep_learnt(seen);
     }
 }
 

@@ -10,7 +10,7 @@ use netdev_providers::{Direction, Ifindex, MacAddr, Permanence, Zone};
 use super::TICK;
 use super::backend::{Known, Shared, Sighted};
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
-use super::netfilter::ledger::LedgerKey;
+use super::netfilter::ledger::{Hook, LedgerKey};
 use super::netfilter::nflog::{LogRead, Sight, SightLog};
 use crate::engine::Engine;
 use crate::engine::conn::{ConnHandle, ConnKey};
@@ -79,6 +79,7 @@ impl Reader {
             tracing::debug!(iif = %sight.in_dev, "a sight without a connection of ours");
             return;
         };
+        let bridged = sight.hook == Hook::Bridge;
         let key = LedgerKey { hook: sight.hook, iif: sight.in_dev, ct_id: id, direction };
         // In the flowtable of somebody else: it is left to that one, and looked at again.
         if entry.status.offload() && !self.is_ours(&entry, id) {
@@ -116,9 +117,11 @@ impl Reader {
                 timeout: entry.timeout,
                 sighted: Vec::new(),
             });
-            let sighted = Sighted { hook: sight.hook, iif, port: real, direction };
-            if !known.sighted.contains(&sighted) {
-                known.sighted.push(sighted);
+            let from = mac(6).filter(|_| bridged);
+            let sighted = Sighted { hook: sight.hook, iif, port: real, direction, from };
+            match known.sighted.iter_mut().find(|s| s.key(id) == key && s.port == real) {
+                Some(before) => *before = sighted,
+                None => known.sighted.push(sighted),
             }
             known.timeout = known.timeout.max(entry.timeout);
             known.mark = sight.mark;
@@ -135,6 +138,9 @@ impl Reader {
             }
             return;
         };
+        if !bridged && self.backend.is_shown_twice(iif, mac(0)) {
+            return;
+        }
         // Rules of admission are about ports, whatever stands above them.
         let name = self.backend.links().name(real);
         let path = match self.backend.config().admission.admit(&name, conn.key()) {
@@ -143,6 +149,8 @@ impl Reader {
                 eth_dst: mac(0),
                 egress: sight.out_dev,
                 mark: sight.mark,
+                bridged,
+                vlan: sight.vlan,
             }),
             Err(rejection) => PathSpec::Refused(Box::new(rejection)),
         };
@@ -153,25 +161,28 @@ impl Reader {
                     self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
                 }
             }
-            Offer::Decided => self.arrives_otherwise(&conn, direction, real, key),
+            Offer::Decided => self.arrives_otherwise(&conn, direction, real, key, mac(0)),
             Offer::Queued | Offer::Unbound => {}
         }
     }
 
     /// A port has one slot for a direction, and its rule is for the netdev above it that it was first
     /// seen on. When packets arrive by another (a path that moved from one VLAN to another of the same
-    /// port) and the rule is not used any more, it gives way; until then this is looked at again.
+    /// port), or are bridged to another receiver, and the rule is not used any more, it gives way; until
+    /// then this is looked at again.
     fn arrives_otherwise(
         &mut self,
         conn: &ConnHandle,
         direction: Direction,
         port: Ifindex,
         key: LedgerKey,
+        to: Option<MacAddr>,
     ) {
         let slots = self.engine.slots(conn);
         let slot = slots.iter().find(|s| (s.netdev.ifindex, s.direction) == (port, direction));
         let Some((slot, path)) = slot.and_then(|s| Some((s, s.path?))) else { return };
-        if slot.state != SlotState::Installed || path.iif.unwrap_or(port) == key.iif {
+        let same = path.iif.unwrap_or(port) == key.iif && (!path.bridged || path.dst_mac == to);
+        if slot.state != SlotState::Installed || same {
             return;
         }
         if slot.idle_ms.is_some_and(|idle| idle >= UNUSED_MS) {

@@ -105,7 +105,7 @@ pub struct PathTaken {
     pub egress: Ifindex,
     /// The neighbour they are sent to, where there is one.
     pub next_hop: Option<IpAddr>,
-    /// The MAC address they are sent to.
+    /// The MAC address they are sent to; of bridged ones, the one that they arrive with.
     pub dst_mac: Option<MacAddr>,
     /// The netdev above the port that the packets arrive on, where there is one.
     pub iif: Option<Ifindex>,
@@ -113,6 +113,8 @@ pub struct PathTaken {
     pub oif: Option<Ifindex>,
     /// True when addresses or ports are rewritten.
     pub nat: bool,
+    /// True when a bridge forwards the packets, and nobody routes them.
+    pub bridged: bool,
 }
 
 /// One slot; see [`super::slot`].

@@ -13,14 +13,19 @@ use super::reconcile::Recognised;
 /// What the datapath noted of the packet that made the offer, for a later [`Datapath::resolve`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PathHint {
-    /// The netdev that routed it, where that is not the port itself but one above it.
+    /// The netdev that routed it, or the port of a bridge that bridged it, where that is not the port
+    /// itself but one above it.
     pub ingress: Option<Ifindex>,
     /// The MAC address that the packet was sent to, where it is known.
     pub eth_dst: Option<MacAddr>,
-    /// Where the packet was sent: the netdev of the route.
+    /// Where the packet was sent: the netdev of the route, or the port of the bridge.
     pub egress: Option<Ifindex>,
     /// Its firewall mark, which can select a routing table.
     pub mark: u32,
+    /// A bridge forwards it, and nobody routes it.
+    pub bridged: bool,
+    /// The VLAN tag that it has in that bridge.
+    pub vlan: Option<u16>,
 }
 
 /// How packets of a flow leave, and what they look like on arrival.
@@ -37,10 +42,10 @@ pub struct Path {
     /// The neighbour that [`Forward::macs`] belongs to: when it changes, so must the rule.
     pub next_hop: Option<IpAddr>,
     /// The netdev that the packets are routed on when they arrive, where it is not the port itself
-    /// but one above it: a VLAN device, a bridge, a bond.
+    /// but one above it: a VLAN device, a bridge, a bond. Of bridged ones the bridge's port.
     pub iif: Option<Ifindex>,
     /// The netdev of the route (and of [`next_hop`](Self::next_hop)), where it is not
-    /// [`Forward::egress`] itself but one above it.
+    /// [`Forward::egress`] itself but one above it. Of bridged packets the bridge's port.
     pub oif: Option<Ifindex>,
 }
 

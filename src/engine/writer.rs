@@ -491,9 +491,10 @@ fn taken(path: &Path, flow: &Flow) -> PathTaken {
     PathTaken {
         egress: path.forward.egress,
         next_hop: path.next_hop,
-        dst_mac: path.forward.macs.map(|m| m.dst),
+        dst_mac: path.forward.macs.map(|m| m.dst).or(path.eth_dst),
         iif: path.iif,
         oif: path.oif,
         nat: flow.has_nat(),
+        bridged: path.forward.macs.is_none(),
     }
 }

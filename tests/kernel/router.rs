@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::netns::NetNs;
 
 mod admission;
+mod bridge;
 mod nat;
 mod stack;
 
@@ -293,10 +294,19 @@ pub(crate) fn reset_counters<const N: usize>(
     try_run: impl Fn(&str) -> Output,
     names: [&str; N],
 ) -> [u64; N] {
+    reset_counters_of("inet watch", try_run, names)
+}
+
+/// The same of another table.
+pub(crate) fn reset_counters_of<const N: usize>(
+    table: &str,
+    try_run: impl Fn(&str) -> Output,
+    names: [&str; N],
+) -> [u64; N] {
     // nft gives up (EINTR) when the ruleset changes meanwhile, which elements of ours do.
     let mut text = None;
     wait_until("the counters are read", || {
-        let out = try_run("nft reset counters table inet watch");
+        let out = try_run(&format!("nft reset counters table {table}"));
         text = out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned());
         text.is_some()
     });

@@ -10,8 +10,8 @@ use super::types::{Direction, Ifindex, MacAddr, Tuple, VlanId, Zone};
 /// tag than [`vlan`](Self::vlan), with one more, or with one where there should be none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowMatch {
-    /// Destination MAC address the packets carry: the port's own, where they are routed. `None`:
-    /// any (bridged).
+    /// Destination MAC address the packets carry: the port's own, where they are routed; where they
+    /// are bridged, the receiver's. `None`: any.
     pub eth_dst: Option<MacAddr>,
     /// The one 802.1Q tag they carry (with whatever priority); `None`: they are not tagged.
     pub vlan: Option<VlanId>,
@@ -46,8 +46,8 @@ pub struct Forward {
     pub macs: Option<MacRewrite>,
 }
 
-/// The netdevs that route the packets, where they are not those that the packets pass but stand above
-/// them: VLAN devices, bridges, bonds. For backends that select what the kernel routes; a rule on the
+/// The netdevs that route the packets (of bridged ones, the ports of the bridge), where they are not
+/// those that the packets pass but stand above them: VLAN devices, bridges, bonds. For backends that select what the kernel routes; a rule on the
 /// netdev needs nothing of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Above {

@@ -4,8 +4,10 @@
 //! * [`fdb`]: what bridges have learnt, likewise;
 //! * [`stack`]: from a netdev that routes down to the real one, and its tag;
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own);
+//! * [`bridged`]: where a bridge sends the frames of one direction;
 //! * [`path`]: where the packets of one direction go, asked of the kernel for each.
 
+pub mod bridged;
 pub mod fdb;
 pub mod links;
 pub mod monitor;

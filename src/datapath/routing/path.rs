@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
-use netdev_providers::netlink::socket::{ACK, REQUEST};
+use netdev_providers::netlink::socket::{ACK, CREATE, REQUEST};
 use netdev_providers::netlink::wire::{Message, Received};
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use netdev_providers::{Forward, Ifindex, MacAddr, MacRewrite, Reason, Rejection};
@@ -16,6 +16,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia,
 };
 
+use super::bridged;
 use super::fdb::Fdb;
 use super::links::{Layer, Links};
 use super::monitor::usable_mac;
@@ -26,7 +27,8 @@ const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_GETNEIGH: u16 = 30;
-/// `NTF_USE`: treat the neighbour as used, so that it is probed and kept (linux/neighbour.h).
+/// `NTF_USE`: treat the neighbour as used, so that it is probed and kept; a bridge's entry as seen
+/// (linux/neighbour.h).
 const NTF_USE: u8 = 1;
 
 /// What a route look-up answered.
@@ -60,6 +62,10 @@ impl PathResolver {
     pub fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection> {
         let arriving = *sight.conn.arriving(sight.direction);
         let leaving = sight.conn.leaving(sight.direction);
+        if hint.bridged {
+            let tuples = (arriving, leaving);
+            return bridged::resolve(&self.links, &self.fdb, sight.ifindex, tuples, hint);
+        }
         let iif = hint.ingress.unwrap_or(sight.ifindex);
         let (in_mac, arrival) =
             self.stack(iif, Frames::On(sight.ifindex), Reason::IngressUnsupported)?;
@@ -177,6 +183,21 @@ impl PathResolver {
             }
         }
     }
+
+    /// Tells bridges that they have seen these senders on these of their ports, as they would have
+    /// themselves had the frames not gone by rules: what they have learnt stays.
+    ///
+    /// (The kernel notes it for each VLAN of the port as well, which a bridge that does not filter
+    /// VLANs has by default, with the number 1.)
+    pub fn keep_learnt(&self, seen: impl IntoIterator<Item = (Ifindex, MacAddr)>) {
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        for (port, mac) in seen {
+            let seq = socket.next_seq();
+            if let Err(e) = socket.request(&fdb_request(port, mac, seq), seq, |_| {}) {
+                tracing::debug!(%port, %mac, "a bridge was not told: {e}");
+            }
+        }
+    }
 }
 
 fn reject(e: NetlinkError, what: &str) -> Rejection {
@@ -265,6 +286,26 @@ fn neighbour_request(ty: u16, ifindex: Ifindex, address: IpAddr, flags: u8, seq:
         IpAddr::V4(a) => m.attr(NDA_DST, &a.octets()),
         IpAddr::V6(a) => m.attr(NDA_DST, &a.octets()),
     };
+    m.finish();
+    buf
+}
+
+/// `struct ndmsg` and `NDA_LLADDR`: a frame from this address has come in on this port of a bridge
+/// (`br_fdb_update`).
+fn fdb_request(port: Ifindex, mac: MacAddr, seq: u32) -> Vec<u8> {
+    const NDA_LLADDR: u16 = 2;
+    /// `NTF_MASTER`: the bridge's entry, not one of the netdev itself.
+    const NTF_MASTER: u8 = 4;
+    const NUD_REACHABLE: u16 = 2;
+    let mut buf = Vec::new();
+    let mut m = Message::new(&mut buf, RTM_NEWNEIGH, REQUEST | ACK | CREATE, seq);
+    let mut header = [0u8; 12];
+    header[0] = u8::try_from(libc::AF_BRIDGE).unwrap_or(0);
+    header[4..8].copy_from_slice(&port.get().to_ne_bytes());
+    header[8..10].copy_from_slice(&NUD_REACHABLE.to_ne_bytes());
+    header[10] = NTF_MASTER | NTF_USE;
+    m.raw(&header);
+    m.attr(NDA_LLADDR, &mac.0);
     m.finish();
     buf
 }

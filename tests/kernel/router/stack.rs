@@ -22,7 +22,7 @@ impl Router {
 
     /// Gives the host behind `wan` a second cable, to `wan2`. There both are ports of a bridge, and
     /// here of `above`, which has the addresses. The second is up or down.
-    fn two_cables(&self, above: &str, kind: &str, second: &str) {
+    pub(super) fn two_cables(&self, above: &str, kind: &str, second: &str) {
         let host = self.host("wan");
         self.run(&format!(
             "ip link add wan2 type veth peer name e1 netns {host}
