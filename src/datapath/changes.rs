@@ -10,7 +10,6 @@ use std::time::Duration;
 use netdev_providers::{Ifindex, MacAddr};
 
 use super::backend::{Shared, ct_id};
-use super::routing::fdb::Behind;
 use super::routing::links::{Layer, Link};
 use super::routing::monitor::{NetEvent, is_within};
 use super::routing::stack::{Frames, descend};
@@ -32,6 +31,14 @@ pub(super) struct Changes {
     synced: Option<Sender<()>>,
     /// After a loss: the links that have been heard of again.
     heard: Option<HashSet<Ifindex>>,
+}
+
+/// What is answered for many events together.
+#[derive(Default)]
+struct Gathered {
+    rerouted: Rerouted,
+    /// What bridges have forgotten or learnt anew: when a port goes down, all that was behind it.
+    moved: HashSet<(Ifindex, MacAddr)>,
 }
 
 /// Which destinations have (perhaps) another route now.
@@ -76,32 +83,39 @@ impl Changes {
     /// Until the sender is gone.
     pub(super) fn run(mut self, events: &Receiver<NetEvent>) {
         while let Ok(first) = events.recv() {
-            let mut rerouted = Rerouted::default();
-            self.event(first, &mut rerouted);
+            let mut gathered = Gathered::default();
+            self.event(first, &mut gathered);
             while let Ok(next) = events.try_recv() {
-                self.event(next, &mut rerouted);
+                self.event(next, &mut gathered);
             }
-            if !rerouted.is_empty() {
+            self.moved(&std::mem::take(&mut gathered.moved));
+            if !gathered.rerouted.is_empty() {
                 while let Ok(next) = events.recv_timeout(GATHER) {
-                    self.event(next, &mut rerouted);
+                    self.event(next, &mut gathered);
                 }
-                self.reroute(&rerouted);
+                self.moved(&gathered.moved);
+                self.reroute(&gathered.rerouted);
             }
         }
     }
 
-    fn event(&mut self, event: NetEvent, rerouted: &mut Rerouted) {
+    fn event(&mut self, event: NetEvent, gathered: &mut Gathered) {
         match event {
             NetEvent::Link(link) => self.link(link),
             NetEvent::LinkGone(ifindex) => self.link_gone(ifindex),
             NetEvent::Neighbour { ifindex, address, mac } => self.neighbour(ifindex, address, mac),
-            NetEvent::Learnt { bridge, mac, behind } => self.learnt(bridge, mac, behind),
+            NetEvent::Learnt { bridge, mac, behind } => {
+                let before = self.backend.fdb().set(bridge, mac, behind);
+                if before.is_some() && before != behind {
+                    gathered.moved.insert((bridge, mac));
+                }
+            }
             NetEvent::BridgePort(ifindex, port) => {
                 if let Some(link) = self.backend.links().get(ifindex) {
                     self.link(Link { port, ..link });
                 }
             }
-            NetEvent::Routes(prefix) => rerouted.add(prefix),
+            NetEvent::Routes(prefix) => gathered.rerouted.add(prefix),
             NetEvent::Lost => {
                 tracing::warn!("rtnetlink events were lost: reading links and routes anew");
                 self.heard = Some(HashSet::new());
@@ -116,7 +130,7 @@ impl Changes {
                         }
                     }
                     self.restack();
-                    rerouted.all = true;
+                    gathered.rerouted.all = true;
                 }
                 // Only now: a packet that is sighted on the first port may leave by any netdev.
                 if let Some(synced) = self.synced.take() {
@@ -206,34 +220,46 @@ impl Changes {
         rules
     }
 
-    /// An address is behind another port of a bridge now, or behind none that is known: frames for
-    /// it go elsewhere.
-    fn learnt(&self, bridge: Ifindex, mac: MacAddr, behind: Option<Behind>) {
-        let before = self.backend.fdb().set(bridge, mac, behind);
-        if before == behind {
+    /// These addresses are behind another port of their bridge now, or behind none that is known:
+    /// frames for them go elsewhere, and theirs come from elsewhere.
+    fn moved(&self, moved: &HashSet<(Ifindex, MacAddr)>) {
+        if moved.is_empty() {
             return;
         }
-        if before.is_some() {
-            let mut netdevs = self.backend.links().above(bridge);
-            netdevs.insert(bridge);
-            let mut rules = 0;
-            for conn in self.engine.conns() {
-                for slot in self.engine.slots(&conn) {
-                    let Some(p) = slot.path else { continue };
-                    let is_stale = if p.bridged {
-                        self.is_port_of(p.oif.unwrap_or(p.egress), bridge)
-                            && (p.dst_mac == Some(mac)
-                                || self.backend.bridged_from(&conn, &slot) == Some(mac))
-                    } else {
-                        p.dst_mac == Some(mac) && p.oif.is_some_and(|oif| netdevs.contains(&oif))
-                    };
-                    rules += u32::from(is_stale && self.retract(&conn, &slot));
-                }
-            }
-            if rules > 0 {
-                tracing::info!(%mac, rules, "a bridge's port for it changed: rules taken back");
+        // What is routed to a bridge, or to a netdev above one.
+        let bridges: HashSet<Ifindex> = moved.iter().map(|(bridge, _)| *bridge).collect();
+        let above: HashMap<_, _> =
+            bridges.into_iter().map(|b| (b, self.backend.links().above(b))).collect();
+        let mut routed = moved.clone();
+        for (bridge, mac) in moved {
+            routed.extend(above[bridge].iter().map(|oif| (*oif, *mac)));
+        }
+        let mut rules = 0;
+        for conn in self.engine.conns() {
+            for slot in self.engine.slots(&conn) {
+                let Some(p) = slot.path else { continue };
+                let is_stale = if p.bridged {
+                    self.controller(p.oif.unwrap_or(p.egress)).is_some_and(|bridge| {
+                        let from = self.backend.bridged_from(&conn, &slot);
+                        [p.dst_mac, from]
+                            .into_iter()
+                            .flatten()
+                            .any(|m| moved.contains(&(bridge, m)))
+                    })
+                } else {
+                    p.oif.zip(p.dst_mac).is_some_and(|to| routed.contains(&to))
+                };
+                rules += u32::from(is_stale && self.retract(&conn, &slot));
             }
         }
+        if rules > 0 {
+            let addresses = moved.len();
+            tracing::info!(addresses, rules, "bridges' ports for them changed: rules taken back");
+        }
+    }
+
+    fn controller(&self, port: Ifindex) -> Option<Ifindex> {
+        Ifindex::new(self.backend.links().get(port)?.controller?)
     }
 
     fn is_port_of(&self, port: Ifindex, bridge: Ifindex) -> bool {
