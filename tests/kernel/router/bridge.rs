@@ -474,3 +474,50 @@ fn what_netfilter_shows_twice_is_offloaded_once() {
     r.start(&["--config", file.to_str().expect("a path")]);
     r.wait_refused(("lan", "original"), "unsupported", "a flowtable routes", &mut c);
 }
+
+/// On ports of a NIC: its hardware bridges, and the host sees no packet.
+#[test]
+fn a_nic_forwards_what_is_bridged() {
+    assert!(std::env::var_os("CTOFFLOAD_SIMNIC").is_some(), "this needs scripts/lab --nic");
+    let mut r = Router::of("brnic", "simnic");
+    r.bridge();
+    r.start_bridged();
+    let mut c = r.connect();
+    let mut v6 = r.connect_through("[fd02::2]:5002", "wan", "[fd02::2]:5002");
+    wait_until("both are in hardware", || {
+        c.ping();
+        v6.ping();
+        let port = |name: &str| r.json(&["port", "show", name])[0]["in_hw"].clone();
+        r.installed() == both(2) && port("lan") == 2 && port("wan") == 2
+    });
+    r.watch_arrivals("wan", &r.mac("lan"), 64);
+    // What a NIC forwards does not even pass the host's ingress.
+    r.run(
+        "nft add table netdev host && nft add counter netdev host seen
+         for p in lan wan; do
+           nft add chain netdev host $p \"{ type filter hook ingress device $p priority 0; }\"
+           nft add rule netdev host $p tcp dport 5001-5002 counter name seen
+           nft add rule netdev host $p tcp sport 5001-5002 counter name seen
+         done",
+    );
+    let seen = || reset_counters_of("netdev host", |line| r.try_run(line), ["seen"]);
+    wait_until("all of it is forwarded by the NIC", || {
+        seen();
+        r.bridge_forwarded();
+        c.exchange(200_000);
+        v6.exchange(200_000);
+        (seen(), r.bridge_forwarded()) == ([0], 0)
+    });
+    let [total, same] = r.arrivals("wan");
+    assert!(total > 10 && total == same, "{same} of {total} as they were sent");
+    // It is known where both are for as long as they speak.
+    r.run("ip link set br0 type bridge ageing_time 600");
+    let adds = || r.json(&["stats"])["adds"].clone();
+    let (before, begin) = (adds(), Instant::now());
+    while begin.elapsed() < Duration::from_secs(12) {
+        c.ping();
+        v6.ping();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(adds(), before, "no rule was taken back, and so none was added again");
+}
