@@ -366,6 +366,15 @@ mod tests {
         4400090060056c0c0020063ffd000001000000000000000000000002fd000000000000000000000000000002 \
         e06ab32df85a8e52e4ff042280100040fa2c00000101080a";
 
+    /// A log of Debian's 6.12 in family bridge, without its connection.
+    const OF_BRIDGE: &str = "\
+        f00000000004000000000000000000000700004d080001000800020005000a000000000008000600 \
+        00000004080004000000000208000700000000030800050000000002100008000006000052188b22 \
+        07ba000006000f000001000006001100000e000012001000d24b5e1a762c52188b2207ba08000000 \
+        14000300000000006b07633300000000000c8ebc08000b000000000008000e000000000008000c00 \
+        0000000112001500d24b5e1a762c52188b2207ba080000003800090045000034b19740004006751c \
+        0a0700020a07000113899aca9268f44fa078fa7880100201143700000101080a91b115bcab479762";
+
     fn read(bytes: &[u8], expected: &mut Option<u32>) -> (Vec<Sight>, bool) {
         let mut sights = Vec::new();
         let lost = read_logs(MessageIter::new(bytes), expected, &mut sights);
@@ -402,6 +411,20 @@ mod tests {
     }
 
     #[test]
+    fn a_captured_log_of_a_bridge_names_the_ports() {
+        let (sights, _) = read(&unhex(OF_BRIDGE), &mut None);
+        let [s] = &sights[..] else { panic!("{sights:?}") };
+        assert_eq!((s.hook, s.vlan), (Hook::Bridge, None));
+        // Ports 4 and 3; netdev 2 is the bridge.
+        assert_eq!((s.in_dev.get(), s.out_dev.map(Ifindex::get)), (4, Some(3)));
+        let header = s.hw_header.unwrap();
+        assert_eq!(header[..6], [0xd2, 0x4b, 0x5e, 0x1a, 0x76, 0x2c]);
+        assert_eq!(header[12..], [8, 0]);
+        let tuple = "tcp 10.7.0.2:5001 > 10.7.0.1:39626".parse().unwrap();
+        assert_eq!(s.forward_tuple(), Some(tuple));
+    }
+
+    #[test]
     fn a_gap_in_the_sequence_is_a_loss() {
         let seq = |n: u32| {
             let mut bytes = Vec::new();
@@ -432,7 +455,7 @@ mod tests {
 
         #[test]
         fn no_damage_to_a_real_log_makes_the_reader_panic(at: usize, with: u8, cut: usize) {
-            for hex in [WITH_CT, WITHOUT_CT] {
+            for hex in [WITH_CT, WITHOUT_CT, OF_BRIDGE] {
                 let mut bytes = unhex(hex);
                 let len = bytes.len();
                 bytes[at % len] = with;

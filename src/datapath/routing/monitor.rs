@@ -310,6 +310,7 @@ pub fn is_within(address: IpAddr, (network, length): (IpAddr, u8)) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_core::DefaultNla;
     use netlink_packet_route::address::AddressMessage;
 
     use super::*;
@@ -325,6 +326,30 @@ mod tests {
         assert!(within("2001:db8::1", "2001:db8::", 32));
         assert!(!within("2001:db9::1", "2001:db8::", 32));
         assert!(!within("2001:db9::1", "0.0.0.0", 0));
+    }
+
+    #[test]
+    fn what_a_port_of_a_bridge_may_do_is_read() {
+        let port = |attributes: &[(u16, u8)]| {
+            let mut m = LinkMessage::default();
+            m.header.interface_family = AddressFamily::Bridge;
+            m.header.index = 7;
+            let nla = |(kind, value): &(u16, u8)| {
+                LinkProtoInfoBridge::Other(DefaultNla::new(*kind, vec![*value]))
+            };
+            let infos = attributes.iter().map(nla).collect();
+            m.attributes = vec![LinkAttribute::ProtoInfoBridge(infos)];
+            bridge_port(&m)
+        };
+        let event = |port| Some(NetEvent::BridgePort(Ifindex::new(7).unwrap(), port));
+        let default = BridgePort::default();
+        assert_eq!(port(&[(1, 3), (4, 0), (33, 0), (39, 0)]), event(default));
+        assert_eq!(port(&[(1, 1)]), event(BridgePort { forwarding: false, ..default }));
+        assert_eq!(port(&[(1, 3), (4, 1)]), event(BridgePort { hairpin: true, ..default }));
+        assert_eq!(port(&[(1, 3), (33, 1)]), event(BridgePort { isolated: true, ..default }));
+        assert_eq!(port(&[(1, 3), (39, 1)]), event(BridgePort { locked: true, ..default }));
+        // Not about the port itself: its VLANs.
+        assert_eq!(port(&[]), None);
     }
 
     #[test]
