@@ -103,8 +103,12 @@
 
 pub use netdev_providers as providers;
 
+#[cfg(not(ctoffload_loom))]
 pub mod cli;
+#[cfg(not(ctoffload_loom))]
 pub mod control;
+#[cfg(not(ctoffload_loom))]
 pub mod daemon;
+#[cfg(not(ctoffload_loom))]
 pub mod datapath;
 pub mod engine;

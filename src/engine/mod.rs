@@ -72,6 +72,7 @@ mod writer;
 #[cfg(ctoffload_loom)]
 mod models;
 #[cfg(test)]
+#[cfg(not(ctoffload_loom))]
 mod tests;
 
 use std::collections::HashMap;
