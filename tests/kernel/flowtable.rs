@@ -19,6 +19,7 @@ use netdev_providers::{
 
 use crate::host::Host;
 use crate::netns::NetNs;
+use crate::router::reset_counters;
 
 mod hardware;
 
@@ -75,13 +76,20 @@ impl Net {
 
     /// Packets in the forward hook since the last call, by ingress netdev.
     fn forwarded(&self) -> (u64, u64) {
-        let text = self.ns.run("nft reset counters table inet watch");
-        let packets = |name: &str| {
-            let at = text.find(&format!("counter {name} ")).expect("the counter");
-            let mut words = text[at..].split_whitespace().skip_while(|w| *w != "packets");
-            words.nth(1).unwrap().parse().unwrap()
-        };
-        (packets("lan"), packets("wan"))
+        reset_counters(|line| self.ns.try_run(line), ["lan", "wan"]).into()
+    }
+
+    /// Packets that have crossed the forward hook while it talked so much, by ingress netdev.
+    fn forwarded_of(&self, c: &mut Connection, talk: usize) -> (u64, u64) {
+        self.forwarded();
+        c.talk(talk);
+        self.forwarded()
+    }
+
+    /// What a connection says from now on passes the forward hook by. (An acknowledgement can be on
+    /// its way through when the entry is made.)
+    fn wait_passing_by(&self, c: &mut Connection) {
+        until("the forward hook sees none of it", || self.forwarded_of(c, 20) == (0, 0));
     }
 
     /// Whether conntrack says that the connection is in a flowtable.
@@ -313,10 +321,8 @@ fn flowtable_between_two_ports_a_connection_is_offloaded_when_both_have_seen_it(
         let mut c = net.connect(proto, to);
         c.talk(5);
         lan.add(n, net.flow(&c, ORIGINAL));
-        net.forwarded();
-        c.talk(20);
+        let (there, back) = net.forwarded_of(&mut c, 20);
         assert!(!net.is_offloaded(&c), "{}", net.entry(&c));
-        let (there, back) = net.forwarded();
         assert!(
             there >= 20 && back >= 20,
             "{proto} {to}: one port has not seen it: {there}, {back}"
@@ -327,15 +333,11 @@ fn flowtable_between_two_ports_a_connection_is_offloaded_when_both_have_seen_it(
             c.talk(1);
             net.is_offloaded(&c)
         });
-        net.forwarded();
-        c.talk(20);
-        assert_eq!(net.forwarded(), (0, 0), "{proto} {to}: {}", net.entry(&c));
+        net.wait_passing_by(&mut c);
 
         wan.delete(n, REPLY, reply);
         until("it is back on the slow path", || !net.is_offloaded(&c));
-        net.forwarded();
-        c.talk(20);
-        let (there, back) = net.forwarded();
+        let (there, back) = net.forwarded_of(&mut c, 20);
         assert!(there >= 20 && back >= 20, "{proto} {to}: {there}, {back}");
         assert!(!net.is_offloaded(&c), "what is not selected any more is not offloaded again");
 
@@ -369,11 +371,12 @@ fn flowtable_beside_a_netdev_of_another_kind_its_own_direction_alone_is_offloade
                 c.talk(1);
                 net.is_offloaded(&c)
             });
-            net.forwarded();
-            c.talk(20);
-            let (there, back) = net.forwarded();
-            let (ours, others) = if direction == ORIGINAL { (there, back) } else { (back, there) };
-            assert!(ours == 0 && others >= 20, "{proto} {to} on {dev}: {ours}, {others}");
+            until("its own direction passes the forward hook by, and the other does not", || {
+                let (there, back) = net.forwarded_of(&mut c, 20);
+                let (ours, others) =
+                    if direction == ORIGINAL { (there, back) } else { (back, there) };
+                ours == 0 && others >= 20
+            });
             port.provider.release().unwrap();
             until("the table takes its entries along", || !net.is_offloaded(&c));
             c.talk(5);
@@ -394,10 +397,8 @@ fn flowtable_a_path_that_nobody_has_sighted_is_not_offloaded() {
     let mut bent = net.flow(&c, REPLY);
     bent.forward.egress = ifindex("lo");
     wan.add(1, bent);
-    net.forwarded();
-    c.talk(20);
+    let (there, back) = net.forwarded_of(&mut c, 20);
     assert!(!net.is_offloaded(&c));
-    let (there, back) = net.forwarded();
     assert!(there >= 20 && back >= 20);
     lan.provider.release().unwrap();
     wan.provider.release().unwrap();
@@ -429,9 +430,7 @@ fn flowtable_translated_connections_are_offloaded_both_ways() {
             c.talk(1);
             net.is_offloaded(&c)
         });
-        net.forwarded();
-        c.talk(20);
-        assert_eq!(net.forwarded(), (0, 0), "{to}");
+        net.wait_passing_by(&mut c);
         lan.provider.release().unwrap();
         wan.provider.release().unwrap();
         c.talk(5);
@@ -498,9 +497,7 @@ fn flowtable_renewing_it_brings_other_connections_back() {
         end.talk(1);
         net.is_offloaded(&keep) && !net.is_offloaded(&end)
     });
-    net.forwarded();
-    keep.talk(20);
-    assert_eq!(net.forwarded(), (0, 0));
+    net.wait_passing_by(&mut keep);
     lan.provider.release().unwrap();
     wan.provider.release().unwrap();
 }

@@ -1,11 +1,12 @@
 //! A host beside the router of a test.
 
-use std::process::Command;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::gettid;
+
+use crate::script;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -64,7 +65,7 @@ impl Drop for Host {
 
 /// The same where the calling thread is.
 pub(crate) fn sh(lines: &str) -> String {
-    let out = Command::new("sh").args(["-ec", lines]).output().expect("sh");
+    let out = script::run(&format!("set -e\n{lines}"));
     let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
     assert!(out.status.success(), "`{lines}`: {}{}", text(&out.stderr), text(&out.stdout));
     text(&out.stdout)

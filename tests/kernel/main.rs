@@ -14,3 +14,4 @@ mod nic;
 mod nic_faults;
 mod oracle;
 mod router;
+mod script;

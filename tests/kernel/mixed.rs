@@ -68,7 +68,7 @@ fn wait_crossing(r: &Router, c: &mut Connection, want: [bool; 3]) {
 }
 
 fn provider(r: &Router, port: &str) -> Value {
-    r.json(&["port", "show", port])[0]["provider"].clone()
+    r.port(port)["provider"].clone()
 }
 
 fn ok(r: &Router, args: &[&str]) {
@@ -198,7 +198,7 @@ fn mixed_a_flush_of_the_ruleset_is_noticed_reported_and_survived() {
         r.start_logging(&["--config", &file], File::create(&log).expect("a file").into());
         let mut c = r.connect();
         r.wait_installed(&BOTH, &mut c);
-        let adds = |r: &Router| r.json(&["stats"])["adds"].as_u64().expect("a number");
+        let adds = |r: &Router| r.stats()["adds"].as_u64().expect("a number");
         let before = adds(&r);
         r.run("nft flush ruleset");
         let ours = "table inet ctoffload\ntable inet ctoffload_flow\n";

@@ -1,9 +1,11 @@
 //! A private network namespace per test, and the few `ip` commands that tests share.
 
 use std::fs::File;
-use std::process::{Command, Output};
+use std::process::Output;
 
 use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::script;
 
 /// Puts the calling thread into a fresh network namespace; drop puts it back. Threads spawned
 /// meanwhile inherit the namespace.
@@ -40,7 +42,7 @@ impl NetNs {
 
     /// The same, where failure is an answer too.
     pub(crate) fn try_run(&self, line: &str) -> Output {
-        Command::new("sh").args(["-c", line]).output().expect("sh")
+        script::run(line)
     }
 }
 

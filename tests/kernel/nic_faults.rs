@@ -47,11 +47,11 @@ impl Hardware {
     }
 
     fn ports(&self) -> Vec<Value> {
-        self.router.json(&["port", "show"]).as_array().cloned().unwrap_or_default()
+        self.router.ports()
     }
 
     fn port(&self, name: &str) -> Value {
-        self.router.json(&["port", "show", name])[0].clone()
+        self.router.port(name)
     }
 
     /// Rejections on a port for this reason, so far.
@@ -63,14 +63,14 @@ impl Hardware {
     }
 
     fn slot(&self, port: &str) -> Value {
-        let conns = self.router.json(&["conn", "show"]);
+        let conns = self.router.conns();
         let slots = conns[0]["slots"].as_array().cloned().unwrap_or_default();
         slots.into_iter().find(|s| s["port"] == port).unwrap_or_default()
     }
 
     /// Of the one connection that there is: ports with a rule that the NIC is said to have.
     fn in_hardware(&self) -> Vec<String> {
-        let conns = self.router.json(&["conn", "show"]);
+        let conns = self.router.conns();
         let slots = conns[0]["slots"].as_array().cloned().unwrap_or_default();
         let there = slots.iter().filter(|s| s["state"] == "installed" && s["in_hw"] == true);
         there.filter_map(|s| s["port"].as_str().map(str::to_owned)).collect()
@@ -163,7 +163,7 @@ fn a_rule_that_works_is_not_doubted_because_its_counters_stand_still() {
     let h = Hardware::start("frozen", "skip-sw", &[("stats_frozen", "1")]);
     let mut c = h.router.connect();
     h.wait_in_hardware(&mut c);
-    let sweeps = || h.router.json(&["stats"])["sweeps"].as_u64().expect("a number");
+    let sweeps = || h.router.stats()["sweeps"].as_u64().expect("a number");
     let (seen, until) = (h.host_packets(), sweeps() + 6);
     wait_until("some sweeps", || {
         c.ping();
@@ -326,14 +326,14 @@ fn what_finds_the_table_full_is_carried_by_the_host_and_gets_its_place_when_othe
     assert_eq!(h.rules("lan", "active"), 6);
     wait_until("the NIC's words are kept for both that are not", || {
         connections.iter_mut().for_each(Connection::ping);
-        let conns = h.router.json(&["conn", "show"]);
+        let conns = h.router.conns();
         let slots = conns.as_array().into_iter().flatten().flat_map(|c| c["slots"].as_array());
         let refused = slots.flatten().filter(|s| s["port"] == "lan" && s["state"] == "rejected");
         let why = refused.filter_map(|s| s["detail"].as_str());
         why.filter(|why| why.contains("simnic: the flow table is full")).count() == 2
     });
     // Those that are in hardware leave.
-    let conns = h.router.json(&["conn", "show"]);
+    let conns = h.router.conns();
     let inside: Vec<u64> = conns
         .as_array()
         .expect("connections")

@@ -13,10 +13,12 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 
+use ctoffload::control::Client;
+use ctoffload::control::info::ConnFilter;
 use serde_json::Value;
 
 use crate::netns::NetNs;
-use crate::router::{PATIENCE, in_netns, reset_counters, wait_until};
+use crate::router::{PATIENCE, ask, in_netns, reset_counters, wait_until};
 
 /// Bytes each way.
 const LENGTH: usize = 250_000;
@@ -171,24 +173,15 @@ impl Line {
             .expect("ctoffloadd");
         self.daemon = Some(child);
         wait_until("both are bound", || {
-            self.json(&["port", "show"])
+            ask(Client::ports)
                 .as_array()
                 .is_some_and(|p| p.len() == 2 && p[0]["provider"] == lan && p[1]["provider"] == wan)
         });
     }
 
-    fn json(&self, args: &[&str]) -> Value {
-        let out = Command::new(env!("CARGO_BIN_EXE_ctoffload"))
-            .arg("-j")
-            .args(args)
-            .output()
-            .expect("ctoffload");
-        serde_json::from_slice(&out.stdout).unwrap_or(Value::Null)
-    }
-
     /// State and reason of every slot.
     fn slots(&self) -> Vec<(String, String)> {
-        let conns = self.json(&["conn", "show"]);
+        let conns = ask(|client| client.conns(&ConnFilter::default()));
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
         let slots = |c: &Value| c["slots"].as_array().cloned().unwrap_or_default();
         let conns = conns.as_array().cloned().unwrap_or_default();

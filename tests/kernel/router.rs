@@ -9,9 +9,12 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ctoffload::control::info::ConnFilter;
+use ctoffload::control::{Client, ClientError};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::netns::NetNs;
@@ -40,13 +43,23 @@ impl Router {
     pub(crate) fn of(test: &str, kind: &str) -> Self {
         let ns = NetNs::new();
         let router = Self { daemon: None, name: test.to_owned(), ns };
+        let mut lines = String::new();
         for (i, dev) in [(1, "lan"), (2, "wan")] {
             let host = router.host(dev);
-            router.run(&format!("ip netns add {host}"));
-            router.run(&format!("ip link add {dev} type {kind} peer name e0 netns {host}"));
-            router.run(&format!("ip addr add 10.{i}.0.1/24 dev {dev} && ip link set {dev} up"));
+            lines += &format!(
+                "ip netns add {host}
+                 ip link add {dev} type {kind} peer name e0 netns {host}
+                 ip addr add 10.{i}.0.1/24 dev {dev}
+                 ip link set {dev} up\n"
+            );
+        }
+        router.run(&lines);
+        for (i, dev) in [(1, "lan"), (2, "wan")] {
+            let host = router.host(dev);
             router.run(&format!(
-                "ip -n {host} addr add 10.{i}.0.2/24 dev e0 && ip -n {host} link set e0 up && ip -n {host} route add default via 10.{i}.0.1"
+                "ip -n {host} addr add 10.{i}.0.2/24 dev e0
+                 ip -n {host} link set e0 up
+                 ip -n {host} route add default via 10.{i}.0.1"
             ));
         }
         router.run("sysctl -qw net.ipv4.ip_forward=1");
@@ -78,11 +91,27 @@ impl Router {
             .spawn()
             .expect("ctoffloadd");
         self.daemon = Some(child);
-        wait_until("the daemon answers", || self.cli(&["stats"]).status.success());
+        wait_until("the daemon answers", || ask(Client::stats).is_object());
     }
 
     pub(crate) fn cli(&self, args: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_ctoffload")).args(args).output().expect("ctoffload")
+    }
+
+    pub(crate) fn stats(&self) -> Value {
+        ask(Client::stats)
+    }
+
+    pub(crate) fn ports(&self) -> Vec<Value> {
+        ask(Client::ports).as_array().cloned().unwrap_or_default()
+    }
+
+    pub(crate) fn port(&self, name: &str) -> Value {
+        self.ports().into_iter().find(|p| p["name"] == name).unwrap_or_default()
+    }
+
+    pub(crate) fn conns(&self) -> Value {
+        ask(|client| client.conns(&ConnFilter::default()))
     }
 
     pub(crate) fn json(&self, args: &[&str]) -> Value {
@@ -94,7 +123,7 @@ impl Router {
     /// Every slot of every connection: port, direction, state, reason.
     pub(crate) fn slots(&self) -> Vec<(String, String, String, String)> {
         let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-        let conns = self.json(&["conn", "show"]);
+        let conns = self.conns();
         let conns = conns.as_array().cloned().unwrap_or_default();
         let mut slots: Vec<_> = conns
             .iter()
@@ -146,7 +175,7 @@ impl Router {
 
     /// What a slot that has not been installed says of itself.
     fn refusal(&self, port: &str, direction: &str) -> Option<(String, String)> {
-        let conns = self.json(&["conn", "show"]);
+        let conns = self.conns();
         let slots =
             conns.as_array()?.iter().flat_map(|c| c["slots"].as_array().into_iter().flatten());
         let mut found = slots.filter(|s| s["port"] == port && s["direction"] == direction);
@@ -224,9 +253,8 @@ impl Drop for Router {
             let _ = child.kill();
             let _ = child.wait();
         }
-        for dev in ["lan", "wan"] {
-            let _ = self.ns.try_run(&format!("ip netns del {}", self.host(dev)));
-        }
+        let [lan, wan] = ["lan", "wan"].map(|dev| self.host(dev));
+        let _ = self.ns.try_run(&format!("ip netns del {lan}; ip netns del {wan}"));
     }
 }
 
@@ -268,6 +296,15 @@ impl Connection {
             server.join().expect("the server ends");
         }
     }
+}
+
+/// What the daemon in the calling thread's network namespace answers, as the CLI prints it with `-j`:
+/// without a process for each question.
+pub(crate) fn ask<T: Serialize>(
+    question: impl FnOnce(&mut Client) -> Result<T, ClientError>,
+) -> Value {
+    let answer = Client::connect().and_then(|mut client| question(&mut client));
+    answer.map_or(Value::Null, |a| serde_json::to_value(a).expect("JSON"))
 }
 
 pub(crate) fn in_netns<R: Send + 'static>(
@@ -371,7 +408,7 @@ fn no_rule_keeps_sending_to_an_old_mac_address() {
     r.wait_installed(&BOTH, &mut c);
     let rules = r.run("tc filter show dev lan ingress");
     assert_eq!(r.rules("lan"), 1, "{rules}");
-    let conns = r.json(&["conn", "show"]);
+    let conns = r.conns();
     let slots = conns[0]["slots"].as_array().expect("slots").clone();
     let lan = slots.iter().find(|s| s["port"] == "lan").expect("a slot on lan");
     assert_eq!(lan["dst_mac"], "02:00:00:00:00:77");
@@ -432,9 +469,7 @@ fn conntrack_deletion_and_reappearance_of_a_port() {
     wait_until("the rules are gone", || r.rules("lan") + r.rules("wan") == 0);
     // conntrack picks the connection up again in mid-stream, and so do we.
     r.wait_installed(&BOTH, &mut c);
-    let generation = |r: &Router| {
-        r.json(&["port", "show", "wan"])[0]["generation"].as_u64().expect("a generation")
-    };
+    let generation = |r: &Router| r.port("wan")["generation"].as_u64().expect("a generation");
     let before = generation(&r);
     let deleted = r.cli(&["port", "del", "wan"]);
     assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
@@ -506,10 +541,8 @@ fn a_killed_daemons_rules_are_adopted_without_a_gap_or_removed_with_their_connec
     c.ping();
     assert_eq!((marks(&r, "lan"), marks(&r, "wan")), before, "the very same rules");
     assert_eq!(slow_packets(&r), slow, "no packet took the slow path meanwhile");
-    wait_until("their counters go on", || {
-        r.json(&["conn", "show"])[0]["packets"].as_u64().is_some_and(|n| n >= 8)
-    });
-    let cookies = r.json(&["conn", "show"])[0]["slots"].clone();
+    wait_until("their counters go on", || r.conns()[0]["packets"].as_u64().is_some_and(|n| n >= 8));
+    let cookies = r.conns()[0]["slots"].clone();
     let cookies: Vec<_> =
         cookies.as_array().into_iter().flatten().map(|s| s["cookie"].clone()).collect();
     assert!(cookies.contains(&Value::from(before.0[0].clone())), "{cookies:?}, {before:?}");
@@ -580,5 +613,5 @@ fn what_cannot_be_started_says_why_and_changes_nothing() {
         "{}",
         text(&unknown)
     );
-    assert_eq!(r.json(&["port", "show"]).as_array().map(Vec::len), Some(1));
+    assert_eq!(r.ports().len(), 1);
 }

@@ -125,9 +125,7 @@ fn nic_flowtable_a_full_table_leaves_the_connection_in_software() {
         second.talk(1);
         nic.net.is_offloaded(&second)
     });
-    nic.net.forwarded();
-    second.talk(20);
-    assert_eq!(nic.net.forwarded(), (0, 0), "in software");
+    nic.net.wait_passing_by(&mut second);
     assert!(!nic.is_in_hardware(&second));
     thread::sleep(Duration::from_secs(1));
     let reports = ports[0].usage();
@@ -147,11 +145,10 @@ fn nic_flowtable_a_reset_of_the_nic_loses_no_packet_and_a_flush_brings_hardware_
     nic.wait_in_hardware(&mut c);
     nic.set("reset", "1");
     c.talk(50);
-    nic.net.forwarded();
-    let before = nic.received();
-    c.talk(20);
-    assert_eq!(nic.net.forwarded(), (0, 0), "software has it meanwhile");
-    assert!(nic.received() - before >= 40, "hardware has lost it");
+    until("hardware has lost it, and software has it", || {
+        let before = nic.received();
+        nic.net.forwarded_of(&mut c, 20) == (0, 0) && nic.received() - before >= 40
+    });
     for port in &ports {
         assert_eq!(port.provider.flush().unwrap(), 1);
     }
@@ -182,9 +179,7 @@ fn nic_flowtable_a_delete_ends_the_entry_in_hardware_and_others_come_back() {
         !nic.net.is_offloaded(&end) && !nic.is_in_hardware(&end)
     });
     nic.wait_in_hardware(&mut keep);
-    nic.net.forwarded();
-    end.talk(20);
-    let (there, back) = nic.net.forwarded();
+    let (there, back) = nic.net.forwarded_of(&mut end, 20);
     assert!(there >= 20 && back >= 20, "{there}, {back}");
     release(&ports);
 }
@@ -203,9 +198,7 @@ fn nic_flowtable_beside_a_netdev_that_does_not_offload_it_goes_on_in_software() 
         c.talk(1);
         nic.net.is_offloaded(&c) && !nic.is_in_hardware(&c)
     });
-    nic.net.forwarded();
-    c.talk(20);
-    assert_eq!(nic.net.forwarded(), (0, 0));
+    nic.net.wait_passing_by(&mut c);
     plain.provider.release().unwrap();
     release(&ports);
 }

@@ -42,8 +42,7 @@ fn explain(r: &Router, c: &Connection) -> (Option<i32>, String) {
 /// How often each port has refused something by the policy: `lan`, `wan`.
 fn refused(r: &Router) -> [u64; 2] {
     ["lan", "wan"].map(|port| {
-        let ports = r.json(&["port", "show", port]);
-        let reasons = ports[0]["reasons"].as_array().cloned().unwrap_or_default();
+        let reasons = r.port(port)["reasons"].as_array().cloned().unwrap_or_default();
         let ours = reasons.iter().find(|c| c["reason"] == "not-admitted");
         ours.and_then(|c| c["count"].as_u64()).unwrap_or(0)
     })
@@ -133,7 +132,7 @@ fn a_connection_is_offloaded_only_after_min_bytes() {
     assert_eq!(r.run("sysctl -n net.netfilter.nf_conntrack_acct").trim(), "1");
 
     let mut c = connect(&r, "10.2.0.2:6002");
-    let sights = |r: &Router| r.json(&["stats"])["sights"].as_u64().expect("a number");
+    let sights = |r: &Router| r.stats()["sights"].as_u64().expect("a number");
     let mut below = 0;
     loop {
         for _ in 0..8 {
@@ -163,7 +162,7 @@ fn a_connection_is_offloaded_only_after_min_bytes() {
         old.ping();
     }
     assert_eq!(counted(&r, 6001), None);
-    assert_eq!(r.json(&["conn", "show"]).as_array().map(Vec::len), Some(1));
+    assert_eq!(r.conns().as_array().map(Vec::len), Some(1));
     // After a flush what it has carried still counts.
     assert!(r.cli(&["flush", "--all"]).status.success());
     r.wait_installed(&BOTH, &mut c);

@@ -85,7 +85,7 @@ fn both_are_translated_and_the_ports_too() {
     r.start(&PORTS);
     let mut c = r.connect_through("10.1.0.1:80", "wan", "10.2.0.2:5001");
     r.wait_installed(&BOTH, &mut c);
-    let conns = r.json(&["conn", "show"]);
+    let conns = r.conns();
     assert_eq!(conns[0]["reply"]["sport"], 5001, "{conns}");
     assert!((7000..=7010).contains(&conns[0]["reply"]["dport"].as_u64().expect("a port")));
     r.exchange_captured("wan", &mut c, LENGTH);
