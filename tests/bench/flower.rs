@@ -25,6 +25,7 @@ use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
 use measure::{Samples, cpus};
+use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use ours::{Ours, rule_ids};
 use report::{Bar, Figure, Report};
 use setting::Setting;
@@ -58,15 +59,17 @@ fn main() -> ExitCode {
     report::finish(&report, setting.out.as_deref())
 }
 
-/// Three netdevs, one per contestant, and two that rules redirect to.
+/// Netdevs for the contestants, and one that rules redirect to.
 fn network() {
-    for name in ["ours0", "ours1", "tc0", "bare0", "out0"] {
+    for name in ["ours0", "ours1", "shared0", "shared1", "tc0", "bare0", "bare1", "out0"] {
         world::sh(&format!(
             "ip link add {name} address 02:00:00:00:01:01 type veth peer name {name}p &&
              ip link set {name} up && ip link set {name}p up"
         ));
     }
-    world::sh("tc qdisc add dev tc0 clsact && tc qdisc add dev bare0 clsact");
+    for name in ["tc0", "bare0", "bare1"] {
+        world::sh(&format!("tc qdisc add dev {name} clsact"));
+    }
 }
 
 fn one_writer(setting: &Setting, report: &mut Report) {
@@ -147,7 +150,7 @@ impl<'a> Contest<'a> {
     fn new(ours: &'a Ours, template: &bare::Template, count: u32) -> Self {
         Self {
             ours,
-            prebuilt: bare::prebuild(template, count, "bare0"),
+            prebuilt: bare::prebuild(template, 0..count, "bare0"),
             add: batch_files("add", count),
             del: batch_files("del", count),
             count,
@@ -261,41 +264,109 @@ fn tc_sweep() -> Duration {
     world::time_program("tc", &["-s", "filter", "show", "dev", "tc0", "ingress"], Stdio::from(null))
 }
 
-/// Two ports, a writer each, against one.
+/// Two writers at once against one, which has half as much to do.
+struct Pair<'a> {
+    name: &'static str,
+    bar: Option<Bar>,
+    /// How long it takes so many writers to write so many rules each, which are gone again afterwards.
+    write: Box<dyn Fn(usize, u32) -> Duration + 'a>,
+    one: Samples,
+    two: Samples,
+}
+
+impl<'a> Pair<'a> {
+    fn new(name: &'static str, write: impl Fn(usize, u32) -> Duration + 'a) -> Self {
+        let (one, two) = (Samples::default(), Samples::default());
+        Self { name, bar: None, write: Box::new(write), one, two }
+    }
+
+    /// Ports, a writer each.
+    fn of_ports(name: &'static str, ports: &'a [Ours; 2]) -> Self {
+        Self::new(name, move |writers, count| {
+            let work: Vec<_> = ports[..writers]
+                .iter()
+                .map(|port| {
+                    let adds = port.prepare_adds(count);
+                    move || drop(port.run(adds))
+                })
+                .collect();
+            let took = at_once(work);
+            for port in ports {
+                port.flush();
+            }
+            took
+        })
+    }
+
+    /// Bare loops, on these netdevs.
+    fn of_bare_loops(
+        name: &'static str,
+        template: &'a bare::Template,
+        netdevs: [&'static str; 2],
+    ) -> Self {
+        Self::new(name, move |writers, count| {
+            let sends: Vec<_> = (0..)
+                .zip(&netdevs[..writers])
+                .map(|(n, netdev)| bare::prebuild(template, n * count..(n + 1) * count, netdev))
+                .collect();
+            let took = at_once(sends.iter().map(|send| || _ = bare::send(send)).collect());
+            let mut used = netdevs[..writers].to_vec();
+            used.dedup();
+            for netdev in used {
+                world::tc_flush(netdev);
+            }
+            took
+        })
+    }
+}
+
+fn at_once(work: Vec<impl FnOnce() + Send>) -> Duration {
+    let started = std::time::Instant::now();
+    std::thread::scope(|s| work.into_iter().for_each(|writer| drop(s.spawn(writer))));
+    started.elapsed()
+}
+
+/// Ports with a writer each, and what the kernel makes of two who write: to two netdevs, and to one.
 fn two_writers(setting: &Setting, report: &mut Report) {
-    let name = format!("insert, two writers over one ({})", setting.on);
     if cpus().len() < 2 {
+        let name = format!("insert, two writers over one ({})", setting.on);
         let why = "one processor: two writers take turns";
         report.add(Figure::new(name, None, "x").bar(Bar::AtLeast(1.6)).note(why));
         return;
     }
-    let (one, other) = (Ours::bind("ours0", "out0"), Ours::bind("ours1", "out0"));
-    let (count, rounds) = if setting.quick { (500, 2) } else { (10_000, 9) };
-    let (mut alone, mut together) = (Samples::default(), Samples::default());
+    let ports = ["ours0", "ours1"].map(|netdev| Ours::bind(netdev, "out0"));
+    let template = bare::Template::catch(&ports[0]);
+    let shared = TcFlowerConfig { percpu_stats: false, ..TcFlowerConfig::default() };
+    let shared = TcFlowerClass::new(shared);
+    let counting = ["shared0", "shared1"].map(|netdev| Ours::bind_to(&shared, netdev, "out0"));
+    let mut pairs = [
+        Pair::of_ports("two ports", &ports),
+        Pair::of_ports("two ports, counters not per processor", &counting),
+        Pair::of_bare_loops("bare loops, two netdevs", &template, ["bare0", "bare1"]),
+        Pair::of_bare_loops("bare loops, one netdev", &template, ["bare0", "bare0"]),
+    ];
+    pairs[0].bar = Some(Bar::AtLeast(1.6));
+    let (count, rounds) = if setting.quick { (500, 2) } else { (10_000, 8) };
     for round in 0..rounds {
-        for turn in 0..2 {
-            if (round + turn) % 2 == 0 {
-                alone.push(one.run(one.prepare_adds(count)).0.as_secs_f64());
-            } else {
-                let work = [(&one, one.prepare_adds(count)), (&other, other.prepare_adds(count))];
-                let started = std::time::Instant::now();
-                std::thread::scope(|s| {
-                    for (writer, prepared) in work {
-                        s.spawn(move || writer.run(prepared));
-                    }
-                });
-                together.push(started.elapsed().as_secs_f64());
-                other.flush();
+        for turn in 0..pairs.len() {
+            let at = (round + turn) % pairs.len();
+            let pair = &mut pairs[at];
+            for writers in if round % 2 == 0 { [1, 2] } else { [2, 1] } {
+                let took = (pair.write)(writers, count);
+                push(if writers == 1 { &mut pair.one } else { &mut pair.two }, took);
             }
-            one.flush();
         }
     }
-    // Twice the rules in the time that `together` took.
-    let ratio = alone.over(&together).median().map(|r| r * 2.0);
-    report.add(
-        Figure::new(name, ratio, "x")
-            .bar(Bar::AtLeast(1.6))
-            .peer("one/s", per_second(count, &alone))
-            .peer("two/s", per_second(count * 2, &together)),
-    );
+    for Pair { name, bar, one, two, .. } in pairs {
+        // Twice the rules in the time that two took.
+        let ratio = one.over(&two).median().map(|r| r * 2.0);
+        let name = format!("insert, two writers over one: {name} ({})", setting.on);
+        let figure = Figure::new(name, ratio, "x")
+            .peer("one/s", per_second(count, &one))
+            .peer("two/s", per_second(count * 2, &two));
+        report.add(match bar {
+            Some(bar) => figure.bar(bar),
+            None => figure,
+        });
+    }
 }

@@ -1,5 +1,6 @@
 //! Benchmarks of forwarding: packets of 64 bytes through a router, by the kernel's slow path, by rules of
-//! the tc-flower provider in software, by nf_tables' own flowtable, and by a NIC. pktgen hands them to a
+//! the tc-flower provider in software, by nf_tables' own flowtable, by that of the nf-flowtable provider,
+//! and by a NIC. pktgen hands them to a
 //! port's stack as a driver would, and before the other port's driver they end, so that what is measured is
 //! the router between. Run by `scripts/bench forward`, which says what comes out, in the lab.
 
@@ -23,6 +24,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use measure::Samples;
+use netdev_providers::nf_flowtable::NfFlowtableClass;
 use netdev_providers::tc_flower::TcFlowerClass;
 use netdev_providers::{
     Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Instance,
@@ -190,17 +192,27 @@ fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
     };
     let (mut slow, mut ours) = (Samples::default(), Samples::default());
     let (mut flowtable, mut alone) = (Samples::default(), Samples::default());
+    let mut our_flowtable = Samples::default();
     for _ in 0..rounds {
         sh(SLOW);
         converse();
         slow.push(rate(count, Way::Slow));
         {
             // The same connection, in the same ruleset, with a rule on the netdev that it arrives at.
-            let port = bind(HwFlags::SkipHw);
-            add(&port);
+            let port = bind(&TcFlowerClass::default(), LAN_PORT, HwFlags::SkipHw);
+            add(&port, Direction::Original);
             ours.push(rate(count, Way::Fast));
-            port.flush().expect("flushed");
-            port.release().expect("released");
+            release(&port);
+        }
+        // The provider's table is of family inet, which the kernel for the machine's own speed lacks.
+        if !native {
+            let class = NfFlowtableClass::default();
+            let ports = [LAN_PORT, WAN_PORT].map(|port| bind(&class, port, HwFlags::SkipHw));
+            add(&ports[0], Direction::Original);
+            add(&ports[1], Direction::Reply);
+            converse();
+            our_flowtable.push(rate(count, Way::Fast));
+            ports.iter().for_each(release);
         }
         sh(NO_RULESET);
         sh(FLOWTABLE);
@@ -226,6 +238,18 @@ fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
         .peer("flower pps", ours.median())
         .peer("flowtable pps", flowtable.median()),
     );
+    if !native {
+        report.add(
+            Figure::new(
+                format!("64-byte packets, nf-flowtable over the slow path ({on})"),
+                our_flowtable.over(&slow).median(),
+                "x",
+            )
+            .peer("nf-flowtable pps", our_flowtable.median())
+            .peer("nft flowtable pps", flowtable.median())
+            .peer("slow path pps", slow.median()),
+        );
+    }
 }
 
 /// What the generator can do: everything is dropped where it arrives.
@@ -238,38 +262,46 @@ fn dropped(count: u64) -> f64 {
     rate
 }
 
-/// Binds the port that the client's packets arrive at.
-fn bind(hw_flags: HwFlags) -> Arc<dyn Provider> {
+fn bind(class: &dyn ProviderClass, name: &str, hw_flags: HwFlags) -> Arc<dyn Provider> {
     let netdev = Netdev {
-        ifindex: ifindex(LAN_PORT),
+        ifindex: ifindex(name),
         generation: Generation::new(1).unwrap(),
-        name: LAN_PORT.into(),
+        name: name.into(),
         hw_flags,
     };
     let instance = Instance(1.try_into().unwrap());
-    TcFlowerClass::default().bind(&netdev, instance).unwrap_or_else(|e| panic!("{LAN_PORT}: {e}"))
+    class.bind(&netdev, instance).unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
-/// Adds the rule of the connection's original direction.
-fn add(port: &Arc<dyn Provider>) {
-    let tuple = Tuple::new(L4Proto::Udp, FROM.0.into(), FROM.1, TO.0.into(), TO.1).unwrap();
+fn release(port: &Arc<dyn Provider>) {
+    port.flush().expect("flushed");
+    port.release().expect("released");
+}
+
+/// Adds one direction of the connection, on the port that its packets arrive at.
+fn add(port: &Arc<dyn Provider>, direction: Direction) {
+    let (from, to, arrives, leaves, egress) = match direction {
+        Direction::Original => (FROM, TO, LAN, MacRewrite { src: WAN, dst: SERVER }, WAN_PORT),
+        Direction::Reply => (TO, FROM, WAN, MacRewrite { src: LAN, dst: CLIENT }, LAN_PORT),
+    };
+    let tuple = Tuple::new(L4Proto::Udp, from.0.into(), from.1, to.0.into(), to.1).unwrap();
     let flow = Flow {
         zone: Zone(0),
-        direction: Direction::Original,
+        direction,
         ingress_mtu: 1500,
-        matches: FlowMatch { eth_dst: Some(LAN), vlan: None, tuple },
+        matches: FlowMatch { eth_dst: Some(arrives), vlan: None, tuple },
         forward: Forward {
-            egress: ifindex(WAN_PORT),
+            egress: ifindex(egress),
             vlan: None,
             mtu: 1500,
             tuple,
-            macs: Some(MacRewrite { src: WAN, dst: SERVER }),
+            macs: Some(leaves),
         },
         above: Above::default(),
     };
     port.can_offload(&flow).expect("a flow that can be offloaded");
     let instance = Instance(1.try_into().unwrap());
-    let cookie = Cookie { instance, epoch: Epoch(1), direction: Direction::Original };
+    let cookie = Cookie { instance, epoch: Epoch(1), direction };
     let (tx, rx) = mpsc::channel();
     let ticket = Ticket::new(Box::new(move |o: Outcome| tx.send(o).unwrap()));
     port.submit(vec![Operation { request: Request::Add { cookie, flow: Box::new(flow) }, ticket }]);
@@ -287,8 +319,8 @@ fn hardware(report: &mut Report, on: &str, quick: bool) {
     sh(SLOW);
     converse();
     let count = if quick { 2_000 } else { 25_000 };
-    let port = bind(HwFlags::SkipSw);
-    add(&port);
+    let port = bind(&TcFlowerClass::default(), LAN_PORT, HwFlags::SkipSw);
+    add(&port, Direction::Original);
     let seen = || received("", LAN_PORT);
     let arrived = || received(&format!("-n {s}"), s);
     let (host_before, wire_before) = (seen(), arrived());

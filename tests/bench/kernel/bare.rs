@@ -3,6 +3,7 @@
 //! is particular to a rule: one is taken from the wire (an nlmon netdev) and patched.
 
 use std::io::Read;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -75,9 +76,9 @@ impl Template {
 /// What one send carries.
 pub(crate) struct Prebuilt(Vec<Vec<u8>>);
 
-pub(crate) fn prebuild(template: &Template, count: u32, netdev: &str) -> Prebuilt {
+pub(crate) fn prebuild(template: &Template, numbers: Range<u32>, netdev: &str) -> Prebuilt {
     let ifindex = ifindex(netdev).get();
-    let numbers: Vec<u32> = (0..count).collect();
+    let numbers: Vec<u32> = numbers.collect();
     let mut sends: Vec<Vec<u8>> = numbers
         .chunks(PER_SEND)
         .map(|chunk| chunk.iter().flat_map(|&n| template.patched(n, ifindex)).collect())
