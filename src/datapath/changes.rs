@@ -200,20 +200,22 @@ impl Changes {
         let mut netdevs = above;
         netdevs.insert(old.ifindex);
         let through = |i: Option<Ifindex>| i.is_some_and(|i| netdevs.contains(&i));
-        let rules = self.retract_where(|p, slot| {
+        let rules = self.retract_where(|_, slot, p| {
             let in_port = p.iif.unwrap_or(slot.netdev.ifindex);
-            through(p.iif) || through(p.oif) || (p.bridged && self.is_port_of(in_port, old.ifindex))
+            through(p.iif)
+                || through(p.oif)
+                || (p.bridged && self.controller(in_port) == Some(old.ifindex))
         });
         if rules > 0 {
             tracing::info!(rules, "what is above or below a netdev changed: rules taken back");
         }
     }
 
-    fn retract_where(&self, stale: impl Fn(&PathTaken, &SlotView) -> bool) -> u32 {
+    fn retract_where(&self, stale: impl Fn(&ConnHandle, &SlotView, &PathTaken) -> bool) -> u32 {
         let mut rules = 0;
         for conn in self.engine.conns() {
             for slot in self.engine.slots(&conn) {
-                let is_stale = slot.path.is_some_and(|p| stale(&p, &slot));
+                let is_stale = slot.path.is_some_and(|p| stale(&conn, &slot, &p));
                 rules += u32::from(is_stale && self.retract(&conn, &slot));
             }
         }
@@ -234,24 +236,15 @@ impl Changes {
         for (bridge, mac) in moved {
             routed.extend(above[bridge].iter().map(|oif| (*oif, *mac)));
         }
-        let mut rules = 0;
-        for conn in self.engine.conns() {
-            for slot in self.engine.slots(&conn) {
-                let Some(p) = slot.path else { continue };
-                let is_stale = if p.bridged {
-                    self.controller(p.oif.unwrap_or(p.egress)).is_some_and(|bridge| {
-                        let from = self.backend.bridged_from(&conn, &slot);
-                        [p.dst_mac, from]
-                            .into_iter()
-                            .flatten()
-                            .any(|m| moved.contains(&(bridge, m)))
-                    })
-                } else {
-                    p.oif.zip(p.dst_mac).is_some_and(|to| routed.contains(&to))
-                };
-                rules += u32::from(is_stale && self.retract(&conn, &slot));
+        let rules = self.retract_where(|conn, slot, p| {
+            if !p.bridged {
+                return p.oif.zip(p.dst_mac).is_some_and(|to| routed.contains(&to));
             }
-        }
+            self.controller(p.oif.unwrap_or(p.egress)).is_some_and(|bridge| {
+                let ends = [p.dst_mac, self.backend.bridged_from(conn, slot)];
+                ends.into_iter().flatten().any(|mac| moved.contains(&(bridge, mac)))
+            })
+        });
         if rules > 0 {
             let addresses = moved.len();
             tracing::info!(addresses, rules, "bridges' ports for them changed: rules taken back");
@@ -262,32 +255,21 @@ impl Changes {
         Ifindex::new(self.backend.links().get(port)?.controller?)
     }
 
-    fn is_port_of(&self, port: Ifindex, bridge: Ifindex) -> bool {
-        self.backend.links().get(port).is_some_and(|l| l.controller == Some(bridge.get()))
-    }
-
     /// After a loss of events: takes back what the stacks of netdevs, as they are now, do not lead to.
     fn restack(&self) {
         let (links, fdb) = (self.backend.links(), self.backend.fdb());
         let leads_to = |top, frames, real| {
             descend(links, fdb, top, frames).is_ok_and(|s| s.real.ifindex == real)
         };
-        for conn in self.engine.conns() {
-            for slot in self.engine.slots(&conn) {
-                let Some(p) = slot.path else { continue };
-                let (port, egress) = (slot.netdev.ifindex, p.egress);
-                let of = Frames::Of(p.dst_mac.unwrap_or_default());
-                let is_stale = if p.bridged {
-                    !self.backend.is_still_bridged(&conn, &slot, &p)
-                } else {
-                    p.iif.is_some_and(|iif| !leads_to(iif, Frames::On(port), port))
-                        || p.oif.is_some_and(|oif| !leads_to(oif, of, egress))
-                };
-                if is_stale {
-                    self.retract(&conn, &slot);
-                }
+        self.retract_where(|conn, slot, p| {
+            if p.bridged {
+                return !self.backend.is_still_bridged(conn, slot, p);
             }
-        }
+            let (port, egress) = (slot.netdev.ifindex, p.egress);
+            let of = Frames::Of(p.dst_mac.unwrap_or_default());
+            p.iif.is_some_and(|iif| !leads_to(iif, Frames::On(port), port))
+                || p.oif.is_some_and(|oif| !leads_to(oif, of, egress))
+        });
     }
 
     /// What was refused because of a netdev as it was may be possible now.
@@ -365,7 +347,7 @@ impl Changes {
                 None => used.remove(&(ifindex, address)),
             };
         }
-        let rules = self.retract_where(|p, _| {
+        let rules = self.retract_where(|_, _, p| {
             p.oif.unwrap_or(p.egress) == ifindex && p.next_hop == Some(address) && p.dst_mac != mac
         });
         tracing::info!(%address, %ifindex, ?mac, rules, "neighbour changed: rules taken back");

@@ -205,6 +205,9 @@ impl Keeper {
     /// Rules that send frames where the bridge would not are taken back: it may have learnt another
     /// way while they were made.
     fn keep_learnt(&self, used: &[ConnHandle]) {
+        if !self.backend.config().bridged {
+            return;
+        }
         let since_last = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
         let mut seen = HashSet::new();
         for conn in used {
