@@ -389,7 +389,7 @@ impl Backend {
             tracing::warn!(count = stale.len(), "stale sights stay in the ledger: {e}");
         }
         let size = self.config.ledger_size as usize;
-        for hook in [Hook::Inet, Hook::Bridge] {
+        for hook in Hook::BOTH {
             let elements = kept.iter().filter(|k| k.hook == hook).count();
             if elements >= size - size / 10 {
                 tracing::error!(
@@ -520,7 +520,7 @@ impl Datapath for Backend {
         for sight in sights {
             let Some(id) = ct_id(&sight.conn) else { continue };
             // Also where nothing is noted of it any more: what the port itself has sighted.
-            for hook in [Hook::Inet, Hook::Bridge] {
+            for hook in Hook::BOTH {
                 let (iif, direction) = (sight.ifindex, sight.direction);
                 keys.push(LedgerKey { hook, iif, ct_id: id, direction });
             }

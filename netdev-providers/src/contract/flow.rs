@@ -47,8 +47,8 @@ pub struct Forward {
 }
 
 /// The netdevs that route the packets (of bridged ones, the ports of the bridge), where they are not
-/// those that the packets pass but stand above them: VLAN devices, bridges, bonds. For backends that select what the kernel routes; a rule on the
-/// netdev needs nothing of it.
+/// those that the packets pass but stand above them: VLAN devices, bridges, bonds. For backends that
+/// select what the kernel routes; a rule on the netdev needs nothing of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Above {
     /// Above the port, on arrival. `None`: it is the port.

@@ -179,6 +179,14 @@ impl Default for LedgerConfig {
     }
 }
 
+impl LedgerConfig {
+    /// The hooks that there is a table in.
+    fn hooks(&self) -> impl Iterator<Item = Hook> + use<> {
+        let bridged = self.bridged;
+        Hook::BOTH.into_iter().filter(move |h| bridged || *h == Hook::Inet)
+    }
+}
+
 /// One element of the ledger: this netdev has seen this direction of this connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LedgerKey {
@@ -256,12 +264,6 @@ impl Ledger {
         Ok(Self { socket, config, destroy: None })
     }
 
-    /// The hooks that there is a table in.
-    fn hooks(&self) -> impl Iterator<Item = Hook> + use<> {
-        let bridged = self.config.bridged;
-        Hook::BOTH.into_iter().filter(move |h| bridged || *h == Hook::Inet)
-    }
-
     /// What it was installed with.
     #[must_use]
     pub const fn config(&self) -> &LedgerConfig {
@@ -304,7 +306,7 @@ impl Ledger {
         done_already: Errno,
         change: impl Fn(&mut Transaction<'_>, &str, NetdevSet),
     ) -> Result<(), LedgerError> {
-        let hooks = self.hooks();
+        let hooks = self.config.hooks();
         let mut t = Transaction::new(&mut self.socket);
         for hook in hooks {
             t.of_family(hook.family());
@@ -323,7 +325,7 @@ impl Ledger {
     /// # Errors
     /// The kernel's refusal, or a failure of the exchange; some elements may be removed then.
     pub fn rearm(&mut self, keys: &[LedgerKey]) -> Result<(), LedgerError> {
-        for hook in self.hooks() {
+        for hook in self.config.hooks() {
             let keys: Vec<_> = keys.iter().filter(|k| k.hook == hook).copied().collect();
             self.rearm_in(hook, &keys)?;
         }
@@ -408,7 +410,7 @@ impl Ledger {
     /// [`NetlinkError::Interrupted`] when the ruleset changed during each of several dumps.
     pub fn sighted(&mut self) -> Result<Vec<LedgerKey>, LedgerError> {
         let mut keys = Vec::new();
-        for hook in self.hooks() {
+        for hook in self.config.hooks() {
             keys.append(&mut self.dump(hook, SIGHTED, |m, keys: &mut Vec<_>| {
                 keys.extend(element_keys(m).filter_map(|k| LedgerKey::from_bytes(hook, k)));
             })?);
@@ -425,7 +427,7 @@ impl Ledger {
     /// As [`sighted`](Self::sighted).
     pub fn counted(&mut self) -> Result<HashMap<LedgerKey, u64>, LedgerError> {
         let mut all = HashMap::new();
-        for hook in self.hooks() {
+        for hook in self.config.hooks() {
             all.extend(self.dump(hook, SIGHTED, |m, counted: &mut Vec<_>| {
                 let elements = element_packets(m);
                 let key = |k| LedgerKey::from_bytes(hook, k);
@@ -480,7 +482,7 @@ impl Ledger {
     /// As [`sighted`](Self::sighted).
     pub fn len(&mut self) -> Result<usize, LedgerError> {
         let mut sum = 0;
-        for hook in self.hooks() {
+        for hook in self.config.hooks() {
             let seq = self.socket.next_seq();
             let buf = get_of(hook.family(), NFT_MSG_GETSET, ACK, seq, |m| {
                 m.str(NFTA_SET_TABLE, &self.config.table).str(NFTA_SET_NAME, SIGHTED);
@@ -517,7 +519,7 @@ impl Ledger {
     /// The kernel's refusal, or a failure of the exchange.
     pub fn remove(mut self) -> Result<(), LedgerError> {
         let table = &self.config.table;
-        for hook in self.hooks() {
+        for hook in self.config.hooks() {
             let mut t = Transaction::new(&mut self.socket);
             t.of_family(hook.family());
             table::delete(&mut t, Step::new("deleting the table", NEEDS_NFT), table);
@@ -541,9 +543,8 @@ fn install_into(
     with_xfrm: bool,
 ) -> Result<(), LedgerError> {
     let mut t = Transaction::new(socket);
-    describe(&mut t, config, Hook::Inet, with_xfrm);
-    if config.bridged {
-        describe(&mut t, config, Hook::Bridge, with_xfrm);
+    for hook in config.hooks() {
+        describe(&mut t, config, hook, with_xfrm);
     }
     let answers = match t.commit() {
         Ok(answers) => answers,

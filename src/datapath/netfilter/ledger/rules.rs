@@ -54,7 +54,8 @@ pub enum Hook {
 }
 
 impl Hook {
-    pub(super) const BOTH: [Self; 2] = [Self::Inet, Self::Bridge];
+    /// Both of them.
+    pub const BOTH: [Self; 2] = [Self::Inet, Self::Bridge];
 
     pub(super) const fn family(self) -> u8 {
         match self {
