@@ -62,18 +62,20 @@ impl Hardware {
         found.and_then(|r| r["count"].as_u64()).unwrap_or(0)
     }
 
+    /// Those of the first connection.
+    fn slots(&self) -> Vec<Value> {
+        self.router.conns()[0]["slots"].as_array().cloned().unwrap_or_default()
+    }
+
     fn slot(&self, port: &str) -> Value {
-        let conns = self.router.conns();
-        let slots = conns[0]["slots"].as_array().cloned().unwrap_or_default();
-        slots.into_iter().find(|s| s["port"] == port).unwrap_or_default()
+        self.slots().into_iter().find(|s| s["port"] == port).unwrap_or_default()
     }
 
     /// Of the one connection that there is: ports with a rule that the NIC is said to have.
     fn in_hardware(&self) -> Vec<String> {
-        let conns = self.router.conns();
-        let slots = conns[0]["slots"].as_array().cloned().unwrap_or_default();
-        let there = slots.iter().filter(|s| s["state"] == "installed" && s["in_hw"] == true);
-        there.filter_map(|s| s["port"].as_str().map(str::to_owned)).collect()
+        let mut slots = self.slots();
+        slots.retain(|s| s["state"] == "installed" && s["in_hw"] == true);
+        slots.iter().filter_map(|s| s["port"].as_str().map(str::to_owned)).collect()
     }
 
     fn knob(&self, port: &str, knob: &str) -> PathBuf {

@@ -108,31 +108,15 @@ pub fn port_of(links: &Links, port: Ifindex) -> Option<(Link, Link)> {
 
 #[cfg(test)]
 mod tests {
-    use netdev_providers::{MacAddr, VlanId};
+    use netdev_providers::VlanId;
 
     use super::*;
     use crate::datapath::routing::fdb::Behind;
     use crate::datapath::routing::links::BridgePort;
-
-    fn ifindex(n: u32) -> Ifindex {
-        Ifindex::new(n).unwrap()
-    }
-
-    fn mac(n: u8) -> MacAddr {
-        MacAddr([2, 0, 0, 0, 0, n])
-    }
+    use crate::datapath::routing::stack::tests::{self, ifindex, mac};
 
     fn link(n: u32, controller: Option<u32>, layer: Layer) -> Link {
-        Link {
-            ifindex: ifindex(n),
-            name: format!("n{n}"),
-            mac: Some(mac(u8::try_from(n).unwrap())),
-            mtu: 1500,
-            up: true,
-            controller,
-            port: BridgePort::default(),
-            layer,
-        }
+        Link { controller, ..tests::link(n, layer) }
     }
 
     /// Bridge 9 with ports 1, 2, and 4, which is VLAN 40 of 3. Host 71 is behind 1, and so on.

@@ -261,19 +261,19 @@ pub fn not_a_port(links: &Links, link: &Link) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::datapath::routing::links::BridgePort;
 
-    fn ifindex(n: u32) -> Ifindex {
+    pub(in super::super) fn ifindex(n: u32) -> Ifindex {
         Ifindex::new(n).unwrap()
     }
 
-    fn mac(n: u8) -> MacAddr {
+    pub(in super::super) fn mac(n: u8) -> MacAddr {
         MacAddr([2, 0, 0, 0, 0, n])
     }
 
-    fn link(n: u32, layer: Layer) -> Link {
+    pub(in super::super) fn link(n: u32, layer: Layer) -> Link {
         Link {
             ifindex: ifindex(n),
             name: format!("n{n}"),

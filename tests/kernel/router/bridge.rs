@@ -375,14 +375,17 @@ fn what_a_bridge_no_longer_does_no_rule_does() {
         wait_until(why, || r.rules("lan") + r.rules("wan") == 0);
     };
     let there = |r: &Router, c: &mut Connection| r.wait_installed(&BOTH, c);
+    let goes_on = |r: &Router, c: &mut Connection| {
+        wait_until("it goes on", || c.is_alive());
+        there(r, c);
+    };
     there(&r, &mut c);
     // Rules of its own family.
     r.run("nft add rule bridge watch forward tcp dport 5001 drop");
     wait_until("the bridge's firewall stops it", || !c.is_alive());
     assert_eq!(r.rules("lan"), 0, "what the bridge drops is not offloaded again");
     r.run("nft flush chain bridge watch forward");
-    wait_until("it goes on", || c.is_alive());
-    there(&r, &mut c);
+    goes_on(&r, &mut c);
     // VLANs.
     r.run("ip link set br0 type bridge vlan_filtering 1");
     gone(&r, "bridges that filter VLANs are left alone");
@@ -393,25 +396,21 @@ fn what_a_bridge_no_longer_does_no_rule_does() {
     r.run("bridge link set dev lan isolated on; bridge link set dev wan isolated on");
     gone(&r, "nothing goes between isolated ports");
     r.run("bridge link set dev wan isolated off");
-    wait_until("it goes on", || c.is_alive());
-    there(&r, &mut c);
+    goes_on(&r, &mut c);
     // A port that does not forward.
     r.run("bridge link set dev wan state 0");
     gone(&r, "a port that is disabled forwards nothing");
     r.run("bridge link set dev wan state 3");
-    wait_until("it goes on", || c.is_alive());
-    there(&r, &mut c);
+    goes_on(&r, &mut c);
     // A port that leaves, and the whole bridge.
     r.run("ip link set wan nomaster");
     gone(&r, "a netdev that is no port is not forwarded to");
     r.run("ip link set wan master br0");
-    wait_until("it goes on", || c.is_alive());
-    there(&r, &mut c);
+    goes_on(&r, &mut c);
     r.run("ip link set br0 down");
     gone(&r, "a bridge that is down forwards nothing");
     r.run("ip link set br0 up");
-    wait_until("it goes on", || c.is_alive());
-    there(&r, &mut c);
+    goes_on(&r, &mut c);
     r.run("ip link del br0");
     gone(&r, "a bridge that is gone forwards nothing");
 }
