@@ -28,6 +28,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::host::Host;
 use crate::netns::NetNs;
+use crate::shown::as_shown;
 
 mod slow_path;
 mod tagged;
@@ -613,35 +614,6 @@ fn rules_read_back_as_they_were_meant() {
     assert_eq!(port.usage().len(), 0);
     port.provider.release().unwrap();
     assert_eq!(net.ns.run("tc qdisc show dev lan0").matches("clsact").count(), 0);
-}
-
-/// What `tc filter show` says, without what is particular to one rule (indices, the cookie), and with
-/// the keys of a `pedit` that rewrite parts of the same word as one: `tc` makes two where one would do.
-fn as_shown(text: &str) -> Vec<String> {
-    let mut shown: Vec<String> = Vec::new();
-    let mut last_key: Option<(String, u32, u32)> = None;
-    for line in text.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words.as_slice() {
-            [] | ["index" | "cookie", ..] => {}
-            ["key", _, "at", at, "val", value, "mask", mask] => {
-                let hex = |s: &str| u32::from_str_radix(s, 16).unwrap();
-                let (mut value, mut mask) = (hex(value), hex(mask));
-                if let Some((before, v, m)) = &last_key
-                    && before == at
-                {
-                    (value, mask) = (value | v, mask & m);
-                    shown.pop();
-                }
-                shown.push(format!("{at} val {value:08x} mask {mask:08x}"));
-                last_key = Some(((*at).to_owned(), value, mask));
-            }
-            ["key", _, rest @ ..] => shown.push(rest.join(" ")),
-            [.., "pedit", "action", "pipe", "keys", _] => shown.push("pedit pipe".to_owned()),
-            _ => shown.push(line.trim_end().to_owned()),
-        }
-    }
-    shown
 }
 
 #[test]

@@ -23,6 +23,7 @@ use netdev_providers::{
 use nix::net::if_::if_nametoindex;
 
 use crate::netns::NetNs;
+use crate::shown::as_shown;
 
 const ROUTER: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 const NEXT_HOP: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
@@ -219,6 +220,56 @@ fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
     let other = flow("udp [fd01::2]:1 > [fd02::2]:3");
     assert_eq!(adopt(1, other).unwrap_err().reason, Reason::Conflict);
     assert_eq!(nic.rules("p0"), 5);
+    port.release().unwrap();
+    assert_eq!(nic.rules("p0"), 0);
+}
+
+#[test]
+fn tc_shows_our_hardware_rules_as_it_shows_those_that_are_written_with_it() {
+    let nic = Nic::new();
+    let port = bind("p0", HwFlags::SkipSw, 1);
+    let macs = format!("pedit ex munge eth dst set {NEXT_HOP} munge eth src set {ROUTER}");
+    // Nothing of such a rule runs in software: its actions have no counters per processor.
+    let to = "no_percpu action mirred egress redirect dev p1 no_percpu";
+    for (arrival, departure, matches, actions) in [
+        (
+            "tcp 10.0.1.2:4000 > 10.0.2.2:80",
+            "tcp 10.0.2.1:5000 > 10.0.2.2:80",
+            "pref 49412 protocol ip flower skip_sw dst_mac {us} ip_proto tcp dst_ip 10.0.2.2 src_ip 10.0.1.2 \
+             dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
+            "munge ip src set 10.0.2.1 munge tcp sport set 5000 munge ip ttl dec pipe \
+             no_percpu action csum ip4h and tcp pipe",
+        ),
+        (
+            "udp 10.0.1.2:4000 > 10.0.2.9:80",
+            "udp 10.0.1.2:4000 > 10.0.2.2:8080",
+            "pref 49412 protocol ip flower skip_sw dst_mac {us} ip_proto udp dst_ip 10.0.2.9 src_ip 10.0.1.2 \
+             dst_port 80 src_port 4000 ip_flags nofrag",
+            "munge ip dst set 10.0.2.2 munge udp dport set 8080 munge ip ttl dec pipe \
+             no_percpu action csum ip4h and udp pipe",
+        ),
+        (
+            "udp [fd01::2]:4000 > [fd02::2]:53",
+            "udp [fd01::2]:4000 > [fd02::2]:53",
+            "pref 49413 protocol ipv6 flower skip_sw dst_mac {us} ip_proto udp dst_ip fd02::2 src_ip fd01::2 \
+             dst_port 53 src_port 4000 ip_flags nofrag",
+            "munge ip6 hoplimit add 0xff pipe",
+        ),
+    ] {
+        let flow = Flow { forward: forward(departure.parse().unwrap()), ..flow(arrival) };
+        let request = Request::Add { cookie: cookie(1, 1), flow: Box::new(flow) };
+        let Ok(Done::Added { rule, .. }) = submit(&*port, request) else { panic!("{arrival}") };
+        let matches = matches.replace("{us}", &ROUTER.to_string());
+        let pref = matches.split(' ').nth(1).unwrap();
+        let show = || as_shown(&nic.0.run(&format!("tc filter show dev p0 ingress pref {pref}")));
+        let ours = show();
+        submit(&*port, Request::Delete { rule, cookie: cookie(1, 1) }).unwrap();
+        nic.0.run(&format!(
+            "tc filter add dev p0 ingress handle 1 {matches} action {macs} {actions} {to}"
+        ));
+        assert_eq!(ours, show());
+        nic.0.run(&format!("tc filter del dev p0 ingress pref {pref}"));
+    }
     port.release().unwrap();
     assert_eq!(nic.rules("p0"), 0);
 }

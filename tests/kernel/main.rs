@@ -15,3 +15,4 @@ mod nic_faults;
 mod oracle;
 mod router;
 mod script;
+mod shown;

@@ -199,11 +199,11 @@ impl Trials<'_> {
     fn part(&mut self, name: String, shape: Shape, action: Action) -> Result<Line, NetlinkError> {
         let flow = trial_flow(self.hook.ifindex, shape);
         let cookie = self.guards.cookie().to_bytes();
-        let percpu_stats = self.found.percpu_stats;
+        let found = self.found;
         let [software, hardware] = self.both(shape, |m, flags| {
             let (buf, seq, place, handle) = m;
             rule::add_with(buf, seq, place, handle, &flow.matches, flags, |m| {
-                let mut list = ActionList::new(m, percpu_stats);
+                let mut list = ActionList::new(m, found.percpu_stats(flags));
                 list.one(&flow, action, &cookie);
                 if matches!(action, Action::Pedit | Action::Csum) {
                     list.one(&flow, Action::Mirred, &cookie);
@@ -230,7 +230,7 @@ impl Trials<'_> {
                     Some(NatForm::Software { before, after })
                 }
             };
-            let form = Form { flags, nat, percpu_stats: found.percpu_stats };
+            let form = Form { flags, nat, percpu_stats: found.percpu_stats(flags) };
             rule::add(buf, seq, place, handle, &flow, cookie, form);
             true
         })?;

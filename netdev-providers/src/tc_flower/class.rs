@@ -26,9 +26,10 @@ pub struct TcFlowerConfig {
     /// How many messages go to the kernel in one system call, and are acknowledged in another: at most,
     /// for long messages are sent earlier.
     pub batch: usize,
-    /// Whether actions count per processor: several processors that forward one flow at a time
-    /// do not contend then, but a rule costs some 50 bytes per action and processor more, and
-    /// longer to add.
+    /// Whether actions that run in software count per processor: several processors that forward one
+    /// flow at a time do not contend then, but a rule costs some 50 bytes per action and processor
+    /// more, and longer to add. Rules that only the NIC carries out (`skip_sw`) never do: nothing but
+    /// a dump adds to their counters.
     pub percpu_stats: bool,
 }
 

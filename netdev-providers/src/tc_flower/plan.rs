@@ -66,19 +66,18 @@ impl Plan {
     /// The form of a flow's rule. A NAT rule is either for hardware or for software, since their
     /// checksums are kept right in different ways; `software` asks for the latter.
     pub(super) fn form(&self, flow: &Flow, software: bool) -> Form<'_> {
-        let percpu_stats = self.found.percpu_stats;
+        let form = |flags, nat| Form { flags, nat, percpu_stats: self.found.percpu_stats(flags) };
         if !flow.has_nat() {
             let flags = if software { TCA_CLS_FLAGS_SKIP_HW } else { self.found.mode.flags() };
-            return Form { flags, nat: None, percpu_stats };
+            return form(flags, None);
         }
         match &self.found.nat {
             Ok(programs) if software => {
                 let family = Family::of(&flow.matches);
                 let (before, after) = programs.pair(family, flow.matches.tuple.proto());
-                let nat = Some(NatForm::Software { before, after });
-                Form { flags: TCA_CLS_FLAGS_SKIP_HW, nat, percpu_stats }
+                form(TCA_CLS_FLAGS_SKIP_HW, Some(NatForm::Software { before, after }))
             }
-            _ => Form { flags: TCA_CLS_FLAGS_SKIP_SW, nat: Some(NatForm::Hardware), percpu_stats },
+            _ => form(TCA_CLS_FLAGS_SKIP_SW, Some(NatForm::Hardware)),
         }
     }
 

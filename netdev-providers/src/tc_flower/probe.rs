@@ -67,7 +67,8 @@ pub(super) struct Found {
     /// `clsact` or `ingress`.
     pub(super) qdisc_kind: String,
     pub(super) made_qdisc: bool,
-    pub(super) percpu_stats: bool,
+    /// Whether actions that run in software count per processor.
+    percpu_stats: bool,
     pub(super) nat: Result<Arc<NatPrograms>, String>,
     /// What rules it takes, and in which form.
     pub(super) capabilities: Capabilities,
@@ -90,6 +91,12 @@ impl Found {
             Use::SoftwareGuards => self.mode.has_software() && (!tagged || self.vlan.is_ok()),
             Use::Flows => false,
         }
+    }
+
+    /// Whether the actions of a rule with these flags count per processor. Where they never run there
+    /// is nothing to contend for, and most of what adding a rule costs to save.
+    pub(super) const fn percpu_stats(&self, flags: u32) -> bool {
+        self.percpu_stats && flags & TCA_CLS_FLAGS_SKIP_SW == 0
     }
 
     /// The families whose guards stand at a prio of this use.
@@ -403,7 +410,11 @@ fn try_rule(
         }
         _ => None,
     };
-    let form = Form { flags: TCA_CLS_FLAGS_SKIP_HW, nat, percpu_stats: found.percpu_stats };
+    let form = Form {
+        flags: TCA_CLS_FLAGS_SKIP_HW,
+        nat,
+        percpu_stats: found.percpu_stats(TCA_CLS_FLAGS_SKIP_HW),
+    };
     hook.request(|buf, seq, ifindex| {
         let cookie = guards.cookie();
         rule::add(buf, seq, Place { ifindex, prio, family }, handle, flow, cookie, form);

@@ -56,6 +56,52 @@ fn rules_with_tags_and_lengths_read_back_as_they_were_meant() {
 }
 
 #[test]
+fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
+    let net = Net::new();
+    let port = net.bind("lan0");
+    net.ns.run("tc qdisc add dev wan0 clsact");
+    let macs = format!("pedit ex munge eth dst set {SERVER} munge eth src set {WAN}");
+    let to = "action mirred egress redirect dev wan0";
+    for (ours, vlan_in, vlan_out, matches, actions) in [
+        (
+            TCP4,
+            Some(10),
+            Some(20),
+            "pref 49418 protocol 802.1q flower skip_hw dst_mac {LAN} vlan_id 10 vlan_ethtype ipv4 ip_proto tcp \
+             dst_ip 10.0.2.2 src_ip 10.0.1.2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
+            "action vlan pop pipe action {macs} munge ip ttl dec pipe action csum ip4h pipe \
+             action vlan push id 20 priority 0 pipe",
+        ),
+        (
+            UDP4,
+            None,
+            Some(20),
+            "pref 49412 protocol ip flower skip_hw dst_mac {LAN} ip_proto udp dst_ip 10.0.2.2 \
+             src_ip 10.0.1.2 dst_port 53 src_port 4000 ip_flags nofrag",
+            "action {macs} munge ip ttl dec pipe action csum ip4h pipe action vlan push id 20 priority 0 pipe",
+        ),
+        (
+            TCP6,
+            Some(10),
+            None,
+            "pref 49419 protocol 802.1q flower skip_hw dst_mac {LAN} vlan_id 10 vlan_ethtype ipv6 ip_proto tcp \
+             dst_ip fd02::2 src_ip fd01::2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
+            "action vlan pop pipe action {macs} munge ip6 hoplimit add 0xff pipe",
+        ),
+    ] {
+        let rule = port.add(1, tagged(tuple(ours), tuple(ours), vlan_in, vlan_out));
+        let (matches, actions) =
+            (matches.replace("{LAN}", &LAN.to_string()), actions.replace("{macs}", &macs));
+        net.ns.run(&format!("tc filter add dev wan0 ingress handle 1 {matches} {actions} {to}"));
+        let pref = matches.split(' ').nth(1).unwrap();
+        let show = |dev: &str| net.ns.run(&format!("tc filter show dev {dev} ingress pref {pref}"));
+        assert_eq!(as_shown(&show("lan0")), as_shown(&show("wan0")));
+        port.delete(1, rule).unwrap();
+        net.ns.run("tc filter del dev wan0 ingress");
+    }
+}
+
+#[test]
 fn a_tag_is_taken_off_and_another_is_put_on() {
     let net = Net::new();
     let port = net.bind("lan0");
