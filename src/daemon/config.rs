@@ -25,6 +25,8 @@
 //!
 //! [tc-flower]
 //! prio-base = 49408          # 1..=65000: the first of our prios
+//! writers = 4                # 1..=64: sockets that a port's rules are written through at once;
+//!                            # default: one per processor, but not more than 4
 //!
 //! [nf-flowtable]
 //! accounting = true          # switch conntrack's accounting on while a port uses it: its counters
@@ -82,7 +84,7 @@
 
 mod admit;
 
-use std::num::{NonZeroU16, NonZeroU32};
+use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -145,6 +147,8 @@ pub struct Config {
     pub control_group: Option<String>,
     /// The first of tc-flower's prios.
     pub tc_prio_base: Option<NonZeroU16>,
+    /// Through how many sockets tc-flower writes the rules of a port at once, if not the default.
+    pub tc_writers: Option<NonZeroUsize>,
     /// Which connections may be offloaded.
     pub admission: Admission,
     /// From how many bytes on.
@@ -220,6 +224,7 @@ struct RawControl {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 struct RawTcFlower {
     prio_base: Option<Spanned<u16>>,
+    writers: Option<Spanned<usize>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -358,6 +363,7 @@ impl Config {
         let ledger_size = ranged(raw.sight.ledger_size, 262_144, 16..=16_777_216, "ledger-size")?;
         let prio_base =
             raw.tc_flower.prio_base.map(|p| ranged(Some(p), 1, 1..=65_000, "prio-base"));
+        let writers = raw.tc_flower.writers.map(|n| ranged(Some(n), 1, 1..=64, "writers"));
         Ok(Self {
             nflog_group: raw.sight.nflog_group.unwrap_or(DEFAULT_GROUP),
             ledger_size: NonZeroU32::new(ledger_size).unwrap_or(NonZeroU32::MIN),
@@ -383,6 +389,7 @@ impl Config {
             min_bytes: raw.admission.min_bytes,
             flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
+            tc_writers: writers.transpose()?.and_then(NonZeroUsize::new),
             ports,
         })
     }
@@ -465,6 +472,7 @@ mod tests {
         assert_eq!(error("\n\n= 3\n").0, 3);
         assert_eq!(error("[[port]]\nmatch = \"a\"\ncapacity = 0\n").0, 3);
         assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);
+        assert_eq!(error("[tc-flower]\nwriters = 65\n").0, 2);
     }
 
     #[test]

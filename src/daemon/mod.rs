@@ -185,7 +185,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         Limits { connections: config.connections, queue: config.queue, ..Limits::default() },
         Clock::default(),
     );
-    let mut tc_config = TcFlowerConfig::default();
+    let mut tc_config = TcFlowerConfig { writers: config.tc_writers, ..TcFlowerConfig::default() };
     if let Some(base) = config.tc_prio_base {
         tc_config.prio_base = base.get();
     }

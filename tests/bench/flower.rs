@@ -20,6 +20,7 @@ mod world;
 
 use std::fmt::Write as _;
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
@@ -61,7 +62,20 @@ fn main() -> ExitCode {
 
 /// Netdevs for the contestants, and one that rules redirect to.
 fn network() {
-    for name in ["ours0", "ours1", "shared0", "shared1", "tc0", "bare0", "bare1", "out0"] {
+    for name in [
+        "ours0",
+        "ours1",
+        "shared0",
+        "shared1",
+        "one0",
+        "one1",
+        "oneshared0",
+        "oneshared1",
+        "tc0",
+        "bare0",
+        "bare1",
+        "out0",
+    ] {
         world::sh(&format!(
             "ip link add {name} address 02:00:00:00:01:01 type veth peer name {name}p &&
              ip link set {name} up && ip link set {name}p up"
@@ -298,6 +312,17 @@ impl<'a> Pair<'a> {
         })
     }
 
+    /// One port, with one writer and with two.
+    fn of_one_port(name: &'static str, ports: &'a [Ours; 2]) -> Self {
+        Self::new(name, move |writers, count| {
+            let port = &ports[writers - 1];
+            let adds = port.prepare_adds(count * u32::try_from(writers).unwrap());
+            let took = port.run(adds).0;
+            port.flush();
+            took
+        })
+    }
+
     /// Bare loops, on these netdevs.
     fn of_bare_loops(
         name: &'static str,
@@ -326,7 +351,17 @@ fn at_once(work: Vec<impl FnOnce() + Send>) -> Duration {
     started.elapsed()
 }
 
-/// Ports with a writer each, and what the kernel makes of two who write: to two netdevs, and to one.
+/// Ports with these numbers of writers.
+fn with_writers(netdevs: [(&str, usize); 2], percpu_stats: bool) -> [Ours; 2] {
+    netdevs.map(|(netdev, writers)| {
+        let writers = NonZeroUsize::new(writers);
+        let config = TcFlowerConfig { writers, percpu_stats, ..TcFlowerConfig::default() };
+        Ours::bind_to(&TcFlowerClass::new(config), netdev, "out0")
+    })
+}
+
+/// Ports with a writer each, ports with several, and what the kernel makes of two who write: to two
+/// netdevs, and to one.
 fn two_writers(setting: &Setting, report: &mut Report) {
     if cpus().len() < 2 {
         let name = format!("insert, two writers over one ({})", setting.on);
@@ -334,14 +369,16 @@ fn two_writers(setting: &Setting, report: &mut Report) {
         report.add(Figure::new(name, None, "x").bar(Bar::AtLeast(1.6)).note(why));
         return;
     }
-    let ports = ["ours0", "ours1"].map(|netdev| Ours::bind(netdev, "out0"));
+    let ports = with_writers([("ours0", 1), ("ours1", 1)], true);
     let template = bare::Template::catch(&ports[0]);
-    let shared = TcFlowerConfig { percpu_stats: false, ..TcFlowerConfig::default() };
-    let shared = TcFlowerClass::new(shared);
-    let counting = ["shared0", "shared1"].map(|netdev| Ours::bind_to(&shared, netdev, "out0"));
+    let shared = with_writers([("shared0", 1), ("shared1", 1)], false);
+    let port = with_writers([("one0", 1), ("one1", 2)], true);
+    let one_shared = with_writers([("oneshared0", 1), ("oneshared1", 2)], false);
     let mut pairs = [
         Pair::of_ports("two ports", &ports),
-        Pair::of_ports("two ports, counters not per processor", &counting),
+        Pair::of_ports("two ports, counters not per processor", &shared),
+        Pair::of_one_port("one port", &port),
+        Pair::of_one_port("one port, counters not per processor", &one_shared),
         Pair::of_bare_loops("bare loops, two netdevs", &template, ["bare0", "bare1"]),
         Pair::of_bare_loops("bare loops, one netdev", &template, ["bare0", "bare0"]),
     ];

@@ -11,7 +11,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -79,7 +79,10 @@ impl Net {
 
     fn try_bind(&self, name: &str, hw_flags: HwFlags, instance: u32) -> Result<Port, BindError> {
         let netdev = netdev(name, hw_flags);
-        let provider = TcFlowerClass::default().bind(&netdev, self::instance(instance))?;
+        // Several writers, whatever the machine has.
+        let config = TcFlowerConfig { writers: NonZeroUsize::new(3), ..Default::default() };
+        let class = TcFlowerClass::new(config);
+        let provider = class.bind(&netdev, self::instance(instance))?;
         Ok(Port { provider, instance: self::instance(instance) })
     }
 
@@ -1035,6 +1038,31 @@ fn what_a_dead_engine_left_goes_on_and_is_adopted_if_it_is_what_it_would_be() {
         !net.ns.run("tc qdisc show dev lan0").contains("clsact"),
         "inherited from the dead one"
     );
+}
+
+/// The writers of a port do not overtake one another where the same packets are matched.
+#[test]
+fn what_a_dead_engine_left_is_removed_before_its_match_is_taken_again() {
+    let net = Net::new();
+    let dead = net.bind("lan0");
+    let flow_of = |n: u64| {
+        let t = tuple(&format!("udp 10.0.1.2:{} > 10.0.2.2:53", 1000 + n));
+        Box::new(flow(t, t))
+    };
+    let adds = (0..200).map(|n| Request::Add { cookie: dead.cookie(n), flow: flow_of(n) });
+    assert!(dead.submit(adds.collect()).iter().all(Result::is_ok));
+    drop(dead);
+    let port = net.try_bind("lan0", HwFlags::Both, 2).unwrap();
+    let left = port.provider.observe().unwrap().leftovers;
+    assert_eq!(left.len(), 200);
+    let renewed = left.iter().flat_map(|l| {
+        let (n, rule) = (l.cookie.epoch.0, l.rule);
+        let cookie = port.cookie(n);
+        [Request::Delete { rule, cookie }, Request::Add { cookie, flow: flow_of(n) }]
+    });
+    let outcomes = port.submit(renewed.collect());
+    assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    assert_eq!((port.usage().len(), port.provider.flush()), (200, Ok(200)));
 }
 
 #[test]

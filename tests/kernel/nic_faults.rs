@@ -108,16 +108,21 @@ impl Hardware {
         words[at + 1].parse().expect("a number")
     }
 
-    /// Both directions go by the NIC, which is said to have them: of ten round trips the host sees
-    /// nothing. (Some rules are taken back now and then, on purpose, and are there again at the next
-    /// packet; and what is read back of a rule for both is read by the sweep.)
+    /// Whether the host sees nothing of ten round trips of each. Some rules are taken back now and then,
+    /// on purpose, and are there again at the next packet: this is to be waited for.
+    fn passes_the_host_by(&self, connections: &mut [Connection]) -> bool {
+        let before = self.host_packets();
+        for _ in 0..10 {
+            connections.iter_mut().for_each(Connection::ping);
+        }
+        self.host_packets() == before
+    }
+
+    /// Both directions go by the NIC, which is said to have them. (What is read back of a rule for both
+    /// is read by the sweep.)
     fn wait_in_hardware(&self, c: &mut Connection) {
         wait_until("the host sees nothing of it, and the NIC is said to have it", || {
-            let before = self.host_packets();
-            for _ in 0..10 {
-                c.ping();
-            }
-            self.host_packets() == before && self.in_hardware() == PORTS
+            self.passes_the_host_by(std::slice::from_mut(c)) && self.in_hardware() == PORTS
         });
     }
 }
@@ -140,7 +145,7 @@ fn hardware_that_was_reset_gets_its_rules_again_guards_and_all() {
     });
     h.wait_in_hardware(&mut c);
     for port in PORTS {
-        assert_eq!(h.rejections(port, "no-effect"), 1, "{}", h.port(port));
+        assert!(h.rejections(port, "no-effect") >= 1, "{}", h.port(port));
     }
 }
 
@@ -242,11 +247,9 @@ fn what_a_nic_cannot_do_is_refused_in_its_words_or_done_in_software() {
     assert!(port["about"].to_string().contains(words), "{port}");
     let rules = h.router.run("tc filter show dev lan ingress pref 49412");
     assert!(rules.contains("  not_in_hw") && !rules.contains("skip_hw"), "{rules}");
-    let seen = h.host_packets();
-    for _ in 0..10 {
-        c.ping();
-    }
-    assert_eq!(h.host_packets(), seen, "software rules forward it in front of the host's stack");
+    wait_until("software rules forward it in front of the host's stack", || {
+        h.passes_the_host_by(std::slice::from_mut(&mut c))
+    });
 }
 
 #[test]
@@ -365,11 +368,9 @@ fn what_finds_the_table_full_on_a_port_for_both_is_in_software() {
     assert_eq!(h.rules("lan", "active"), 5, "four guards, and a flow");
     let about = h.port("lan")["about"].to_string();
     assert!(about.contains("simnic: the flow table is full"), "{about}");
-    let seen = h.host_packets();
-    for _ in 0..10 {
-        connections.iter_mut().for_each(Connection::ping);
-    }
-    assert_eq!(h.host_packets(), seen, "one by the NIC, and one by rules in software");
+    wait_until("one goes by the NIC, and one by rules in software", || {
+        h.passes_the_host_by(&mut connections)
+    });
 }
 
 #[test]

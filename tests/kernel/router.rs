@@ -529,6 +529,7 @@ fn a_killed_daemons_rules_are_adopted_without_a_gap_or_removed_with_their_connec
     r.start(&PORTS);
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
+    r.exchange_by_rules(&mut c, 100);
     let (before, slow) = ((marks(&r, "lan"), marks(&r, "wan")), slow_packets(&r));
     assert_eq!((before.0.len(), before.1.len()), (1, 1));
     c.ping();

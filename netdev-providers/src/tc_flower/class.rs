@@ -1,16 +1,19 @@
 //! The provider class: options, what it needs of the machine, and [`bind`](ProviderClass::bind).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use tracing::{debug, info};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use tracing::{debug, info, warn};
 
 use super::bpf::NatPrograms;
+use super::handles::MAX_LANES;
 use super::hook::Hook;
 use super::occupants;
 use super::plan::Plan;
 use super::prios::Prios;
 use super::probe;
-use super::provider::TcFlower;
+use super::provider::{Sockets, TcFlower};
 use crate::contract::class::{BindError, ProviderClass};
 use crate::contract::provider::{Fault, Provider};
 use crate::contract::types::{Ifindex, Instance, Netdev};
@@ -26,6 +29,10 @@ pub struct TcFlowerConfig {
     /// How many messages go to the kernel in one system call, and are acknowledged in another: at most,
     /// for long messages are sent earlier.
     pub batch: usize,
+    /// Through how many sockets the rules of one port are written at once, each on a thread: at most
+    /// 64. `None`: as many as there are processors, but not more than four. The threads are the
+    /// class's: all ports share them.
+    pub writers: Option<NonZeroUsize>,
     /// Whether actions that run in software count per processor: several processors that forward one
     /// flow at a time do not contend then, but a rule costs some 50 bytes per action and processor
     /// more, and longer to add. Rules that only the NIC carries out (`skip_sw`) never do: nothing but
@@ -35,9 +42,20 @@ pub struct TcFlowerConfig {
 
 impl Default for TcFlowerConfig {
     fn default() -> Self {
-        Self { prio_base: 0xc100, batch: 256, percpu_stats: true }
+        Self { prio_base: 0xc100, batch: 256, writers: None, percpu_stats: true }
     }
 }
+
+impl TcFlowerConfig {
+    fn writers(&self) -> usize {
+        let processors = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        self.writers.map_or_else(|| processors().min(DEFAULT_WRITERS), NonZeroUsize::get)
+    }
+}
+
+/// Writers of a port, where nothing else was said: the kernel's memory allocator has locks of its own,
+/// and others have something to do too.
+const DEFAULT_WRITERS: usize = 4;
 
 /// The class `tc-flower`: rules of the flower classifier on a netdev's ingress. See the
 /// [module](super).
@@ -46,13 +64,34 @@ pub struct TcFlowerClass {
     config: TcFlowerConfig,
     /// Loaded at the first bind that succeeds in it.
     nat: Mutex<Option<Arc<NatPrograms>>>,
+    /// Where writers run that are not alone. Made at the first bind.
+    pool: OnceLock<Option<Arc<ThreadPool>>>,
 }
 
 impl TcFlowerClass {
     /// A class with these options.
     #[must_use]
     pub fn new(config: TcFlowerConfig) -> Self {
-        Self { config, nat: Mutex::default() }
+        Self { config, ..Self::default() }
+    }
+
+    fn pool(&self) -> Option<Arc<ThreadPool>> {
+        let make = || {
+            let writers = self.config.writers();
+            if writers == 1 {
+                return None;
+            }
+            let name = |n| format!("tc-flower-{n}");
+            ThreadPoolBuilder::new()
+                // One of them is the thread that submits.
+                .num_threads(writers - 1)
+                .thread_name(name)
+                .build()
+                .inspect_err(|e| warn!("rules are written one by one: no threads: {e}"))
+                .ok()
+                .map(Arc::new)
+        };
+        self.pool.get_or_init(make).clone()
     }
 
     fn nat_programs(&self) -> Result<Arc<NatPrograms>, String> {
@@ -85,18 +124,19 @@ impl ProviderClass for TcFlowerClass {
         if !(1..=256).contains(&self.config.batch) {
             return Err(Fault::new(format!("batch {}: 1 to 256", self.config.batch)));
         }
+        if self.config.writers.is_some_and(|n| n.get() > MAX_LANES) {
+            return Err(Fault::new(format!("writers: 1 to {MAX_LANES}")));
+        }
         Ok(())
     }
 
     fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
-        let open = || {
-            Hook::open(netdev.ifindex)
-                .map_err(|e| BindError::Failed(e.into_fault("opening a netlink socket")))
-        };
-        let mut hook = open()?;
-        let reader = open()?;
+        let pool = self.pool();
+        let lanes = pool.as_ref().map_or(1, |pool| pool.current_num_threads() + 1);
+        let mut sockets = Sockets::open(netdev.ifindex, lanes)
+            .map_err(|e| BindError::Failed(e.into_fault("opening netlink sockets")))?;
         let found = probe::bind(
-            &mut hook,
+            &mut sockets.hook,
             &probe::Wanted {
                 instance,
                 hw_flags: netdev.hw_flags,
@@ -107,7 +147,7 @@ impl ProviderClass for TcFlowerClass {
         )
         .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
         let plan = Plan { instance, found, batch: self.config.batch, nic_said: Mutex::default() };
-        let provider = TcFlower::new(plan, hook, reader);
+        let provider = TcFlower::new(plan, sockets, pool);
         info!(%netdev, "tc-flower bound: {}", provider.describe());
         Ok(Arc::new(provider))
     }
@@ -139,5 +179,7 @@ mod tests {
         assert!(with(TcFlowerConfig { prio_base: 0, ..Default::default() }).is_err());
         assert!(with(TcFlowerConfig { prio_base: 0xfff5, ..Default::default() }).is_err());
         assert!(with(TcFlowerConfig { batch: 0, ..Default::default() }).is_err());
+        let writers = NonZeroUsize::new(MAX_LANES + 1);
+        assert!(with(TcFlowerConfig { writers, ..Default::default() }).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! Handles of the rules of one prio: which are taken, and how many.
+//! Handles of the rules of one prio: which are taken, how many, and which lane writes their rules.
 //!
 //! A handle is given back only when the kernel has acknowledged the delete, and comes round again
 //! last, so that a report of an old dump is not taken for a new rule's.
@@ -12,11 +12,32 @@ use super::uapi::Handle;
 /// a higher one had more rules than that.
 pub(super) const MAX_OCCUPIED: u32 = 1 << 23;
 
+/// One of the lanes that a port's rules are written through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct LaneNumber(u8);
+
+/// More lanes than this are of no use to anybody.
+pub(super) const MAX_LANES: usize = 64;
+
+impl LaneNumber {
+    /// The lane, of so many, of whatever has this hash.
+    #[expect(clippy::cast_possible_truncation, reason = "below MAX_LANES")]
+    pub(super) fn of_hash(hash: u64, lanes: usize) -> Self {
+        Self((hash % lanes.clamp(1, MAX_LANES) as u64) as u8)
+    }
+
+    pub(super) fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
 /// The handles of one prio.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     /// Whether handle `index + 1` is taken, 64 to a word.
     taken: Vec<u64>,
+    /// The lane of the rule that has, or had, handle `index + 1`.
+    lanes: Vec<LaneNumber>,
     /// How many have ever been in use: handles 1 to `used`.
     used: u32,
     free: VecDeque<u32>,
@@ -24,8 +45,8 @@ pub(super) struct Handles {
 }
 
 impl Handles {
-    /// A handle that is not in use. `None` after 2^32 - 2 of them.
-    pub(super) fn take(&mut self) -> Option<Handle> {
+    /// A handle that is not in use, for a rule of this lane. `None` after 2^32 - 2 of them.
+    pub(super) fn take(&mut self, lane: LaneNumber) -> Option<Handle> {
         let index = match self.free.pop_front() {
             Some(index) => index,
             None => {
@@ -34,9 +55,11 @@ impl Handles {
                 if (index as usize) / 64 == self.taken.len() {
                     self.taken.push(0);
                 }
+                self.lanes.push(lane);
                 index
             }
         };
+        *self.lanes.get_mut(index as usize)? = lane;
         *self.word(index)? |= Self::bit(index);
         self.live += 1;
         NonZeroU32::new(index + 1).map(Handle)
@@ -55,6 +78,7 @@ impl Handles {
             self.free.extend(self.used..index);
             self.used = index + 1;
             self.taken.resize((index as usize) / 64 + 1, 0);
+            self.lanes.resize(index as usize + 1, LaneNumber::default());
         }
         if let Some(word) = self.word(index) {
             *word |= Self::bit(index);
@@ -67,6 +91,18 @@ impl Handles {
     pub(super) fn is_taken(&self, handle: Handle) -> bool {
         let index = handle.0.get() - 1;
         self.taken.get((index as usize) / 64).is_some_and(|word| word & Self::bit(index) != 0)
+    }
+
+    /// The lane that the rule with this handle is written through.
+    pub(super) fn lane_of(&self, handle: Handle) -> LaneNumber {
+        self.lanes.get(handle.0.get() as usize - 1).copied().unwrap_or_default()
+    }
+
+    /// Says which lane a rule is written through whose handle was [occupied](Self::occupy).
+    pub(super) fn assign(&mut self, handle: Handle, lane: LaneNumber) {
+        if let Some(known) = self.lanes.get_mut(handle.0.get() as usize - 1) {
+            *known = lane;
+        }
     }
 
     /// Gives a handle back; one that is not in use is passed over.
@@ -115,7 +151,7 @@ mod tests {
             for op in ops {
                 match op {
                     None => {
-                        let h = handles.take().unwrap().0.get();
+                        let h = handles.take(LaneNumber::default()).unwrap().0.get();
                         prop_assert!(seen.insert(h));
                         mine.push(h);
                     }
@@ -139,7 +175,7 @@ mod tests {
         #[test]
         fn occupied_handles_are_not_given(occupied in proptest::collection::vec(1u32..200, 0..50), takes in 0usize..300) {
             let mut handles = Handles::default();
-            let mut mine: HashSet<u32> = (0..3).map(|_| handles.take().unwrap().0.get()).collect();
+            let mut mine: HashSet<u32> = (0..3).map(|_| handles.take(LaneNumber::default()).unwrap().0.get()).collect();
             for h in occupied {
                 let fresh = mine.insert(h);
                 let handle = Handle(NonZeroU32::new(h).unwrap());
@@ -147,10 +183,29 @@ mod tests {
                 prop_assert!(handles.is_taken(handle));
             }
             for _ in 0..takes {
-                prop_assert!(mine.insert(handles.take().unwrap().0.get()));
+                prop_assert!(mine.insert(handles.take(LaneNumber::default()).unwrap().0.get()));
             }
             prop_assert_eq!(handles.live() as usize, mine.len());
         }
+    }
+
+    #[test]
+    fn the_lane_of_a_rule_is_remembered_with_its_handle() {
+        let (first, third) = (LaneNumber::of_hash(0, 4), LaneNumber::of_hash(6, 4));
+        assert_eq!((first.index(), third.index()), (0, 2));
+        let mut handles = Handles::default();
+        let (a, b) = (handles.take(third).unwrap(), handles.take(first).unwrap());
+        assert_eq!((handles.lane_of(a), handles.lane_of(b)), (third, first));
+        // The handle comes round again, for a rule of another lane.
+        handles.give_back(a);
+        let c = handles.take(first).unwrap();
+        assert_eq!((c, handles.lane_of(c)), (a, first));
+        let far = Handle(NonZeroU32::new(100).unwrap());
+        assert!(handles.occupy(far));
+        assert_eq!(handles.lane_of(far), first);
+        handles.assign(far, third);
+        assert_eq!(handles.lane_of(far), third);
+        assert_eq!(handles.lane_of(Handle(NonZeroU32::MAX)), first);
     }
 
     #[test]

@@ -48,7 +48,7 @@
 //! `bpf` the checksum programs, `guard`, `rule` whole messages, `template` the same without encoding
 //! them anew, `parse` dumps, `same` whether a dumped rule is what we would write, `hook` requests on one
 //! netdev, `probe` what bind does, `occupants` what it finds there, `capability` what it finds out, `plan` what that means for a flow,
-//! `handles`, `writer` an operation from the queue to its result, `upkeep` what concerns all rules of a
+//! `handles`, `writer` a batch from the queue to its results, `lane` one of the sockets that it goes through, `upkeep` what concerns all rules of a
 //! port, `provider`, `class`.
 
 mod actions;
@@ -60,6 +60,7 @@ mod encode;
 mod guard;
 mod handles;
 mod hook;
+mod lane;
 mod occupants;
 mod parse;
 mod plan;

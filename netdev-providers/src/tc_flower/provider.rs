@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
+use rayon::ThreadPool;
 
 use super::guard;
 use super::hook::Hook;
@@ -18,6 +19,7 @@ use crate::contract::flow::Flow;
 use crate::contract::operation::{Operation, Request};
 use crate::contract::provider::{Capability, Fault, Observed, Provider, RuleReport};
 use crate::contract::reason::{Reason, Rejection};
+use crate::contract::types::Ifindex;
 use crate::netlink::error::NetlinkError;
 
 /// The provider of one netdev.
@@ -33,10 +35,32 @@ pub(super) struct TcFlower {
     adopted: Adopted,
 }
 
+/// The sockets of one port.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    /// For what concerns all rules.
+    pub(super) hook: Hook,
+    /// For sweeps.
+    pub(super) reader: Hook,
+    /// For adds and deletes.
+    pub(super) lanes: Vec<Hook>,
+}
+
+impl Sockets {
+    pub(super) fn open(ifindex: Ifindex, lanes: usize) -> Result<Self, NetlinkError> {
+        Ok(Self {
+            hook: Hook::open(ifindex)?,
+            reader: Hook::open(ifindex)?,
+            lanes: (0..lanes).map(|_| Hook::open(ifindex)).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
 impl TcFlower {
-    pub(super) fn new(plan: Plan, writer: Hook, reader: Hook) -> Self {
+    pub(super) fn new(plan: Plan, sockets: Sockets, pool: Option<Arc<ThreadPool>>) -> Self {
+        let Sockets { hook, reader, lanes } = sockets;
         let adopted = Adopted::default();
-        let writer = Writer::new(&plan, writer, Arc::clone(&adopted));
+        let writer = Writer::new(&plan, hook, lanes, pool, Arc::clone(&adopted));
         Self {
             plan,
             guards_lost: AtomicBool::new(false),

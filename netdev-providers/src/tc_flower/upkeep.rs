@@ -23,7 +23,7 @@ use crate::netlink::error::NetlinkError;
 impl Writer {
     /// Reads what stands beside our own rules.
     pub(super) fn observe(&mut self, plan: &Plan) -> Result<Observed, Fault> {
-        let Self { hook, handles, left, observed, .. } = self;
+        let Self { hook, handles, left, .. } = self;
         let mut seen = (Observed::default(), Vec::new());
         let read = |f: Filter<'_>, seen: &mut (Observed, Vec<_>)| {
             if !f.is_rule() {
@@ -44,7 +44,8 @@ impl Writer {
                 let options = f.options();
                 let tuple = same::tuple_of(&options);
                 seen.0.leftovers.push(Leftover { rule, cookie, tuple, counters });
-                seen.1.push((rule, (Signature::of_dump(options), f.in_hw()), family, handle));
+                let what = (Signature::of_dump(options), f.in_hw());
+                seen.1.push((rule, what, family, handle, tuple));
             }
         };
         hook.repeated(
@@ -54,11 +55,15 @@ impl Writer {
         )
         .map_err(|e| e.into_fault("reading what stands on the netdev"))?;
         let (found, rules) = seen;
-        observed.clear();
-        for (rule, what, family, handle) in rules {
-            handles[family.index()].occupy(handle);
-            left.insert(rule);
-            observed.insert(rule, what);
+        self.observed.clear();
+        for (rule, what, family, handle, tuple) in rules {
+            self.handles(family).occupy(handle);
+            // Its delete stays in order with what is added for the same packets.
+            if let Some(lane) = tuple.map(|t| self.lane_of(&t)) {
+                self.handles(family).assign(handle, lane);
+            }
+            self.left.insert(rule);
+            self.observed.insert(rule, what);
         }
         Ok(found)
     }

@@ -1,70 +1,44 @@
-//! The life of an operation: written into the buffer, sent with others, acknowledged or refused,
-//! sent again in another form, completed.
+//! The writer of a port: from a batch of operations to their results, through one or several lanes.
+//!
+//! A port's rules are written through several sockets at once, its **lanes**: the kernel works on rules
+//! of one netdev in parallel (`cls_flower` takes no RTNL). Which lane an operation goes through
+//! is told by the tuple that the rule matches, so operations of one match stay in order: the lane of a
+//! rule is remembered with its handle, for its delete. A batch is dealt out, its lanes run side by side
+//! on the threads of the class, and the batch is over when the last of them is: so nobody but the
+//! thread that submits ever has to do with anything but one lane.
 
+use std::collections::hash_map::DefaultHasher;
 use std::collections::{HashMap, HashSet};
+use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
-use nix::errno::Errno;
-use tracing::{debug, warn};
+use rayon::ThreadPool;
+use tracing::warn;
 
-use super::handles::Handles;
-use super::hook::{Hook, means_no_such_rule};
+use super::handles::{Handles, LaneNumber};
+use super::hook::Hook;
+use super::lane::{Lane, Pending, What, added};
 use super::plan::{Plan, lock};
 use super::prios::Use;
-use super::probe::Mode;
-use super::rule::{self, Place, rule_id, split_rule_id};
+use super::rule::{Place, rule_id, split_rule_id};
 use super::same::Signature;
-use super::template::{Subject, Templates};
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::reason::{Reason, Rejection};
-use crate::contract::types::{Cookie, RuleId};
-use crate::netlink::error::KernelError;
+use crate::contract::types::{Cookie, RuleId, Tuple};
 
 /// Rules that a dead engine wrote and that are ours now, by what the engine calls them: in the
 /// kernel they keep their cookie, so that nothing about them has to be written.
 pub(super) type Adopted = Arc<Mutex<HashMap<RuleId, Cookie>>>;
 
-/// More bytes than this wait for nothing: the kernel refuses a send that is longer than the socket's
-/// send buffer, which is 208 kB by default. A message has a kilobyte at most.
-const SEND_MAX: usize = 128 * 1024;
-
-/// An operation that has been written into the buffer.
-#[derive(Debug)]
-struct Pending {
-    ticket: Ticket,
-    place: Place,
-    handle: Handle,
-    what: What,
-}
-
-#[derive(Debug)]
-enum What {
-    Add { cookie: Cookie, flow: Box<Flow>, software: bool, again: bool },
-    Delete,
-}
-
-/// What one batch learns about the netdev when something fails, so that it asks once.
-#[derive(Debug, Default)]
-struct Circumstances {
-    gone: Option<bool>,
-    qdisc_gone: Option<bool>,
-}
-
-impl Circumstances {
-    fn gone(&mut self, hook: &mut Hook) -> bool {
-        *self.gone.get_or_insert_with(|| hook.is_gone())
-    }
-
-    fn qdisc_gone(&mut self, hook: &mut Hook) -> bool {
-        *self.qdisc_gone.get_or_insert_with(|| matches!(hook.qdisc(), Ok(None)))
-    }
-}
+/// Fewer operations than this are not worth waking other threads for.
+const WORTH_SHARING: usize = 16;
 
 /// Who adds and deletes.
 #[derive(Debug)]
 pub(super) struct Writer {
+    /// For what concerns all rules of the port.
     pub(super) hook: Hook,
     pub(super) made_qdisc: bool,
     /// By family.
@@ -74,19 +48,23 @@ pub(super) struct Writer {
     /// Those of them that were read, what they do, and whether the NIC has them.
     pub(super) observed: HashMap<RuleId, (Option<Signature>, Option<bool>)>,
     pub(super) adopted: Adopted,
-    /// What is in the buffer, in order.
-    pending: Vec<Pending>,
-    first_seq: u32,
-    /// Where the last message in the buffer begins.
-    last_at: usize,
-    templates: Templates,
     /// Rules that the kernel may have and that must go: an exchange failed half-way, and so did
     /// asking. Their handles stay taken.
     pub(super) unsettled: Vec<(Place, Handle)>,
+    lanes: Vec<Lane>,
+    /// Where lanes run, if there are several.
+    pool: Option<Arc<ThreadPool>>,
 }
 
 impl Writer {
-    pub(super) fn new(plan: &Plan, hook: Hook, adopted: Adopted) -> Self {
+    /// A lane for each of the sockets; `hook` is for all else.
+    pub(super) fn new(
+        plan: &Plan,
+        hook: Hook,
+        lanes: Vec<Hook>,
+        pool: Option<Arc<ThreadPool>>,
+        adopted: Adopted,
+    ) -> Self {
         let mut handles: [Handles; 4] = std::array::from_fn(|_| Handles::default());
         for &rule in &plan.found.left {
             if let Some((prio, handle)) = split_rule_id(rule)
@@ -96,16 +74,14 @@ impl Writer {
             }
         }
         Self {
+            lanes: lanes.into_iter().map(Lane::new).collect(),
+            pool,
             hook,
             made_qdisc: plan.found.made_qdisc,
             handles,
             left: plan.found.left.iter().copied().collect(),
             observed: HashMap::new(),
             adopted,
-            pending: Vec::with_capacity(plan.batch),
-            first_seq: 0,
-            last_at: 0,
-            templates: Templates::default(),
             unsettled: Vec::new(),
         }
     }
@@ -119,7 +95,14 @@ impl Writer {
         Place { ifindex: self.hook.ifindex, prio, family }
     }
 
-    /// Writes an operation into the buffer, or completes it where there is nothing to send.
+    /// The lane of rules that match this tuple.
+    pub(super) fn lane_of(&self, tuple: &Tuple) -> LaneNumber {
+        let mut hasher = DefaultHasher::new();
+        tuple.hash(&mut hasher);
+        LaneNumber::of_hash(hasher.finish(), self.lanes.len())
+    }
+
+    /// Gives an operation to its lane, or completes it where there is nothing to send.
     pub(super) fn accept(&mut self, plan: &Plan, op: Operation) {
         let Operation { request, ticket } = op;
         let (place, handle, what) = match request {
@@ -160,10 +143,7 @@ impl Writer {
                 return self.accept(plan, Operation { request, ticket: different });
             }
         };
-        self.write(plan, Pending { ticket, place, handle, what });
-        if self.pending.len() >= plan.batch || self.hook.buf.len() >= SEND_MAX {
-            self.send_all(plan);
-        }
+        self.deal(Pending { ticket, place, handle, what });
     }
 
     fn prepare_add(
@@ -174,214 +154,130 @@ impl Writer {
     ) -> Result<(Place, Handle, What), Rejection> {
         plan.can_offload(&flow)?;
         let family = Family::of(&flow.matches);
-        let handle = self.handles(family).take().ok_or(Reason::TableFull)?;
+        let lane = self.lane_of(&flow.matches.tuple);
+        let handle = self.handles(family).take(lane).ok_or(Reason::TableFull)?;
         let software = plan.is_for_software(&flow);
         let what = What::Add { cookie, flow, software, again: false };
         Ok((self.place(plan, family), handle, what))
     }
 
-    fn write(&mut self, plan: &Plan, p: Pending) {
-        let seq = self.hook.socket.next_seq();
-        if self.pending.is_empty() {
-            self.first_seq = seq;
-            self.hook.buf.clear();
+    /// To the lane that its rule is written through.
+    fn deal(&mut self, p: Pending) {
+        let lane = self.handles(p.place.family).lane_of(p.handle);
+        // Otherwise the ticket tells that nobody took it.
+        if let Some(lane) = self.lanes.get_mut(lane.index()) {
+            lane.push(p);
         }
-        self.last_at = self.hook.buf.len();
-        match &p.what {
-            What::Delete => rule::delete(&mut self.hook.buf, seq, p.place, p.handle),
-            What::Add { cookie, flow, software, .. } => {
-                let form = plan.form(flow, *software);
-                let subject = Subject { seq, handle: p.handle, cookie: *cookie, flow };
-                self.templates.add(&mut self.hook.buf, p.place, form, &subject);
-                // The NIC's words come with an acknowledgement only.
-                if form.flags & TCA_CLS_FLAGS_VERBOSE != 0 {
-                    rule::ask_for_ack(&mut self.hook.buf, self.last_at);
-                }
-            }
-        }
-        self.pending.push(p);
     }
 
-    /// Sends what is in the buffer, and what has to be sent again, until nothing is left.
+    /// Carries out what was accepted, until nothing is left.
     pub(super) fn send_all(&mut self, plan: &Plan) {
-        while !self.pending.is_empty() {
-            let again = self.send(plan);
-            for p in again {
-                self.write(plan, p);
+        while self.lanes.iter().any(|lane| lane.waiting() > 0) {
+            self.run_lanes(plan);
+            let mut homeless = Vec::new();
+            let (mut unknown, mut unsent) = (Vec::new(), Vec::new());
+            let mut freed = Vec::new();
+            for lane in &mut self.lanes {
+                let left = lane.take_left();
+                freed.extend(left.freed);
+                homeless.extend(left.homeless);
+                if !left.unknown.is_empty()
+                    && let Err(e) = lane.reopen()
+                {
+                    warn!(ifindex = %self.hook.ifindex, "another socket: {e}");
+                    unsent.extend(lane.take_waiting());
+                }
+                unknown.extend(left.unknown);
             }
-        }
-    }
-
-    /// Sends what is in the buffer and completes what is decided; returns what is to be sent again,
-    /// changed.
-    fn send(&mut self, plan: &Plan) -> Vec<Pending> {
-        rule::ask_for_ack(&mut self.hook.buf, self.last_at);
-        let count = self.pending.len();
-        let acks = self.hook.socket.batch(&self.hook.buf, self.first_seq, count);
-        // From here on nothing is in the buffer, whatever a completion does.
-        let mut sent = std::mem::replace(&mut self.pending, Vec::with_capacity(plan.batch));
-        let mut again = Vec::new();
-        let mut restore = false;
-        if let Some(words) = self.hook.socket.take_warning() {
-            plan.nic_refused(&words);
-        }
-        match acks {
-            Ok(acks) => {
-                let mut now = Circumstances::default();
-                for (p, ack) in sent.drain(..).zip(acks) {
-                    match ack {
-                        Ok(()) => self.succeeded(plan, p),
-                        Err(e) => {
-                            if let Some((p, lost)) = self.refused(plan, p, e, &mut now) {
-                                restore |= lost;
-                                again.push(p);
-                            }
-                        }
+            for (place, handle) in freed {
+                self.freed(place, handle);
+            }
+            if !unknown.is_empty()
+                && let Ok(hook) = Hook::open(self.hook.ifindex)
+            {
+                // Whatever befell the lane's socket may have befallen this one.
+                self.hook = hook;
+            }
+            for p in unknown {
+                self.ask_what_became_of(plan, p);
+            }
+            for p in unsent {
+                self.give_up(p, "no socket to the kernel");
+            }
+            if !homeless.is_empty() {
+                let restored = self.restore_guards(plan);
+                for p in homeless {
+                    if restored {
+                        self.deal(p);
+                    } else {
+                        self.give_up(
+                            p,
+                            "the qdisc of the port was removed and cannot be made again",
+                        );
                     }
                 }
             }
-            Err(e) => {
-                warn!(ifindex = %self.hook.ifindex, "a batch of {count} rules failed half-way: {e}");
-                if let Ok(hook) = Hook::open(self.hook.ifindex) {
-                    self.hook = hook;
-                }
-                for p in sent.drain(..) {
-                    self.ask_what_became_of(plan, p);
-                }
-            }
         }
-        if restore && !self.restore_guards(plan) {
-            for p in again.drain(..) {
-                self.handles(p.place.family).give_back(p.handle);
-                p.ticket.complete(Err(Rejection::with_detail(
-                    Reason::Busy,
-                    "the qdisc of the port was removed and cannot be made again",
-                )));
-            }
-        }
-        again
     }
 
-    /// The rule is gone: its handle can be another's.
-    fn deleted(&mut self, place: Place, handle: Handle) {
+    fn run_lanes(&mut self, plan: &Plan) {
+        let mut busy: Vec<&mut Lane> = self.lanes.iter_mut().filter(|l| l.waiting() > 0).collect();
+        let worth = busy.iter().map(|lane| lane.waiting()).sum::<usize>() >= WORTH_SHARING;
+        match (&self.pool, busy.pop()) {
+            (Some(pool), Some(mine)) if worth => pool.in_place_scope(|scope| {
+                for lane in busy {
+                    scope.spawn(|_| lane.run(plan));
+                }
+                mine.run(plan);
+            }),
+            (_, last) => busy.into_iter().chain(last).for_each(|lane| lane.run(plan)),
+        }
+    }
+
+    /// No rule has it any more: it can be another's.
+    fn freed(&mut self, place: Place, handle: Handle) {
         lock(&self.adopted).remove(&rule_id(place.prio, handle));
         self.handles(place.family).give_back(handle);
     }
 
-    fn succeeded(&mut self, plan: &Plan, p: Pending) {
-        let outcome = match &p.what {
-            What::Delete => {
-                self.deleted(p.place, p.handle);
-                Done::Deleted
-            }
-            What::Add { flow, software, .. } => Done::Added {
-                rule: rule_id(p.place.prio, p.handle),
-                in_hw: plan.in_hw(flow, *software),
-            },
-        };
-        p.ticket.complete(Ok(outcome));
-    }
-
-    /// Completes what the kernel refused, or gives it back to be tried in another way, with whether
-    /// the qdisc is to be made again before.
-    fn refused(
-        &mut self,
-        plan: &Plan,
-        mut p: Pending,
-        e: KernelError,
-        now: &mut Circumstances,
-    ) -> Option<(Pending, bool)> {
-        debug!(ifindex = %self.hook.ifindex, handle = p.handle.0, what = ?p.what, "refused: {e}");
-        // What a request about a filter gets when the qdisc is not there (`__tcf_qdisc_find`).
-        let qdisc_gone = e.errno == Errno::EINVAL && now.qdisc_gone(&mut self.hook);
-        let outcome: Outcome = match &mut p.what {
-            What::Delete if means_no_such_rule(&e) || qdisc_gone => {
-                self.deleted(p.place, p.handle);
-                Ok(Done::Deleted)
-            }
-            What::Delete => Err(e.into()),
-            What::Add { again, .. } if qdisc_gone && !*again => {
-                *again = true;
-                return Some((p, true));
-            }
-            What::Add { flow, software, .. }
-                if flow.has_nat()
-                    && !*software
-                    && plan.found.mode == Mode::Both
-                    && plan.found.nat.is_ok()
-                    && !matches!(e.errno, Errno::EEXIST | Errno::ENODEV) =>
-            {
-                *software = true;
-                plan.nic_refused(&e.to_string());
-                return Some((p, false));
-            }
-            What::Add { flow, .. } => {
-                self.handles(p.place.family).give_back(p.handle);
-                Err(match e.errno {
-                    // Of the netdev, or of the one to redirect to (`tcf_mirred_init`).
-                    Errno::ENODEV if !now.gone(&mut self.hook) => Rejection::with_detail(
-                        Reason::EgressUnsupported,
-                        format!("no netdev with ifindex {} to redirect to", flow.forward.egress),
-                    ),
-                    Errno::EEXIST => Rejection {
-                        reason: Reason::Conflict,
-                        errno: Some(e.errno),
-                        detail: Some(e.extack.unwrap_or_else(|| {
-                            "a rule with the same match is there already".into()
-                        })),
-                    },
-                    _ => {
-                        let mut why = Rejection::from(e);
-                        if let (Mode::Both, true, Err(no_nat)) =
-                            (plan.found.mode, flow.has_nat(), &plan.found.nat)
-                        {
-                            let nic = why.to_string();
-                            why.reason = Reason::NatChecksum;
-                            why.detail = Some(format!("{no_nat}; in hardware: {nic}").into());
-                        }
-                        if plan.found.mode == Mode::Hardware
-                            && matches!(why.reason, Reason::Unsupported | Reason::Refused)
-                        {
-                            why.reason = Reason::NotInHardware;
-                        }
-                        why
-                    }
-                })
-            }
-        };
-        p.ticket.complete(outcome);
-        None
+    /// What was not sent will not be.
+    fn give_up(&mut self, p: Pending, why: &str) {
+        if matches!(p.what, What::Add { .. }) {
+            self.handles(p.place.family).give_back(p.handle);
+        }
+        p.ticket.complete(Err(Rejection::with_detail(Reason::Busy, why)));
     }
 
     /// After an exchange that failed half-way: asks the kernel whether the rule is there, and
     /// completes the operation accordingly.
     fn ask_what_became_of(&mut self, plan: &Plan, p: Pending) {
         let Place { prio, family, .. } = p.place;
-        match p.what {
+        let outcome = match &p.what {
             What::Delete => match self.hook.delete(prio, family, p.handle) {
                 Ok(()) => {
-                    self.deleted(p.place, p.handle);
-                    p.ticket.complete(Ok(Done::Deleted));
+                    self.freed(p.place, p.handle);
+                    Ok(Done::Deleted)
                 }
-                Err(e) => {
-                    p.ticket.complete(Err(Rejection::with_detail(Reason::Busy, e.to_string())));
-                }
+                Err(e) => Err(Rejection::with_detail(Reason::Busy, e.to_string())),
             },
-            What::Add { cookie, .. } => {
+            What::Add { cookie, flow, software, .. } => {
                 let there = self.hook.filter(prio, family, p.handle, |f| f.ours());
                 match there {
-                    Ok(Some(Some((found, _)))) if found == cookie => self.succeeded(plan, p),
+                    Ok(Some(Some((found, _)))) if found == *cookie => {
+                        Ok(added(plan, flow, *software, p.place, p.handle))
+                    }
                     Ok(_) => {
                         self.handles(family).give_back(p.handle);
-                        p.ticket.complete(Err(Reason::Busy.into()));
+                        Err(Reason::Busy.into())
                     }
                     Err(e) => {
                         self.unsettled.push((p.place, p.handle));
-                        p.ticket.complete(Err(Rejection::with_detail(Reason::Busy, e.to_string())));
+                        Err(Rejection::with_detail(Reason::Busy, e.to_string()))
                     }
                 }
             }
-        }
+        };
+        p.ticket.complete(outcome);
     }
 
     /// Deletes the rules of which it is not known whether they are there.
