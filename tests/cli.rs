@@ -96,6 +96,7 @@ fn slot(port: &str, direction: Direction) -> SlotInfo {
         bridged: false,
         nat: true,
         in_hw: Some(true),
+        nic_said: None,
         packets: 321,
         bytes: 45_678,
         idle_ms: Some(1500),

@@ -102,6 +102,9 @@ fn place(
             let packets = count(s.packets, "packet", "packets");
             line("forwarded", format!("{packets}, {} ({} bytes){last}", bytes(s.bytes), s.bytes));
         }
+        if let Some(words) = &s.nic_said {
+            line("the NIC", format!("does not have it: \"{words}\""));
+        }
         if let Some(rule) = &s.rule {
             let cookie = s.cookie.as_ref().map_or(String::new(), |c| format!(", cookie {c}"));
             line("rule", format!("{rule}{cookie}"));

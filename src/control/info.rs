@@ -176,6 +176,8 @@ pub struct SlotInfo {
     pub nat: bool,
     /// Whether the NIC has taken the rule, where that is known.
     pub in_hw: Option<bool>,
+    /// Why it has not, in the driver's words, where it was offered the rule and there are some.
+    pub nic_said: Option<String>,
     /// Packets that the rule has forwarded.
     pub packets: u64,
     /// Bytes that the rule has forwarded.
@@ -510,7 +512,7 @@ attributes! {
         port = 1, ifindex = 2, generation = 3, direction = 4, state = 5, reason = 6, detail = 7,
         retry_in_ms = 8, egress = 9, egress_ifindex = 10, dst_mac = 11, nat = 12, in_hw = 13,
         packets = 14, bytes = 15, idle_ms = 16, cookie = 17, rule = 18, iif = 19, oif = 20,
-        vlan_in = 21, vlan_out = 22, bridged = 23,
+        vlan_in = 21, vlan_out = 22, bridged = 23, nic_said = 24,
     }
     ProviderInfo { class = 1, priority = 2, ports = 3, note = 4 }
     Stats {
@@ -560,7 +562,7 @@ mod tests {
                 port, ifindex, generation: 9,
                 direction: if reply { Direction::Reply } else { Direction::Original },
                 state, detail: reason.clone(), reason, retry_in_ms, egress: None, egress_ifindex,
-                iif: None, oif: Some("br0".into()), vlan_in, vlan_out: None, dst_mac: None, bridged, nat, in_hw, packets, bytes: 1, idle_ms: None, cookie: None, rule: None,
+                iif: None, oif: Some("br0".into()), vlan_in, vlan_out: None, dst_mac: None, bridged, nat, in_hw, nic_said: egress_ifindex.map(|i| i.to_string()), packets, bytes: 1, idle_ms: None, cookie: None, rule: None,
             }
         }
     }

@@ -224,6 +224,7 @@ fn slot_info(links: &Links, fdb: &Fdb, v: &SlotView) -> SlotInfo {
         dst_mac: v.path.and_then(|p| p.dst_mac).map(|m| m.to_string()),
         nat: v.path.is_some_and(|p| p.nat),
         in_hw: v.in_hw,
+        nic_said: v.nic_said.as_deref().map(str::to_owned),
         packets: v.packets,
         bytes: v.bytes,
         idle_ms: v.idle_ms,

@@ -82,7 +82,7 @@ pub(super) struct Detail {
     /// Where the rule forwards to.
     pub path: Option<PathTaken>,
     pub in_hw: Option<bool>,
-    pub rejection: Option<Box<Rejection>>,
+    pub said: Option<Box<Said>>,
     /// Transient refusals in a row.
     pub attempts: u16,
     /// Of the rule, as sweeps measured it; before it is installed, of the connection, as its sights
@@ -96,6 +96,15 @@ pub(super) struct Detail {
     pub bytes: u64,
     /// The last sweep that saw the rule.
     pub sweep: u32,
+}
+
+/// What there is to be told of a slot, beside its state.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// Why it is rejected, or will be when its rule is gone.
+    Rejected(Rejection),
+    /// Why the NIC did not take its rule, in the driver's words.
+    ByNic(Box<str>),
 }
 
 /// The path that a rule was made for.

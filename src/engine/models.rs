@@ -576,7 +576,7 @@ impl ModelProvider {
                 Request::Add { .. } => {
                     let rule = RuleId(self.adds.fetch_add(1, Ordering::Relaxed));
                     self.rules.lock().unwrap().push(rule);
-                    Done::Added { rule, in_hw: None }
+                    Done::added(rule, None)
                 }
                 Request::Delete { rule, .. } => {
                     self.deletes.fetch_add(1, Ordering::Relaxed);
@@ -584,7 +584,7 @@ impl ModelProvider {
                     Done::Deleted
                 }
                 // Nothing was observed, so nothing is to be adopted.
-                Request::Adopt { found, .. } => Done::Added { rule: *found, in_hw: None },
+                Request::Adopt { found, .. } => Done::added(*found, None),
                 Request::Established { .. } => Done::Noted,
             };
             operation.complete(Ok(done));

@@ -1108,6 +1108,28 @@ fn a_rule_that_carries_packets_or_is_software_is_not_doubted() {
 }
 
 #[test]
+fn what_the_nic_said_is_told_as_long_as_it_does_not_have_the_rule() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    dummy.set_in_hw(None);
+    dummy.set_nic_said(Some("no room"));
+    b.install(1, &conn, Original);
+    let told = || b.engine.slots(&conn)[0].nic_said.clone();
+    assert_eq!(told().as_deref(), Some("no room"));
+    // The sweep reads back that it has it after all.
+    dummy.set_in_hw(Some(true));
+    b.engine.sweep(&mut Strays::default());
+    assert_eq!(told(), None);
+    // It is no reason for anything: the slot is empty after a delete, and may be offered again.
+    b.engine.flush(&FlushFilter { zone: Some(Zone(0)), ..Default::default() }).unwrap();
+    assert_eq!(b.state(1, &conn, Original), None);
+    assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
+    assert_eq!(b.engine.ports()[0].reasons, []);
+}
+
+#[test]
 fn a_connection_that_ends_while_its_rule_is_taken_back_leaves_no_slot() {
     let dummy = DummyClass::new("dummy");
     let (b, conn, mut strays) = seen_in_software(&dummy);

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Reason, Rejection, RuleId};
 
 use super::Engine;
-use super::conn::{ConnHandle, PathTaken};
+use super::conn::{ConnHandle, PathTaken, Said};
 use super::contain::contained;
 use super::latency::LatencyBucket;
 use super::port::Port;
@@ -85,6 +85,8 @@ pub struct SlotView {
     pub path: Option<PathTaken>,
     /// Whether the NIC has the rule.
     pub in_hw: Option<bool>,
+    /// Why it has not, in the driver's words, where it was offered the rule and there are some.
+    pub nic_said: Option<Box<str>>,
     /// Packets that the rule carried, as of the last sweep.
     pub packets: u64,
     /// Bytes that the rule carried, as of the last sweep.
@@ -124,15 +126,21 @@ impl Engine {
                 let detail = slot.detail();
                 let state = slot.word.load().state();
                 let installed = state == SlotState::Installed;
+                let (rejection, nic_said) = match detail.said.as_deref() {
+                    Some(Said::Rejected(why)) if state == SlotState::Rejected => {
+                        (Some(why.clone()), None)
+                    }
+                    Some(Said::ByNic(words)) if installed && detail.in_hw != Some(true) => {
+                        (None, Some(words.clone()))
+                    }
+                    _ => (None, None),
+                };
                 (state != SlotState::Empty).then(|| SlotView {
                     netdev: port.netdev.clone(),
                     direction,
                     state,
-                    rejection: detail
-                        .rejection
-                        .as_deref()
-                        .filter(|_| state == SlotState::Rejected)
-                        .cloned(),
+                    rejection,
+                    nic_said,
                     retry_in_ms: detail.retry_at.ms().map(|at| at.saturating_sub(now)),
                     path: detail.path,
                     in_hw: detail.in_hw,

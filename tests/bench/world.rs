@@ -67,16 +67,14 @@ impl Provider for Null {
             let (done, count) = match &operation.request {
                 Request::Add { .. } => {
                     let rule = RuleId(self.rules.fetch_add(1, Ordering::Relaxed));
-                    (Done::Added { rule, in_hw: Some(true) }, Some(&self.adds))
+                    (Done::added(rule, Some(true)), Some(&self.adds))
                 }
                 Request::Delete { .. } => {
                     self.rules.fetch_sub(1, Ordering::Relaxed);
                     (Done::Deleted, Some(&self.deletes))
                 }
                 // Nothing was observed, so nothing is to be adopted.
-                Request::Adopt { found, .. } => {
-                    (Done::Added { rule: *found, in_hw: Some(true) }, None)
-                }
+                Request::Adopt { found, .. } => (Done::added(*found, Some(true)), None),
                 Request::Established { .. } => (Done::Noted, None),
             };
             operation.complete(Ok(done));

@@ -891,7 +891,7 @@ fn a_large_batch_gives_every_operation_its_own_result() {
             13 => assert_eq!(reason, Some(Reason::EgressUnsupported), "{n} {outcome:?}"),
             29 => assert_eq!(reason, Some(Reason::Unsupported), "{n} {outcome:?}"),
             _ => match outcome {
-                Ok(Done::Added { rule, in_hw: Some(false) }) => rules.push((n as u64, *rule)),
+                Ok(Done::Added { rule, in_hw: Some(false), .. }) => rules.push((n as u64, *rule)),
                 other => panic!("{n}: {other:?}"),
             },
         }
@@ -1008,7 +1008,7 @@ fn what_a_dead_engine_left_goes_on_and_is_adopted_if_it_is_what_it_would_be() {
     let text = net.filters("lan0");
     for (n, outcome) in outcomes.iter().enumerate() {
         match outcome {
-            Ok(Done::Added { rule, in_hw: Some(false) }) if n != 1 => {
+            Ok(Done::Added { rule, in_hw: Some(false), .. }) if n != 1 => {
                 assert_eq!(*rule, observed.leftovers[n].rule);
             }
             Err(why) if n == 1 => assert_eq!(why.reason, Reason::Conflict),

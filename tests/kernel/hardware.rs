@@ -126,9 +126,12 @@ fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
     assert_eq!((nic.rules("p0"), nic.rules("p1")), (4, 4), "the TTL guards alone");
     let text = nic.0.run("tc filter show dev p0 ingress");
     assert!(!text.contains("mirred"), "{text}");
-    for shape in ["match ipv4 tcp", "flow ipv4 udp nat", "flow ipv6 tcp", "action csum"] {
+    for shape in
+        ["match ipv4 tcp", "flow ipv4 udp nat", "flow ipv6 tcp", "action csum", "action vlan"]
+    {
         assert_eq!(answer(&*p1, shape), (Some(Ok(())), Some(Ok(()))), "{shape} on p1");
     }
+    assert_eq!(answer(&*p1, "action police"), (Some(Ok(())), None), "never in hardware");
     assert_eq!(answer(&*p0, "match ipv4 tcp").1, Some(Ok(())));
     for shape in ["match ipv6 udp", "flow ipv6 tcp", "flow ipv4 tcp", "action csum"] {
         let (software, hardware) = answer(&*p0, shape);
@@ -169,6 +172,9 @@ fn hardware_that_cannot_change_tags_serves_what_has_none() {
             assert!(why.contains("changing VLAN tags (vlan) is not supported"), "{name}: {why}");
         }
     }
+    let action =
+        capabilities.iter().find(|c| c.name == "action vlan").expect("a line of the table");
+    assert!(action.hardware.clone().unwrap().is_err(), "{action:?}");
     let vlan = VlanId::new(10);
     let plain = flow("tcp 10.0.1.2:1 > 10.0.2.2:2");
     let mut tagged = [plain; 2];
@@ -185,7 +191,7 @@ fn hardware_that_cannot_change_tags_serves_what_has_none() {
     nic.set("p0", "unsupported", "\n");
     let port = bind("p0", HwFlags::SkipSw, 2);
     let all = port.capabilities();
-    let tags = all.iter().filter(|c| c.name.ends_with("vlan"));
+    let tags = all.iter().filter(|c| c.name.starts_with("flow") && c.name.ends_with("vlan"));
     assert_eq!(tags.filter(|c| c.hardware == Some(Ok(()))).count(), 8, "{all:?}");
     for (epoch, flow) in (1..).zip(tagged) {
         let request = Request::Add { cookie: cookie(2, epoch), flow: Box::new(flow) };
@@ -216,7 +222,7 @@ fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
         let found = left[at].rule;
         submit(&*port, Request::Adopt { found, cookie: cookie(2, 9), flow: Box::new(flow) })
     };
-    assert_eq!(adopt(0, nat), Ok(Done::Added { rule: left[0].rule, in_hw: Some(true) }));
+    assert_eq!(adopt(0, nat), Ok(Done::added(left[0].rule, Some(true))));
     let other = flow("udp [fd01::2]:1 > [fd02::2]:3");
     assert_eq!(adopt(1, other).unwrap_err().reason, Reason::Conflict);
     assert_eq!(nic.rules("p0"), 5);

@@ -245,6 +245,7 @@ fn what_a_nic_cannot_do_is_refused_in_its_words_or_done_in_software() {
     let port = h.port("lan");
     assert_eq!(port["in_hw"], 0);
     assert!(port["about"].to_string().contains(words), "{port}");
+    assert!(h.slot("lan")["nic_said"].to_string().contains(words), "{}", h.slot("lan"));
     let rules = h.router.run("tc filter show dev lan ingress pref 49412");
     assert!(rules.contains("  not_in_hw") && !rules.contains("skip_hw"), "{rules}");
     wait_until("software rules forward it in front of the host's stack", || {
@@ -366,8 +367,27 @@ fn what_finds_the_table_full_on_a_port_for_both_is_in_software() {
         h.router.installed().len() == 4 && h.port("lan")["in_hw"] == 1
     });
     assert_eq!(h.rules("lan", "active"), 5, "four guards, and a flow");
+    let words = "simnic: the flow table is full";
     let about = h.port("lan")["about"].to_string();
-    assert!(about.contains("simnic: the flow table is full"), "{about}");
+    assert!(about.contains(words), "{about}");
+    // Of each it is known whether the NIC has it, and why not.
+    let told = (5001..=5002).map(|port| {
+        let address = format!("10.2.0.2:{port}");
+        let conns = h.router.json(&["conn", "show"]);
+        let conns = conns.as_array().expect("connections").clone();
+        let conn = conns.iter().find(|c| c["original"]["dport"] == port).expect("a connection");
+        let source = format!("10.1.0.2:{}", conn["original"]["sport"]);
+        let out = h.router.cli(&["explain", "tcp", &source, &address]);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    });
+    let told: Vec<String> = told.collect();
+    let lan = |text: &String| {
+        let part = text.split("\n\n").find(|part| part.starts_with("lan, original"));
+        part.expect("the slot on lan").to_owned()
+    };
+    let full = format!("the NIC     does not have it: \"{words}\"");
+    assert_eq!(told.iter().filter(|t| lan(t).contains(&full)).count(), 1, "{told:?}");
+    assert_eq!(told.iter().filter(|t| lan(t).contains("in hardware")).count(), 1, "{told:?}");
     wait_until("one goes by the NIC, and one by rules in software", || {
         h.passes_the_host_by(&mut connections)
     });

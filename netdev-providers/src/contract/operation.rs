@@ -64,7 +64,7 @@ impl Request {
 }
 
 /// How an operation succeeded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Done {
     /// The rule is installed.
     Added {
@@ -73,11 +73,22 @@ pub enum Done {
         /// Whether the NIC took it: `Some` where the backend knows at once, `None` where only a
         /// later read-back tells.
         in_hw: Option<bool>,
+        /// The rule is in software although it was offered to the NIC: what the driver said. `None`
+        /// where nothing was said, or nothing is amiss.
+        nic_said: Option<Box<str>>,
     },
     /// The rule is gone.
     Deleted,
     /// The message was taken.
     Noted,
+}
+
+impl Done {
+    /// A rule that there is nothing more to say of.
+    #[must_use]
+    pub const fn added(rule: RuleId, in_hw: Option<bool>) -> Self {
+        Self::Added { rule, in_hw, nic_said: None }
+    }
 }
 
 /// The result of an operation.

@@ -91,6 +91,9 @@ impl fmt::Display for MacAddr {
 pub struct VlanId(NonZeroU16);
 
 impl VlanId {
+    /// VLAN 1.
+    pub const MIN: Self = Self(NonZeroU16::MIN);
+
     /// `None` for what no VLAN can have.
     #[must_use]
     pub const fn new(raw: u16) -> Option<Self> {

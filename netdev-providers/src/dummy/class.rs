@@ -59,6 +59,11 @@ impl DummyClass {
         self.state().in_hw = in_hw;
     }
 
+    /// What the driver says of adds from now on that succeed; nothing at the beginning.
+    pub fn set_nic_said(&self, words: Option<&str>) {
+        self.state().nic_said = words.map(Into::into);
+    }
+
     /// The next `n` operations that complete fail like this, and have no effect.
     pub fn fail_next(&self, n: u64, why: impl Into<Rejection>) {
         let why = why.into();

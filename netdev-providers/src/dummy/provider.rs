@@ -181,7 +181,7 @@ mod tests {
         let (class, p) = bound(3);
         let ifindex = Ifindex::new(3).unwrap();
         let got: Vec<_> = submit(&*p, vec![add(1), add(2), add(2)]).iter().collect();
-        assert_eq!(got[0], (0, Ok(Done::Added { rule: RuleId(1), in_hw: Some(true) })));
+        assert_eq!(got[0], (0, Ok(Done::added(RuleId(1), Some(true)))));
         assert_eq!(got[2].1.as_ref().unwrap_err().reason, Reason::Conflict);
         assert_eq!(class.rules(ifindex).len(), 2);
         assert!(class.carry(ifindex, cookie(2), 3, 300));

@@ -104,7 +104,7 @@ impl Port {
                 self.by_match.insert(flow.matches, found.0);
                 self.by_cookie.insert(cookie, found.0);
                 self.rules.insert(found.0, DummyRule { cookie, ..rule });
-                Ok(Done::Added { rule: found, in_hw })
+                Ok(Done::added(found, in_hw))
             }
             _ => Err(Reason::Conflict.into()),
         }
@@ -140,7 +140,7 @@ impl Port {
         std::mem::take(&mut self.rules).len() as u64
     }
 
-    fn add(&mut self, cookie: Cookie, flow: Flow, capacity: usize, in_hw: Option<bool>) -> Outcome {
+    fn add(&mut self, cookie: Cookie, flow: Flow, capacity: usize) -> Result<RuleId, Rejection> {
         if self.by_match.contains_key(&flow.matches)
             || self.left.values().any(|r| r.flow.matches == flow.matches)
         {
@@ -155,7 +155,7 @@ impl Port {
         self.by_cookie.insert(cookie, rule.0);
         let counters = Counters::default();
         self.rules.insert(rule.0, DummyRule { rule, cookie, flow, counters, established: 0 });
-        Ok(Done::Added { rule, in_hw })
+        Ok(rule)
     }
 }
 
@@ -170,6 +170,7 @@ pub(super) struct State {
     pub(super) latency: Option<Duration>,
     pub(super) capacity: usize,
     pub(super) in_hw: Option<bool>,
+    pub(super) nic_said: Option<Box<str>>,
     pub(super) ports: BTreeMap<Ifindex, Port>,
     /// What an engine that died has left, until the netdev is bound; and what others have there.
     pub(super) left: BTreeMap<Ifindex, Vec<DummyRule>>,
@@ -199,6 +200,7 @@ impl Default for State {
             latency: None,
             capacity: usize::MAX,
             in_hw: Some(true),
+            nic_said: None,
             ports: BTreeMap::new(),
             left: BTreeMap::new(),
             foreign: 0,
@@ -317,7 +319,7 @@ impl State {
                 return (ticket, Err(why));
             }
         }
-        let (capacity, in_hw) = (self.capacity, self.in_hw);
+        let (capacity, in_hw, words) = (self.capacity, self.in_hw, self.nic_said.clone());
         let Pending { ifindex, request, .. } = pending;
         let mut unknown = None;
         let outcome = match self.port(ifindex, generation) {
@@ -327,7 +329,9 @@ impl State {
                 _ => Err(Reason::NetdevGone.into()),
             },
             Some(port) => match request {
-                Request::Add { cookie, flow } => port.add(cookie, *flow, capacity, in_hw),
+                Request::Add { cookie, flow } => port
+                    .add(cookie, *flow, capacity)
+                    .map(|rule| Done::Added { rule, in_hw, nic_said: words }),
                 Request::Adopt { found, cookie, flow } => port.adopt(found, cookie, *flow, in_hw),
                 Request::Delete { rule, cookie } => {
                     match port.rules.get(&rule.0) {

@@ -63,7 +63,7 @@ pub struct Socket {
     inner: netlink_sys::Socket,
     seq: u32,
     buf: Vec<u8>,
-    warning: Option<Box<str>>,
+    warnings: Vec<(usize, Box<str>)>,
 }
 
 impl Socket {
@@ -82,7 +82,7 @@ impl Socket {
         inner.bind_auto().map_err(io("bind"))?;
         inner.set_ext_ack(true).map_err(io("setsockopt(NETLINK_EXT_ACK)"))?;
         inner.set_cap_ack(true).map_err(io("setsockopt(NETLINK_CAP_ACK)"))?;
-        let socket = Self { inner, seq: 0, buf: vec![0; RECV_BUF], warning: None };
+        let socket = Self { inner, seq: 0, buf: vec![0; RECV_BUF], warnings: Vec::new() };
         // Without CAP_NET_ADMIN the limit of net.core.rmem_max holds, which is enough for reading.
         if setsockopt(&socket.inner, sockopt::RcvBufForce, &SOCKET_RCVBUF).is_err() {
             let _ = setsockopt(&socket.inner, sockopt::RcvBuf, &SOCKET_RCVBUF);
@@ -264,30 +264,31 @@ impl Socket {
         }
         self.send(messages)?;
         let mut ended = false;
-        let mut warning = None;
+        self.warnings.clear();
+        let warnings = &mut Vec::new();
         while !ended {
             self.recv(ANSWER_WITHIN, |answers| {
                 for m in answers.filter(|m| m.ty == NLMSG_ERROR) {
                     let index = m.seq.wrapping_sub(first_seq) as usize;
                     if let Some(ack) = acks.get_mut(index) {
                         *ack = parse_ack(&m);
-                        if ack.is_ok() {
-                            warning = words_of(&m).map(Into::into).or(warning.take());
+                        if let (Ok(()), Some(words)) = (&*ack, words_of(&m)) {
+                            warnings.push((index, words.into()));
                         }
                         ended |= index + 1 == count;
                     }
                 }
             })?;
         }
-        self.warning = warning.or(self.warning.take());
+        self.warnings.append(warnings);
         Ok(acks)
     }
 
-    /// What the kernel said with the last acknowledgement of a [`batch`](Self::batch) that was a
-    /// success and had words all the same, once. Only requests that ask for an acknowledgement get
-    /// such words.
-    pub fn take_warning(&mut self) -> Option<Box<str>> {
-        self.warning.take()
+    /// What the kernel said, in the last [`batch`](Self::batch), of requests that were a success all the
+    /// same: which of them, counted from 0 and in order, and the words. Once. Only requests that ask for
+    /// an acknowledgement get such words.
+    pub fn take_warnings(&mut self) -> Vec<(usize, Box<str>)> {
+        std::mem::take(&mut self.warnings)
     }
 }
 

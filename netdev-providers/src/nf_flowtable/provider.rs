@@ -330,7 +330,7 @@ impl Provider for NfFlowtable {
                 match p.what {
                     What::Add { .. } => {
                         if let Some((rule, _)) = added.next() {
-                            completed.push((p.ticket, Ok(Done::Added { rule, in_hw: None })));
+                            completed.push((p.ticket, Ok(Done::added(rule, None))));
                         }
                     }
                     What::Delete { .. } => deleted.push(p.ticket),

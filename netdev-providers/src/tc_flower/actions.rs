@@ -64,6 +64,18 @@ impl Action {
     /// Those that every port needs.
     pub(super) const ALL: [Self; 4] = [Self::Gact, Self::Pedit, Self::Csum, Self::Mirred];
 
+    /// What the kernel calls it.
+    pub(super) const fn kind(self) -> &'static str {
+        match self {
+            Self::Gact => "gact",
+            Self::Pedit => "pedit",
+            Self::Csum => "csum",
+            Self::Mirred => "mirred",
+            Self::Vlan => "vlan",
+            Self::Police => "police",
+        }
+    }
+
     /// The module that brings it, and the kernel option that makes the module.
     pub(super) const fn module(self) -> &'static str {
         match self {
@@ -197,7 +209,7 @@ impl<'m, 'b> ActionList<'m, 'b> {
             Action::Pedit => self.pedit(&PeditKeys::of(flow, None)),
             Action::Csum => self.csum(TCA_CSUM_UPDATE_FLAG_IPV4HDR),
             Action::Police => self.police(flow.forward.mtu),
-            Action::Vlan => self.vlan(Vlan::Pop),
+            Action::Vlan => self.vlan(Vlan::Push(VlanId::MIN)),
             Action::Mirred => self.redirect(flow.forward.egress, cookie),
         }
     }

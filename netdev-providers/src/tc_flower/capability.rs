@@ -131,17 +131,9 @@ impl Capabilities {
             let action = Action::Gact;
             lines.push(trials.part(format!("match {shape}"), shape, action)?);
         }
-        for action in [Action::Pedit, Action::Csum, Action::Mirred] {
+        for action in [Action::Pedit, Action::Csum, Action::Mirred, Action::Vlan, Action::Police] {
             let shape = Shape::new(false, L4Proto::Tcp, false);
-            let kind = match action {
-                Action::Gact => "gact",
-                Action::Pedit => "pedit",
-                Action::Csum => "csum",
-                Action::Mirred => "mirred",
-                Action::Vlan => "vlan",
-                Action::Police => "police",
-            };
-            lines.push(trials.part(format!("action {kind}"), shape, action)?);
+            lines.push(trials.part(format!("action {}", action.kind()), shape, action)?);
         }
         for shape in Shape::all() {
             lines.push(trials.flow(shape)?);
@@ -200,12 +192,15 @@ impl Trials<'_> {
         let flow = trial_flow(self.hook.ifindex, shape);
         let cookie = self.guards.cookie().to_bytes();
         let found = self.found;
-        let [software, hardware] = self.both(shape, |m, flags| {
+        let mut places = shape.places(found);
+        // Lengths are told apart in software only.
+        places[1] &= action != Action::Police;
+        let [software, hardware] = self.both(shape.family(), places, |m, flags| {
             let (buf, seq, place, handle) = m;
             rule::add_with(buf, seq, place, handle, &flow.matches, flags, |m| {
                 let mut list = ActionList::new(m, found.percpu_stats(flags));
                 list.one(&flow, action, &cookie);
-                if matches!(action, Action::Pedit | Action::Csum) {
+                if !matches!(action, Action::Gact | Action::Mirred) {
                     list.one(&flow, Action::Mirred, &cookie);
                 }
             });
@@ -218,7 +213,8 @@ impl Trials<'_> {
     fn flow(&mut self, shape: Shape) -> Result<Line, NetlinkError> {
         let flow = trial_flow(self.hook.ifindex, shape);
         let (cookie, found) = (self.guards.cookie(), self.found);
-        let [software, hardware] = self.both(shape, |m, flags| {
+        let places = shape.places(found);
+        let [software, hardware] = self.both(shape.family(), places, |m, flags| {
             let (buf, seq, place, handle) = m;
             let nat = match (shape.does, flags) {
                 (Does::Nothing | Does::Untag | Does::Tag, _) => None,
@@ -237,18 +233,18 @@ impl Trials<'_> {
         Ok(Line { name: format!("flow {shape}"), shape: Some(shape), software, hardware })
     }
 
-    /// Tries what `write` writes for these flags, in software and in hardware.
+    /// Tries what `write` writes for these flags, in software and in hardware, where it is to be tried.
     fn both(
         &mut self,
-        shape: Shape,
+        family: Family,
+        places: [bool; 2],
         write: impl Fn((&mut Vec<u8>, u32, Place, Handle), u32) -> bool,
     ) -> Result<[Answer; 2], NetlinkError> {
-        let places = shape.places(self.found);
         let flags = [TCA_CLS_FLAGS_SKIP_HW, TCA_CLS_FLAGS_SKIP_SW];
         let mut answers = [None, None];
         for (answer, (used, flags)) in answers.iter_mut().zip(places.into_iter().zip(flags)) {
             if used {
-                *answer = self.try_one(shape.family(), |m| write(m, flags))?;
+                *answer = self.try_one(family, |m| write(m, flags))?;
             }
         }
         Ok(answers)

@@ -39,6 +39,8 @@ pub(super) enum What {
         cookie: Cookie,
         flow: Box<Flow>,
         software: bool,
+        /// Why it is not in the NIC, in the driver's words.
+        nic_said: Option<Box<str>>,
         /// The qdisc was made again for it.
         again: bool,
     },
@@ -179,14 +181,18 @@ impl Lane {
         let acks = self.hook.socket.batch(&self.hook.buf, self.first_seq, count);
         // From here on nothing is in the buffer, whatever a completion does.
         let sent = std::mem::replace(&mut self.pending, Vec::with_capacity(count));
-        if let Some(words) = self.hook.socket.take_warning() {
-            plan.nic_refused(&words);
-        }
+        let mut said = self.hook.socket.take_warnings().into_iter().peekable();
         match acks {
             Ok(acks) => {
                 let mut now = Circumstances::default();
                 let mut again = Vec::new();
-                for (p, ack) in sent.into_iter().zip(acks) {
+                for (n, (mut p, ack)) in sent.into_iter().zip(acks).enumerate() {
+                    if let (What::Add { nic_said, .. }, Some((_, words))) =
+                        (&mut p.what, said.next_if(|&(of, _)| of == n))
+                    {
+                        plan.nic_refused(&words);
+                        *nic_said = Some(words);
+                    }
                     match ack {
                         Ok(()) => self.succeeded(plan, p),
                         Err(e) => again.extend(self.refused(plan, p, e, &mut now)),
@@ -203,12 +209,14 @@ impl Lane {
     }
 
     fn succeeded(&mut self, plan: &Plan, p: Pending) {
-        let outcome = match &p.what {
+        let outcome = match p.what {
             What::Delete => {
                 self.left.freed.push((p.place, p.handle));
                 Done::Deleted
             }
-            What::Add { flow, software, .. } => added(plan, flow, *software, p.place, p.handle),
+            What::Add { flow, software, nic_said, .. } => {
+                added(plan, &flow, software, nic_said, p.place, p.handle)
+            }
         };
         p.ticket.complete(Ok(outcome));
     }
@@ -235,7 +243,7 @@ impl Lane {
                 self.left.homeless.push(p);
                 return None;
             }
-            What::Add { flow, software, .. }
+            What::Add { flow, software, nic_said, .. }
                 if flow.has_nat()
                     && !*software
                     && plan.found.mode == Mode::Both
@@ -243,7 +251,9 @@ impl Lane {
                     && !matches!(e.errno, Errno::EEXIST | Errno::ENODEV) =>
             {
                 *software = true;
-                plan.nic_refused(&e.to_string());
+                let words = e.to_string();
+                plan.nic_refused(&words);
+                *nic_said = Some(words.into());
                 return Some(p);
             }
             What::Add { flow, .. } => {
@@ -290,8 +300,10 @@ pub(super) fn added(
     plan: &Plan,
     flow: &Flow,
     software: bool,
+    nic_said: Option<Box<str>>,
     place: Place,
     handle: Handle,
 ) -> Done {
-    Done::Added { rule: rule_id(place.prio, handle), in_hw: plan.in_hw(flow, software) }
+    let (rule, in_hw) = (rule_id(place.prio, handle), plan.in_hw(flow, software));
+    Done::Added { rule, in_hw, nic_said }
 }

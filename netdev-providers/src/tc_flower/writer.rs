@@ -129,7 +129,7 @@ impl Writer {
                     && self.would_be(plan, &flow, cookie, stands)
                 {
                     lock(&self.adopted).insert(found, cookie);
-                    return ticket.complete(Ok(Done::Added { rule: found, in_hw }));
+                    return ticket.complete(Ok(Done::added(found, in_hw)));
                 }
                 let different = Ticket::new(Box::new(move |deleted: Outcome| {
                     ticket.complete(Err(deleted.err().unwrap_or_else(|| {
@@ -157,7 +157,7 @@ impl Writer {
         let lane = self.lane_of(&flow.matches.tuple);
         let handle = self.handles(family).take(lane).ok_or(Reason::TableFull)?;
         let software = plan.is_for_software(&flow);
-        let what = What::Add { cookie, flow, software, again: false };
+        let what = What::Add { cookie, flow, software, nic_said: None, again: false };
         Ok((self.place(plan, family), handle, what))
     }
 
@@ -252,7 +252,7 @@ impl Writer {
     /// completes the operation accordingly.
     fn ask_what_became_of(&mut self, plan: &Plan, p: Pending) {
         let Place { prio, family, .. } = p.place;
-        let outcome = match &p.what {
+        let outcome = match p.what {
             What::Delete => match self.hook.delete(prio, family, p.handle) {
                 Ok(()) => {
                     self.freed(p.place, p.handle);
@@ -260,11 +260,11 @@ impl Writer {
                 }
                 Err(e) => Err(Rejection::with_detail(Reason::Busy, e.to_string())),
             },
-            What::Add { cookie, flow, software, .. } => {
+            What::Add { cookie, flow, software, nic_said, .. } => {
                 let there = self.hook.filter(prio, family, p.handle, |f| f.ours());
                 match there {
-                    Ok(Some(Some((found, _)))) if found == *cookie => {
-                        Ok(added(plan, flow, *software, p.place, p.handle))
+                    Ok(Some(Some((found, _)))) if found == cookie => {
+                        Ok(added(plan, &flow, software, nic_said, p.place, p.handle))
                     }
                     Ok(_) => {
                         self.handles(family).give_back(p.handle);

@@ -7,7 +7,7 @@ use netdev_providers::{Cookie, Direction, Done, Outcome, Permanence, Reason, Rej
 
 use crate::engine::Shared;
 use crate::engine::capacity::Pace;
-use crate::engine::conn::{ConnHandle, Detail, Moment, PathTaken};
+use crate::engine::conn::{ConnHandle, Detail, Moment, PathTaken, Said};
 use crate::engine::datapath::SlotChange;
 use crate::engine::port::Port;
 use crate::engine::queue::Command;
@@ -50,7 +50,7 @@ pub(in crate::engine) fn refute(
     if slot.word.load().state() != SlotState::Installed || slot.word.unwind() != Unwind::Delete {
         return false;
     }
-    detail.rejection = Some(Box::new(rejection));
+    detail.said = Some(Box::new(Said::Rejected(rejection)));
     detail.retry_at = Moment::at(retry_at_ms);
     port.queue.push(Command::Delete(conn.clone(), d));
     true
@@ -87,7 +87,7 @@ pub(super) fn settle_refused(
             detail.retry_at = Moment::at(at);
             port.queue.push(Command::Rejected(conn.clone(), d));
         }
-        detail.rejection = Some(Box::new(rejection));
+        detail.said = Some(Box::new(Said::Rejected(rejection)));
     } else if slot.word.load().state() == SlotState::Empty {
         forget(port, conn, d, &mut detail);
         port.queue.push(Command::Rearm(conn.clone(), d));
@@ -116,8 +116,8 @@ pub(super) fn settle_added(
     cookie: Cookie,
     outcome: Outcome,
 ) {
-    let (rule, in_hw) = match outcome {
-        Ok(Done::Added { rule, in_hw }) => (rule, in_hw),
+    let (rule, in_hw, nic_said) = match outcome {
+        Ok(Done::Added { rule, in_hw, nic_said }) => (rule, in_hw, nic_said),
         Ok(_) => {
             let why = "the provider answered an add with the result of another operation";
             let rejection = Rejection::with_detail(Reason::ProviderFault, why);
@@ -138,6 +138,7 @@ pub(super) fn settle_added(
     shared.datapath.slot_changed(&port.netdev, conn, d, SlotChange::Installed);
     detail.rule = Some(rule);
     detail.in_hw = in_hw;
+    detail.said = nic_said.map(|words| Box::new(Said::ByNic(words)));
     detail.path = Some(path);
     detail.used_ms = shared.clock.now_ms();
     detail.attempts = 0;
@@ -158,7 +159,7 @@ pub(super) fn settle_deleted(
 ) {
     let Some(slot) = conn.slot(port.generation(), d) else { return };
     let mut detail = slot.detail();
-    if let Some(rejection) = detail.rejection.take()
+    if let Some(Said::Rejected(rejection)) = detail.said.take().map(|said| *said)
         && !conn.is_dead()
     {
         if slot.word.deleted_because(op, rejection.reason) {
@@ -187,7 +188,7 @@ fn settle_refuted(
     conn: &ConnHandle,
     d: Direction,
     detail: &mut Detail,
-    rejection: Box<Rejection>,
+    rejection: Rejection,
 ) {
     tracing::warn!(port = %port.netdev, %conn, %d, "{rejection}");
     port.counters.count(rejection.reason);
@@ -196,7 +197,7 @@ fn settle_refuted(
     leave(port, conn, detail);
     *detail = Detail {
         path: detail.path,
-        rejection: Some(rejection),
+        said: Some(Box::new(Said::Rejected(rejection))),
         retry_at: Moment::at(retry_at),
         ..Detail::default()
     };
