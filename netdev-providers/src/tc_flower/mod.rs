@@ -26,8 +26,8 @@
 //! * **Options and extension headers** are told apart by the u32 guards, in software only. What a NIC
 //!   does with them is its own affair: see `guard.rs`.
 //! * **A NIC that says no.** On a port for hardware and software a rule that the NIC refuses is in
-//!   software only, and reads back `not_in_hw`; what the driver said last is kept for the port (the
-//!   rule asks for it, `verbose`). On a port for hardware only it is refused, in these words.
+//!   software only, and reads back `not_in_hw`; what the driver said is kept with the rule, and for the
+//!   port (rules ask for it, `verbose`). On a port for hardware only it is refused, in these words.
 //! * **TTL.** A port is used for hardware only if the NIC takes the guard for TTL 0 and 1.
 //! * **NAT.** A rule is either for hardware (`skip_sw`, the NIC computes checksums) or for software
 //!   (`skip_hw`, two BPF programs keep them right: see `bpf.rs`); on a port with hardware the former
