@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use ctoffload::engine::datapath::{NoDatapath, Path, PathSpec};
 use ctoffload::engine::slot::SlotState;
 use ctoffload::engine::usage::Strays;
 use ctoffload::engine::{Engine, Limits, NewPort};
-use netdev_providers::tc_flower::TcFlowerClass;
+use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
     Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Ifindex,
     Instance, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider, ProviderClass, Reason,
@@ -69,6 +69,11 @@ fn instance(n: u32) -> Instance {
     Instance(NonZeroU32::new(n).unwrap())
 }
 
+/// With several writers, whatever the machine has.
+fn class() -> TcFlowerClass {
+    TcFlowerClass::new(TcFlowerConfig { writers: NonZeroUsize::new(3), ..Default::default() })
+}
+
 fn bind(name: &str, hw_flags: HwFlags, n: u32) -> Arc<dyn Provider> {
     let netdev = Netdev {
         ifindex: ifindex(name),
@@ -76,7 +81,7 @@ fn bind(name: &str, hw_flags: HwFlags, n: u32) -> Arc<dyn Provider> {
         name: name.into(),
         hw_flags,
     };
-    TcFlowerClass::default().bind(&netdev, instance(n)).unwrap()
+    class().bind(&netdev, instance(n)).unwrap()
 }
 
 fn forward(tuple: Tuple) -> Forward {
@@ -106,10 +111,19 @@ fn cookie(n: u32, epoch: u64) -> Cookie {
 }
 
 fn submit(provider: &dyn Provider, request: Request) -> Outcome {
-    let (tx, rx) = mpsc::channel();
-    let ticket = Ticket::new(Box::new(move |o: Outcome| tx.send(o).unwrap()));
-    provider.submit(vec![Operation { request, ticket }]);
-    rx.recv().unwrap()
+    submit_all(provider, vec![request]).remove(0)
+}
+
+/// In one batch; the outcomes in order.
+fn submit_all(provider: &dyn Provider, requests: Vec<Request>) -> Vec<Outcome> {
+    let made = requests.into_iter().map(|request| {
+        let (tx, rx) = mpsc::channel();
+        let ticket = Ticket::new(Box::new(move |o: Outcome| tx.send(o).unwrap()));
+        (Operation { request, ticket }, rx)
+    });
+    let (operations, results): (Vec<_>, Vec<_>) = made.unzip();
+    provider.submit(operations);
+    results.into_iter().map(|rx| rx.recv().unwrap()).collect()
 }
 
 #[test]
@@ -295,7 +309,7 @@ impl World {
             Limits::default(),
             Clock::Manual(Arc::clone(&clock)),
         );
-        engine.register(Arc::new(TcFlowerClass::default())).unwrap();
+        engine.register(Arc::new(class())).unwrap();
         let new = NewPort {
             ifindex: ifindex("p0"),
             name: "p0".into(),
@@ -370,6 +384,31 @@ fn hardware_that_is_full_teaches_the_port_its_capacity_and_idle_rules_give_way()
     assert_eq!((port.slots.installed, port.evictions), (3, 1));
     assert!(w.engine.close().iter().all(|d| d.faults.is_empty()));
     assert_eq!(nic.rules("p0"), 0);
+}
+
+/// Whichever of the port's writers the two are given to.
+#[test]
+fn hardware_that_is_full_has_room_for_what_comes_behind_the_delete_that_makes_it() {
+    let nic = Nic::new();
+    let port = bind("p0", HwFlags::SkipSw, 1);
+    nic.set("p0", "capacity", "12");
+    let add = |epoch: u64| {
+        let flow = Box::new(flow(&format!("tcp 10.0.1.2:{} > 10.0.2.2:80", 1000 + epoch)));
+        Request::Add { cookie: cookie(1, epoch), flow }
+    };
+    let added = submit_all(&*port, (0..8).map(add).collect());
+    let rules = (0..8).zip(added).map(|(epoch, outcome)| match outcome {
+        Ok(Done::Added { rule, .. }) => (epoch, rule),
+        other => panic!("{epoch}: {other:?}"),
+    });
+    assert_eq!(submit(&*port, add(8)).unwrap_err().reason, Reason::TableFull);
+    let changes = rules.flat_map(|(epoch, rule)| {
+        [Request::Delete { rule, cookie: cookie(1, epoch) }, add(100 + epoch)]
+    });
+    let outcomes = submit_all(&*port, changes.collect());
+    assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    assert_eq!(nic.rules("p0"), 12);
+    port.release().unwrap();
 }
 
 #[test]

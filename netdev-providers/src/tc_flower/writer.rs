@@ -6,6 +6,9 @@
 //! rule is remembered with its handle, for its delete. A batch is dealt out, its lanes run side by side
 //! on the threads of the class, and the batch is over when the last of them is: so nobody but the
 //! thread that submits ever has to do with anything but one lane.
+//!
+//! The deletes of a batch go first, and its adds when they are done: a NIC that is full has room for a rule
+//! only when the one that gives way is gone, and that may be another lane's.
 
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{HashMap, HashSet};
@@ -52,6 +55,8 @@ pub(super) struct Writer {
     /// asking. Their handles stay taken.
     pub(super) unsettled: Vec<(Place, Handle)>,
     lanes: Vec<Lane>,
+    /// Those of the batch, which wait for its deletes.
+    adds: Vec<Pending>,
     /// Where lanes run, if there are several.
     pool: Option<Arc<ThreadPool>>,
 }
@@ -75,6 +80,7 @@ impl Writer {
         }
         Self {
             lanes: lanes.into_iter().map(Lane::new).collect(),
+            adds: Vec::new(),
             pool,
             hook,
             made_qdisc: plan.found.made_qdisc,
@@ -102,7 +108,7 @@ impl Writer {
         LaneNumber::of_hash(hasher.finish(), self.lanes.len())
     }
 
-    /// Gives an operation to its lane, or completes it where there is nothing to send.
+    /// Takes an operation of a batch, or completes it where there is nothing to send.
     pub(super) fn accept(&mut self, plan: &Plan, op: Operation) {
         let Operation { request, ticket } = op;
         let (place, handle, what) = match request {
@@ -143,7 +149,11 @@ impl Writer {
                 return self.accept(plan, Operation { request, ticket: different });
             }
         };
-        self.deal(Pending { ticket, place, handle, what });
+        let p = Pending { ticket, place, handle, what };
+        match p.what {
+            What::Delete => self.deal(p),
+            What::Add { .. } => self.adds.push(p),
+        }
     }
 
     fn prepare_add(
@@ -172,6 +182,15 @@ impl Writer {
 
     /// Carries out what was accepted, until nothing is left.
     pub(super) fn send_all(&mut self, plan: &Plan) {
+        self.run(plan);
+        for p in std::mem::take(&mut self.adds) {
+            self.deal(p);
+        }
+        self.run(plan);
+    }
+
+    /// Carries out what was dealt.
+    fn run(&mut self, plan: &Plan) {
         while self.lanes.iter().any(|lane| lane.waiting() > 0) {
             self.run_lanes(plan);
             let mut homeless = Vec::new();
