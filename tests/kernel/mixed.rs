@@ -39,7 +39,7 @@ fn router(test: &str) -> Router {
 
 /// Each netdev with its providers.
 fn configure(test: &str, ports: &[(&str, &[&str])]) -> String {
-    let mut text = String::from("[usage]\nsweep-seconds = 1\n");
+    let mut text = String::from("[usage]\nsweep-seconds = 1\nsweep-max-seconds = 1\n");
     for (name, providers) in ports {
         text += &format!("[[port]]\nmatch = \"{name}\"\nproviders = {providers:?}\n");
     }

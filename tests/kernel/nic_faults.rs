@@ -38,7 +38,7 @@ impl Hardware {
     fn daemon(mut self, test: &str, offload: &str) -> Self {
         let file = std::env::temp_dir().join(format!("ctoffload-{test}.toml"));
         let config = format!(
-            "[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"?an\"\noffload = \"{offload}\"\n"
+            "[usage]\nsweep-seconds = 1\nsweep-max-seconds = 1\n[[port]]\nmatch = \"?an\"\noffload = \"{offload}\"\n"
         );
         std::fs::write(&file, config).expect("a file");
         self.router.start(&["--config", file.to_str().expect("a path")]);

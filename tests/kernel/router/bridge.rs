@@ -11,6 +11,7 @@ const CONFIG: &str = "\
 bridged = true
 [usage]
 sweep-seconds = 1
+sweep-max-seconds = 1
 [[port]]
 match = \"?an\"
 [[port]]
