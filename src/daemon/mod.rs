@@ -18,6 +18,7 @@ use clap::Parser;
 use netdev_providers::ProviderClass;
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Group, geteuid};
 
@@ -135,6 +136,17 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// A port has a socket for each of its writers, and some more: the soft limit of 1024 is for programs
+/// that call select(2).
+fn allow_many_sockets() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+    });
+    if let Err(e) = raised {
+        tracing::warn!("the limit of open files stays as it is: {e}");
+    }
+}
+
 fn run(args: &Args) -> Result<(), DaemonError> {
     let filter = tracing_subscriber::EnvFilter::try_new(&args.log)
         .map_err(|source| DaemonError::LogFilter { filter: args.log.clone(), source })?;
@@ -167,6 +179,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
     signals.thread_block().map_err(|e| DaemonError::Os("blocking signals", e.into()))?;
+    allow_many_sockets();
 
     let server = Server::bind(Access { group })?;
     let backend = Arc::new(Backend::open(datapath::Config {

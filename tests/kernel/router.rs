@@ -365,6 +365,12 @@ fn a_connection_is_offloaded_where_it_is_seen_and_its_rules_end_with_it() {
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
     assert_eq!((r.rules("lan"), r.rules("wan")), (1, 1));
+    // Ports need sockets: the soft limit of open files is the hard one.
+    let limits = r.daemon.as_ref().map(|d| format!("/proc/{}/limits", d.id())).expect("a daemon");
+    let limits = std::fs::read_to_string(limits).expect("its limits");
+    let files = limits.lines().find_map(|l| l.strip_prefix("Max open files")).expect("a limit");
+    let files: Vec<_> = files.split_whitespace().collect();
+    assert!(files[0] == files[1] && files[0] != "1024", "{files:?}");
     c.close();
     wait_until("the rules are gone", || r.rules("lan") + r.rules("wan") == 0);
     let mut c = r.connect();
