@@ -345,6 +345,24 @@ impl<'a> Pair<'a> {
     }
 }
 
+impl Pair<'_> {
+    /// What two have written together, in the time of half of it by one.
+    fn figure(&self, count: u32, on: &str) -> Figure {
+        let Self { name, bar, one, two, .. } = self;
+        // Twice the rules in the time that two took.
+        let ratio = one.over(two).median().map(|r| r * 2.0);
+        let both = count * 2;
+        let name = format!("insert {both}, two writers over one: {name} ({on})");
+        let figure = Figure::new(name, ratio, "x")
+            .peer("one/s", per_second(count, one))
+            .peer("two/s", per_second(both, two));
+        match bar {
+            Some(bar) => figure.bar(*bar),
+            None => figure,
+        }
+    }
+}
+
 fn at_once(work: Vec<impl FnOnce() + Send>) -> Duration {
     let started = std::time::Instant::now();
     std::thread::scope(|s| work.into_iter().for_each(|writer| drop(s.spawn(writer))));
@@ -374,16 +392,27 @@ fn two_writers(setting: &Setting, report: &mut Report) {
     let shared = with_writers([("shared0", 1), ("shared1", 1)], false);
     let port = with_writers([("one0", 1), ("one1", 2)], true);
     let one_shared = with_writers([("oneshared0", 1), ("oneshared1", 2)], false);
-    let mut pairs = [
-        Pair::of_ports("two ports", &ports),
-        Pair::of_ports("two ports, counters not per processor", &shared),
-        Pair::of_one_port("one port", &port),
-        Pair::of_one_port("one port, counters not per processor", &one_shared),
-        Pair::of_bare_loops("bare loops, two netdevs", &template, ["bare0", "bare1"]),
-        Pair::of_bare_loops("bare loops, one netdev", &template, ["bare0", "bare0"]),
-    ];
-    pairs[0].bar = Some(Bar::AtLeast(1.6));
-    let (count, rounds) = if setting.quick { (500, 2) } else { (10_000, 8) };
+    // Of each writer: two write a thousand, twenty thousand, a hundred thousand.
+    let sizes: &[(u32, usize)] =
+        if setting.quick { &[(250, 2)] } else { &[(500, 10), (10_000, 6), (50_000, 1)] };
+    for &(count, rounds) in sizes {
+        let mut pairs = [
+            Pair::of_ports("two ports", &ports),
+            Pair::of_ports("two ports, counters not per processor", &shared),
+            Pair::of_one_port("one port", &port),
+            Pair::of_one_port("one port, counters not per processor", &one_shared),
+            Pair::of_bare_loops("bare loops, two netdevs", &template, ["bare0", "bare1"]),
+            Pair::of_bare_loops("bare loops, one netdev", &template, ["bare0", "bare0"]),
+        ];
+        pairs[0].bar = Some(Bar::AtLeast(1.6));
+        pairs[2].bar = Some(Bar::AtLeast(1.6));
+        contest(&mut pairs, count, rounds);
+        pairs.into_iter().for_each(|pair| report.add(pair.figure(count, &setting.on)));
+    }
+}
+
+/// Each pair in turn, round by round; one writer and two come first as often.
+fn contest(pairs: &mut [Pair<'_>], count: u32, rounds: usize) {
     for round in 0..rounds {
         for turn in 0..pairs.len() {
             let at = (round + turn) % pairs.len();
@@ -393,17 +422,5 @@ fn two_writers(setting: &Setting, report: &mut Report) {
                 push(if writers == 1 { &mut pair.one } else { &mut pair.two }, took);
             }
         }
-    }
-    for Pair { name, bar, one, two, .. } in pairs {
-        // Twice the rules in the time that two took.
-        let ratio = one.over(&two).median().map(|r| r * 2.0);
-        let name = format!("insert, two writers over one: {name} ({})", setting.on);
-        let figure = Figure::new(name, ratio, "x")
-            .peer("one/s", per_second(count, &one))
-            .peer("two/s", per_second(count * 2, &two));
-        report.add(match bar {
-            Some(bar) => figure.bar(bar),
-            None => figure,
-        });
     }
 }
