@@ -343,9 +343,7 @@ impl<'a> Pair<'a> {
             took
         })
     }
-}
 
-impl Pair<'_> {
     /// What two have written together, in the time of half of it by one.
     fn figure(&self, count: u32, on: &str) -> Figure {
         let Self { name, bar, one, two, .. } = self;

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
     Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation,
-    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider,
-    ProviderClass, Reason, Request, RuleId, RuleReport, Ticket, Tuple, Zone,
+    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Outcome, Provider,
+    ProviderClass, Reason, Request, RuleId, RuleReport, Tuple, Zone,
 };
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -29,6 +29,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use crate::host::Host;
 use crate::netns::NetNs;
 use crate::shown::as_shown;
+use crate::submit::submit;
 
 mod slow_path;
 mod tagged;
@@ -120,23 +121,7 @@ impl Port {
     }
 
     fn submit(&self, requests: Vec<Request>) -> Vec<Outcome> {
-        let (tx, rx) = mpsc::channel();
-        let n = requests.len();
-        let batch = requests
-            .into_iter()
-            .enumerate()
-            .map(|(i, request)| {
-                let tx = tx.clone();
-                let ticket = Ticket::new(Box::new(move |o: Outcome| tx.send((i, o)).unwrap()));
-                Operation { request, ticket }
-            })
-            .collect();
-        self.provider.submit(batch);
-        drop(tx);
-        let mut got: Vec<(usize, Outcome)> = rx.iter().collect();
-        got.sort_by_key(|(i, _)| *i);
-        assert_eq!(got.len(), n, "every operation has one result");
-        got.into_iter().map(|(_, o)| o).collect()
+        submit(&*self.provider, requests)
     }
 
     fn try_add(&self, epoch: u64, flow: Flow) -> Outcome {

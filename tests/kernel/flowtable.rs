@@ -6,20 +6,21 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::{
     Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation,
-    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider,
-    ProviderClass, Request, RuleId, RuleReport, Ticket, Tuple, Zone,
+    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Outcome, Provider,
+    ProviderClass, Request, RuleId, RuleReport, Tuple, Zone,
 };
 
 use crate::host::Host;
 use crate::netns::NetNs;
 use crate::router::reset_counters;
+use crate::submit::submit;
 
 mod hardware;
 
@@ -250,15 +251,7 @@ struct Port {
 
 impl Port {
     fn submit(&self, requests: Vec<Request>) -> Vec<Outcome> {
-        let results = Arc::new(Mutex::new(vec![None; requests.len()]));
-        let batch = requests.into_iter().enumerate().map(|(i, request)| {
-            let results = Arc::clone(&results);
-            let done = move |outcome: Outcome| results.lock().unwrap()[i] = Some(outcome);
-            Operation { request, ticket: Ticket::new(Box::new(done)) }
-        });
-        self.provider.submit(batch.collect());
-        let results = std::mem::take(&mut *results.lock().unwrap());
-        results.into_iter().map(|r| r.expect("completed when submit returns")).collect()
+        submit(&*self.provider, requests)
     }
 
     fn add(&self, epoch: u64, flow: Flow) -> RuleId {

@@ -4,8 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use ctoffload::engine::clock::Clock;
@@ -17,13 +17,14 @@ use ctoffload::engine::{Engine, Limits, NewPort};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
     Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Ifindex,
-    Instance, MacAddr, MacRewrite, Netdev, Operation, Outcome, Provider, ProviderClass, Reason,
-    Request, Ticket, Tuple, VlanId, Zone,
+    Instance, MacAddr, MacRewrite, Netdev, Outcome, Provider, ProviderClass, Reason, Request,
+    Tuple, VlanId, Zone,
 };
 use nix::net::if_::if_nametoindex;
 
 use crate::netns::NetNs;
 use crate::shown::as_shown;
+use crate::submit::submit;
 
 const ROUTER: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 const NEXT_HOP: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
@@ -110,20 +111,8 @@ fn cookie(n: u32, epoch: u64) -> Cookie {
     Cookie { instance: instance(n), epoch: Epoch(epoch), direction: Direction::Original }
 }
 
-fn submit(provider: &dyn Provider, request: Request) -> Outcome {
-    submit_all(provider, vec![request]).remove(0)
-}
-
-/// In one batch; the outcomes in order.
-fn submit_all(provider: &dyn Provider, requests: Vec<Request>) -> Vec<Outcome> {
-    let made = requests.into_iter().map(|request| {
-        let (tx, rx) = mpsc::channel();
-        let ticket = Ticket::new(Box::new(move |o: Outcome| tx.send(o).unwrap()));
-        (Operation { request, ticket }, rx)
-    });
-    let (operations, results): (Vec<_>, Vec<_>) = made.unzip();
-    provider.submit(operations);
-    results.into_iter().map(|rx| rx.recv().unwrap()).collect()
+fn submit_one(provider: &dyn Provider, request: Request) -> Outcome {
+    submit(provider, vec![request]).remove(0)
 }
 
 #[test]
@@ -165,7 +154,7 @@ fn hardware_probing_is_of_this_netdev_and_leaves_nothing_behind() {
     assert_eq!(answer(&*p0, "flow ipv4 tcp").0, None, "not tried where it puts no rules");
     let v4 = flow("tcp 10.0.1.2:1 > 10.0.2.2:2");
     let request = Request::Add { cookie: cookie(2, 1), flow: Box::new(v4) };
-    assert!(matches!(submit(&*p0, request), Ok(Done::Added { in_hw: Some(true), .. })));
+    assert!(matches!(submit_one(&*p0, request), Ok(Done::Added { in_hw: Some(true), .. })));
     assert_eq!(nic.rules("p0"), 5);
     p0.release().unwrap();
     assert_eq!(nic.rules("p0"), 0);
@@ -209,7 +198,7 @@ fn hardware_that_cannot_change_tags_serves_what_has_none() {
     assert_eq!(tags.filter(|c| c.hardware == Some(Ok(()))).count(), 8, "{all:?}");
     for (epoch, flow) in (1..).zip(tagged) {
         let request = Request::Add { cookie: cookie(2, epoch), flow: Box::new(flow) };
-        assert!(matches!(submit(&*port, request), Ok(Done::Added { in_hw: Some(true), .. })));
+        assert!(matches!(submit_one(&*port, request), Ok(Done::Added { in_hw: Some(true), .. })));
     }
     port.release().unwrap();
     assert_eq!(nic.rules("p0"), 0);
@@ -225,7 +214,7 @@ fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
     };
     for (epoch, flow) in [(1, nat), (2, flow("udp [fd01::2]:1 > [fd02::2]:2"))] {
         let request = Request::Add { cookie: cookie(1, epoch), flow: Box::new(flow) };
-        assert!(submit(&*dead, request).is_ok());
+        assert!(submit_one(&*dead, request).is_ok());
     }
     drop(dead);
     let port = bind("p0", HwFlags::SkipSw, 2);
@@ -234,7 +223,7 @@ fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
     left.sort_by_key(|l| l.cookie.epoch);
     let adopt = |at: usize, flow: Flow| {
         let found = left[at].rule;
-        submit(&*port, Request::Adopt { found, cookie: cookie(2, 9), flow: Box::new(flow) })
+        submit_one(&*port, Request::Adopt { found, cookie: cookie(2, 9), flow: Box::new(flow) })
     };
     assert_eq!(adopt(0, nat), Ok(Done::added(left[0].rule, Some(true))));
     let other = flow("udp [fd01::2]:1 > [fd02::2]:3");
@@ -278,12 +267,12 @@ fn tc_shows_our_hardware_rules_as_it_shows_those_that_are_written_with_it() {
     ] {
         let flow = Flow { forward: forward(departure.parse().unwrap()), ..flow(arrival) };
         let request = Request::Add { cookie: cookie(1, 1), flow: Box::new(flow) };
-        let Ok(Done::Added { rule, .. }) = submit(&*port, request) else { panic!("{arrival}") };
+        let Ok(Done::Added { rule, .. }) = submit_one(&*port, request) else { panic!("{arrival}") };
         let matches = matches.replace("{us}", &ROUTER.to_string());
         let pref = matches.split(' ').nth(1).unwrap();
         let show = || as_shown(&nic.0.run(&format!("tc filter show dev p0 ingress pref {pref}")));
         let ours = show();
-        submit(&*port, Request::Delete { rule, cookie: cookie(1, 1) }).unwrap();
+        submit_one(&*port, Request::Delete { rule, cookie: cookie(1, 1) }).unwrap();
         nic.0.run(&format!(
             "tc filter add dev p0 ingress handle 1 {matches} action {macs} {actions} {to}"
         ));
@@ -396,16 +385,16 @@ fn hardware_that_is_full_has_room_for_what_comes_behind_the_delete_that_makes_it
         let flow = Box::new(flow(&format!("tcp 10.0.1.2:{} > 10.0.2.2:80", 1000 + epoch)));
         Request::Add { cookie: cookie(1, epoch), flow }
     };
-    let added = submit_all(&*port, (0..8).map(add).collect());
+    let added = submit(&*port, (0..8).map(add).collect());
     let rules = (0..8).zip(added).map(|(epoch, outcome)| match outcome {
         Ok(Done::Added { rule, .. }) => (epoch, rule),
         other => panic!("{epoch}: {other:?}"),
     });
-    assert_eq!(submit(&*port, add(8)).unwrap_err().reason, Reason::TableFull);
+    assert_eq!(submit_one(&*port, add(8)).unwrap_err().reason, Reason::TableFull);
     let changes = rules.flat_map(|(epoch, rule)| {
         [Request::Delete { rule, cookie: cookie(1, epoch) }, add(100 + epoch)]
     });
-    let outcomes = submit_all(&*port, changes.collect());
+    let outcomes = submit(&*port, changes.collect());
     assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
     assert_eq!(nic.rules("p0"), 12);
     port.release().unwrap();

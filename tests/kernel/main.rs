@@ -16,3 +16,4 @@ mod oracle;
 mod router;
 mod script;
 mod shown;
+mod submit;

@@ -265,7 +265,7 @@ impl Socket {
         self.send(messages)?;
         let mut ended = false;
         self.warnings.clear();
-        let warnings = &mut Vec::new();
+        let mut warnings = Vec::new();
         while !ended {
             self.recv(ANSWER_WITHIN, |answers| {
                 for m in answers.filter(|m| m.ty == NLMSG_ERROR) {
@@ -280,7 +280,7 @@ impl Socket {
                 }
             })?;
         }
-        self.warnings.append(warnings);
+        self.warnings = warnings;
         Ok(acks)
     }
 
