@@ -65,12 +65,10 @@ fn network() {
     for name in [
         "ours0",
         "ours1",
+        "two0",
         "shared0",
         "shared1",
-        "one0",
-        "one1",
-        "oneshared0",
-        "oneshared1",
+        "sharedtwo0",
         "tc0",
         "bare0",
         "bare1",
@@ -313,9 +311,9 @@ impl<'a> Pair<'a> {
     }
 
     /// One port, with one writer and with two.
-    fn of_one_port(name: &'static str, ports: &'a [Ours; 2]) -> Self {
+    fn of_one_port(name: &'static str, ports: [&'a Ours; 2]) -> Self {
         Self::new(name, move |writers, count| {
-            let port = &ports[writers - 1];
+            let port = ports[writers - 1];
             let adds = port.prepare_adds(count * u32::try_from(writers).unwrap());
             let took = port.run(adds).0;
             port.flush();
@@ -367,16 +365,13 @@ fn at_once(work: Vec<impl FnOnce() + Send>) -> Duration {
     started.elapsed()
 }
 
-/// Ports with these numbers of writers.
-fn with_writers(netdevs: [(&str, usize); 2], percpu_stats: bool) -> [Ours; 2] {
-    netdevs.map(|(netdev, writers)| {
-        let writers = NonZeroUsize::new(writers);
-        let config = TcFlowerConfig { writers, percpu_stats, ..TcFlowerConfig::default() };
-        Ours::bind_to(&TcFlowerClass::new(config), netdev, "out0")
-    })
+fn with_writers(netdev: &str, writers: usize, percpu_stats: bool) -> Ours {
+    let writers = NonZeroUsize::new(writers);
+    let config = TcFlowerConfig { writers, percpu_stats, ..TcFlowerConfig::default() };
+    Ours::bind_to(&TcFlowerClass::new(config), netdev, "out0")
 }
 
-/// Ports with a writer each, ports with several, and what the kernel makes of two who write: to two
+/// Ports with a writer each, a port with two, and what the kernel makes of two who write: to two
 /// netdevs, and to one.
 fn two_writers(setting: &Setting, report: &mut Report) {
     if cpus().len() < 2 {
@@ -385,11 +380,11 @@ fn two_writers(setting: &Setting, report: &mut Report) {
         report.add(Figure::new(name, None, "x").bar(Bar::AtLeast(1.6)).note(why));
         return;
     }
-    let ports = with_writers([("ours0", 1), ("ours1", 1)], true);
+    let ports = ["ours0", "ours1"].map(|netdev| with_writers(netdev, 1, true));
     let template = bare::Template::catch(&ports[0]);
-    let shared = with_writers([("shared0", 1), ("shared1", 1)], false);
-    let port = with_writers([("one0", 1), ("one1", 2)], true);
-    let one_shared = with_writers([("oneshared0", 1), ("oneshared1", 2)], false);
+    let shared = ["shared0", "shared1"].map(|netdev| with_writers(netdev, 1, false));
+    let two = with_writers("two0", 2, true);
+    let two_shared = with_writers("sharedtwo0", 2, false);
     // Of each writer: two write a thousand, twenty thousand, a hundred thousand.
     let sizes: &[(u32, usize)] =
         if setting.quick { &[(250, 2)] } else { &[(500, 10), (10_000, 6), (50_000, 1)] };
@@ -397,8 +392,8 @@ fn two_writers(setting: &Setting, report: &mut Report) {
         let mut pairs = [
             Pair::of_ports("two ports", &ports),
             Pair::of_ports("two ports, counters not per processor", &shared),
-            Pair::of_one_port("one port", &port),
-            Pair::of_one_port("one port, counters not per processor", &one_shared),
+            Pair::of_one_port("one port", [&ports[0], &two]),
+            Pair::of_one_port("one port, counters not per processor", [&shared[0], &two_shared]),
             Pair::of_bare_loops("bare loops, two netdevs", &template, ["bare0", "bare1"]),
             Pair::of_bare_loops("bare loops, one netdev", &template, ["bare0", "bare0"]),
         ];

@@ -1,6 +1,6 @@
 //! Benchmarks of forwarding: packets of 64 bytes through a router, by the kernel's slow path, by rules of
-//! the tc-flower provider in software, by nf_tables' own flowtable, by that of the nf-flowtable provider,
-//! and by a NIC. pktgen hands them to a
+//! the tc-flower provider in software, by a flower rule that rewrites nothing, by nf_tables' own flowtable, by
+//! that of the nf-flowtable provider, and by a NIC. pktgen hands them to a
 //! port's stack as a driver would, and before the other port's driver they end, so that what is measured is
 //! the router between. Run by `scripts/bench forward`, which says what comes out, in the lab.
 
@@ -181,6 +181,17 @@ const FLOWTABLE: &str = "nft 'table ip fw {
     chain forwarding { type filter hook forward priority 0; ip protocol udp flow add @f; ct state established,related accept; accept; }
 }'";
 
+/// Matches what a rule of ours does, and only redirects: the most that flower can do for a packet.
+fn redirect_alone() -> String {
+    let [from, to] = [FROM, TO].map(|(address, _)| std::net::Ipv4Addr::from(address));
+    let ports = format!("src_port {} dst_port {}", FROM.1, TO.1);
+    format!(
+        "tc qdisc add dev {LAN_PORT} clsact && tc filter add dev {LAN_PORT} ingress protocol ip \
+         flower skip_hw dst_mac {LAN} ip_proto udp src_ip {from} dst_ip {to} {ports} ip_flags nofrag \
+         action mirred egress redirect dev {WAN_PORT}"
+    )
+}
+
 fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
     router("veth");
     sh(SINK);
@@ -192,7 +203,7 @@ fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
     };
     let (mut slow, mut ours) = (Samples::default(), Samples::default());
     let (mut flowtable, mut alone) = (Samples::default(), Samples::default());
-    let mut our_flowtable = Samples::default();
+    let (mut our_flowtable, mut redirected) = (Samples::default(), Samples::default());
     for _ in 0..rounds {
         sh(SLOW);
         converse();
@@ -204,6 +215,9 @@ fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
             ours.push(rate(count, Way::Fast));
             release(&port);
         }
+        sh(&redirect_alone());
+        redirected.push(rate(count, Way::Fast));
+        sh(NO_CLSACT);
         // The provider's table is of family inet, which the kernel for the machine's own speed lacks.
         if !native {
             let class = NfFlowtableClass::default();
@@ -238,6 +252,15 @@ fn rates(report: &mut Report, on: &str, native: bool, quick: bool) {
         .peer("flower pps", ours.median())
         .peer("flowtable pps", flowtable.median()),
     );
+    for (than, what) in [(&slow, "the slow path"), (&flowtable, "nft flowtable")] {
+        let name = format!("64-byte packets, a flower rule that only redirects over {what} ({on})");
+        report.add(
+            Figure::new(name, redirected.over(than).median(), "x")
+                .peer("only redirects pps", redirected.median())
+                .peer("flower pps", ours.median())
+                .note("it rewrites nothing: the most that flower can do for a packet"),
+        );
+    }
     if !native {
         report.add(
             Figure::new(
@@ -258,9 +281,11 @@ fn dropped(count: u64) -> f64 {
         "tc qdisc add dev {LAN_PORT} clsact && tc filter add dev {LAN_PORT} ingress matchall action drop"
     ));
     let (_, rate) = fastest(count);
-    sh(&format!("tc qdisc del dev {LAN_PORT} clsact"));
+    sh(NO_CLSACT);
     rate
 }
+
+const NO_CLSACT: &str = "tc qdisc del dev lan0 clsact";
 
 fn bind(class: &dyn ProviderClass, name: &str, hw_flags: HwFlags) -> Arc<dyn Provider> {
     let netdev = Netdev {
