@@ -27,6 +27,9 @@
 //! prio-base = 49408          # 1..=65000: the first of our prios
 //! writers = 4                # 1..=64: sockets that a port's rules are written through at once;
 //!                            # default: one per processor, but not more than 4
+//! percpu-stats = true        # false: rules in software do without counters per processor. They are
+//!                            # added faster and take less memory, on many processors much less;
+//!                            # each packet takes longer
 //!
 //! [nf-flowtable]
 //! accounting = true          # switch conntrack's accounting on while a port uses it: its counters
@@ -149,6 +152,8 @@ pub struct Config {
     pub tc_prio_base: Option<NonZeroU16>,
     /// Through how many sockets tc-flower writes the rules of a port at once, if not the default.
     pub tc_writers: Option<NonZeroUsize>,
+    /// Whether tc-flower's rules in software count per processor.
+    pub tc_percpu_stats: bool,
     /// Which connections may be offloaded.
     pub admission: Admission,
     /// From how many bytes on.
@@ -225,6 +230,7 @@ struct RawControl {
 struct RawTcFlower {
     prio_base: Option<Spanned<u16>>,
     writers: Option<Spanned<usize>>,
+    percpu_stats: Option<bool>,
 }
 
 #[derive(Deserialize, Default)]
@@ -390,6 +396,7 @@ impl Config {
             flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             tc_writers: writers.transpose()?.and_then(NonZeroUsize::new),
+            tc_percpu_stats: raw.tc_flower.percpu_stats.unwrap_or(true),
             ports,
         })
     }
@@ -439,6 +446,7 @@ mod tests {
         assert_eq!((c.sweep_seconds, c.sweep_max_seconds), (5, 20));
         assert_eq!(c.on_ruleset_change, OnRulesetChange::Flush);
         assert_eq!(c.port("eth0"), None);
+        assert!(c.tc_percpu_stats, "as tc makes them");
         assert!(!c.bridged, "bridge conntrack stays off unless it is asked for");
     }
 
@@ -473,6 +481,7 @@ mod tests {
         assert_eq!(error("[[port]]\nmatch = \"a\"\ncapacity = 0\n").0, 3);
         assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);
         assert_eq!(error("[tc-flower]\nwriters = 65\n").0, 2);
+        assert_eq!(error("[tc-flower]\npercpu-stats = 0\n").0, 2);
     }
 
     #[test]

@@ -198,7 +198,11 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         Limits { connections: config.connections, queue: config.queue, ..Limits::default() },
         Clock::default(),
     );
-    let mut tc_config = TcFlowerConfig { writers: config.tc_writers, ..TcFlowerConfig::default() };
+    let mut tc_config = TcFlowerConfig {
+        writers: config.tc_writers,
+        percpu_stats: config.tc_percpu_stats,
+        ..TcFlowerConfig::default()
+    };
     if let Some(base) = config.tc_prio_base {
         tc_config.prio_base = base.get();
     }
