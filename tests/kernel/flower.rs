@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
-    Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation,
-    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Outcome, Provider,
-    ProviderClass, Reason, Request, RuleId, RuleReport, Tuple, Zone,
+    Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, HwFlags, Ifindex,
+    Instance, L4Proto, MacAddr, MacRewrite, Netdev, Outcome, Provider, ProviderClass, Reason,
+    Request, RuleId, RuleReport, Tuple, Zone,
 };
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -29,7 +29,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use crate::host::Host;
 use crate::netns::NetNs;
 use crate::shown::as_shown;
-use crate::submit::submit;
+use crate::submit::{ifindex, netdev, submit};
 
 mod slow_path;
 mod tagged;
@@ -94,19 +94,6 @@ impl Net {
 
 fn instance(n: u32) -> Instance {
     Instance(NonZeroU32::new(n).unwrap())
-}
-
-fn ifindex(name: &str) -> Ifindex {
-    Ifindex::new(if_nametoindex(name).unwrap()).unwrap()
-}
-
-fn netdev(name: &str, hw_flags: HwFlags) -> Netdev {
-    Netdev {
-        ifindex: ifindex(name),
-        generation: Generation::new(1).unwrap(),
-        name: name.into(),
-        hw_flags,
-    }
 }
 
 /// A bound provider, called as the engine calls it.
@@ -1253,7 +1240,7 @@ fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards() {
 /// More refusals than the socket's receive buffer has room for: the kernel's answers are lost, and
 /// what became of each operation is asked for.
 #[test]
-fn a_half_acknowledged_batch_is_settled_rule_by_rule() {
+fn alone_a_half_acknowledged_batch_is_settled_rule_by_rule() {
     let net = Net::new();
     let port = net.bind("lan0");
     let flow_of = |n: u16| {

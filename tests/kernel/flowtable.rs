@@ -8,24 +8,22 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::{
-    Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation,
-    HwFlags, Ifindex, Instance, L4Proto, MacAddr, MacRewrite, Netdev, Outcome, Provider,
-    ProviderClass, Request, RuleId, RuleReport, Tuple, Zone,
+    Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, HwFlags, Instance,
+    L4Proto, MacAddr, MacRewrite, Outcome, Provider, ProviderClass, Request, RuleId, RuleReport,
+    Tuple, Zone,
 };
 
 use crate::host::Host;
 use crate::netns::NetNs;
 use crate::router::reset_counters;
-use crate::submit::submit;
+use crate::submit::{ifindex, netdev, submit};
+use crate::wait::{PATIENCE, wait_until};
 
 mod hardware;
-
-/// Emulated kernels are slow, above all when they load modules.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// `client --- lan0 [router: the test's thread] wan0 --- server`; packets of either direction are
 /// counted in the forward hook.
@@ -90,7 +88,7 @@ impl Net {
     /// What a connection says from now on passes the forward hook by. (An acknowledgement can be on
     /// its way through when the entry is made.)
     fn wait_passing_by(&self, c: &mut Connection) {
-        until("the forward hook sees none of it", || self.forwarded_of(c, 20) == (0, 0));
+        wait_until("the forward hook sees none of it", || self.forwarded_of(c, 20) == (0, 0));
     }
 
     /// Whether conntrack says that the connection is in a flowtable.
@@ -161,13 +159,7 @@ impl Net {
         name: &str,
         hw_flags: HwFlags,
     ) -> Result<Port, BindError> {
-        let netdev = Netdev {
-            ifindex: ifindex(name),
-            generation: Generation::new(1).unwrap(),
-            name: name.to_owned(),
-            hw_flags,
-        };
-        Ok(Port { provider: class.bind(&netdev, instance())? })
+        Ok(Port { provider: class.bind(&netdev(name, hw_flags), instance())? })
     }
 
     /// Original packets come in on `lan0`, replies on `wan0`.
@@ -282,18 +274,6 @@ fn cookie(epoch: u64, direction: Direction) -> Cookie {
     Cookie { instance: instance(), epoch: Epoch(epoch), direction }
 }
 
-fn ifindex(name: &str) -> Ifindex {
-    Ifindex::new(nix::net::if_::if_nametoindex(name).unwrap()).unwrap()
-}
-
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < end, "{what}: not within {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 const ORIGINAL: Direction = Direction::Original;
 const REPLY: Direction = Direction::Reply;
 const PROTOCOLS: [(L4Proto, &str); 4] = [
@@ -322,25 +302,25 @@ fn flowtable_between_two_ports_a_connection_is_offloaded_when_both_have_seen_it(
         );
 
         let reply = wan.add(n, net.flow(&c, REPLY));
-        until("it is offloaded", || {
+        wait_until("it is offloaded", || {
             c.talk(1);
             net.is_offloaded(&c)
         });
         net.wait_passing_by(&mut c);
 
         wan.delete(n, REPLY, reply);
-        until("it is back on the slow path", || !net.is_offloaded(&c));
+        wait_until("it is back on the slow path", || !net.is_offloaded(&c));
         let (there, back) = net.forwarded_of(&mut c, 20);
         assert!(there >= 20 && back >= 20, "{proto} {to}: {there}, {back}");
         assert!(!net.is_offloaded(&c), "what is not selected any more is not offloaded again");
 
         wan.add(n, net.flow(&c, REPLY));
-        until("it is offloaded again", || {
+        wait_until("it is offloaded again", || {
             c.talk(1);
             net.is_offloaded(&c)
         });
         assert_eq!(lan.provider.flush().unwrap(), 1);
-        until("a flush of either port takes it back", || !net.is_offloaded(&c));
+        wait_until("a flush of either port takes it back", || !net.is_offloaded(&c));
         c.talk(5);
         lan.provider.release().unwrap();
         wan.provider.release().unwrap();
@@ -360,18 +340,21 @@ fn flowtable_beside_a_netdev_of_another_kind_its_own_direction_alone_is_offloade
             let mut c = net.connect(proto, to);
             c.talk(5);
             port.add(n, net.flow(&c, direction));
-            until("it is offloaded", || {
+            wait_until("it is offloaded", || {
                 c.talk(1);
                 net.is_offloaded(&c)
             });
-            until("its own direction passes the forward hook by, and the other does not", || {
-                let (there, back) = net.forwarded_of(&mut c, 20);
-                let (ours, others) =
-                    if direction == ORIGINAL { (there, back) } else { (back, there) };
-                ours == 0 && others >= 20
-            });
+            wait_until(
+                "its own direction passes the forward hook by, and the other does not",
+                || {
+                    let (there, back) = net.forwarded_of(&mut c, 20);
+                    let (ours, others) =
+                        if direction == ORIGINAL { (there, back) } else { (back, there) };
+                    ours == 0 && others >= 20
+                },
+            );
             port.provider.release().unwrap();
-            until("the table takes its entries along", || !net.is_offloaded(&c));
+            wait_until("the table takes its entries along", || !net.is_offloaded(&c));
             c.talk(5);
         }
     }
@@ -419,7 +402,7 @@ fn flowtable_translated_connections_are_offloaded_both_ways() {
         c.talk(5);
         lan.add(n, net.flow(&c, ORIGINAL));
         wan.add(n, net.flow(&c, REPLY));
-        until("it is offloaded", || {
+        wait_until("it is offloaded", || {
             c.talk(1);
             net.is_offloaded(&c)
         });
@@ -442,7 +425,7 @@ fn flowtable_counters_are_those_of_conntrack() {
     c.talk(50);
     let original = lan.add(1, net.flow(&c, ORIGINAL));
     wan.add(1, net.flow(&c, REPLY));
-    until("it is offloaded", || {
+    wait_until("it is offloaded", || {
         c.talk(1);
         net.is_offloaded(&c)
     });
@@ -476,7 +459,7 @@ fn flowtable_renewing_it_brings_other_connections_back() {
     end.talk(5);
     let rule = lan.add(2, net.flow(&end, ORIGINAL));
     wan.add(2, net.flow(&end, REPLY));
-    until("both are offloaded", || {
+    wait_until("both are offloaded", || {
         keep.talk(1);
         end.talk(1);
         net.is_offloaded(&keep) && net.is_offloaded(&end)
@@ -485,7 +468,7 @@ fn flowtable_renewing_it_brings_other_connections_back() {
     let before = name(&net);
     lan.delete(2, ORIGINAL, rule);
     assert_ne!(name(&net), before, "renewed");
-    until("one is back on the slow path, the other is offloaded", || {
+    wait_until("one is back on the slow path, the other is offloaded", || {
         keep.talk(1);
         end.talk(1);
         net.is_offloaded(&keep) && !net.is_offloaded(&end)
@@ -567,7 +550,7 @@ fn flowtable_the_users_ruleset_and_ours_do_not_touch_each_other() {
     assert!(!refused.status.success());
     net.ns.run("nft flush ruleset");
     assert_eq!(net.ns.run("nft list tables"), "table inet ctoffload_flow\n");
-    until("it is offloaded all the same", || {
+    wait_until("it is offloaded all the same", || {
         c.talk(1);
         net.is_offloaded(&c)
     });
@@ -598,15 +581,15 @@ fn flowtable_a_netdev_that_goes_is_no_failure() {
     c.talk(5);
     lan.add(1, net.flow(&c, ORIGINAL));
     wan.add(1, net.flow(&c, REPLY));
-    until("it is offloaded", || {
+    wait_until("it is offloaded", || {
         c.talk(1);
         net.is_offloaded(&c)
     });
     // Down: the kernel ends the entry; the elements stand.
     net.ns.run("ip link set wan0 down");
-    until("its entry ends with the link", || !net.is_offloaded(&c));
+    wait_until("its entry ends with the link", || !net.is_offloaded(&c));
     net.ns.run("ip link set wan0 up");
-    until("it is offloaded again", || {
+    wait_until("it is offloaded again", || {
         c.talk(1);
         net.is_offloaded(&c)
     });
@@ -632,44 +615,4 @@ fn flowtable_a_netdev_that_it_cannot_serve_is_declined_with_the_reason() {
     assert!(declined("lo", HwFlags::Both).contains("Ethernet"));
     assert!(declined("lan0", HwFlags::SkipSw).contains("skip_sw"));
     assert!(!net.ns.run("nft list tables").contains("ctoffload"), "nothing is left behind");
-}
-
-/// Keeps the kernel from loading modules, as one has it that lacks them.
-struct NoModprobe(String);
-
-impl NoModprobe {
-    const PATH: &str = "/proc/sys/kernel/modprobe";
-
-    fn new() -> Self {
-        let before = std::fs::read_to_string(Self::PATH).unwrap();
-        std::fs::write(Self::PATH, "/bin/false").unwrap();
-        Self(before)
-    }
-}
-
-impl Drop for NoModprobe {
-    fn drop(&mut self) {
-        let _ = std::fs::write(Self::PATH, &self.0);
-    }
-}
-
-#[test]
-fn flowtable_what_the_kernel_lacks_is_named() {
-    let net = Net::new();
-    let class = net.class();
-    net.bind(&class, "lan0").provider.release().unwrap();
-    for module in ["nft_flow_offload", "nf_flow_table_inet"] {
-        let lacking = NoModprobe::new();
-        // Namespaces of tests before may still be on their way out.
-        until("the module is unloaded", || {
-            net.ns.try_run(&format!("rmmod {module}")).status.success()
-        });
-        let Err(BindError::Declined(why)) = net.try_bind(&class, "lan0", HwFlags::Both) else {
-            panic!("{module}: not declined")
-        };
-        assert!(why.contains("the kernel lacks") && why.contains(module), "{module}: {why}");
-        assert!(!net.ns.run("nft list tables").contains("ctoffload"), "nothing is left behind");
-        drop(lacking);
-    }
-    net.bind(&class, "lan0").provider.release().unwrap();
 }

@@ -16,15 +16,13 @@ use ctoffload::engine::usage::Strays;
 use ctoffload::engine::{Engine, Limits, NewPort};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
-    Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, Generation, HwFlags, Ifindex,
-    Instance, MacAddr, MacRewrite, Netdev, Outcome, Provider, ProviderClass, Reason, Request,
-    Tuple, VlanId, Zone,
+    Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, HwFlags, Instance, MacAddr,
+    MacRewrite, Outcome, Provider, ProviderClass, Reason, Request, Tuple, VlanId, Zone,
 };
-use nix::net::if_::if_nametoindex;
 
 use crate::netns::NetNs;
 use crate::shown::as_shown;
-use crate::submit::submit;
+use crate::submit::{ifindex, netdev, submit};
 
 const ROUTER: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 const NEXT_HOP: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
@@ -62,10 +60,6 @@ impl Nic {
     }
 }
 
-fn ifindex(name: &str) -> Ifindex {
-    Ifindex::new(if_nametoindex(name).unwrap()).unwrap()
-}
-
 fn instance(n: u32) -> Instance {
     Instance(NonZeroU32::new(n).unwrap())
 }
@@ -76,13 +70,7 @@ fn class() -> TcFlowerClass {
 }
 
 fn bind(name: &str, hw_flags: HwFlags, n: u32) -> Arc<dyn Provider> {
-    let netdev = Netdev {
-        ifindex: ifindex(name),
-        generation: Generation::new(1).unwrap(),
-        name: name.into(),
-        hw_flags,
-    };
-    class().bind(&netdev, instance(n)).unwrap()
+    class().bind(&netdev(name, hw_flags), instance(n)).unwrap()
 }
 
 fn forward(tuple: Tuple) -> Forward {

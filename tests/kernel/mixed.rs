@@ -6,7 +6,8 @@ use std::fs::File;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::router::{BOTH, Connection, Router, reset_counters, wait_until};
+use crate::router::{BOTH, Connection, Router, reset_counters};
+use crate::wait::wait_until;
 
 const FLOWER: &str = "tc-flower";
 const FLOWTABLE: &str = "nf-flowtable";

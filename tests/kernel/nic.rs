@@ -21,14 +21,13 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Output;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
 
 use crate::netns::NetNs;
+use crate::wait::{PATIENCE, wait_until};
 
-/// Emulated kernels are slow, above all when they load modules.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// After this long a datagram is taken for lost. One that does arrive takes a thousandth of it.
 const LOST: Duration = Duration::from_secs(1);
 /// Where TCP and UDP servers listen.
@@ -361,12 +360,4 @@ fn in_netns<R: Send + 'static>(
         setns(ns, CloneFlags::CLONE_NEWNET).expect("setns");
         f()
     })
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }

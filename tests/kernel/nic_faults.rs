@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::router::{BOTH, Connection, Router, wait_until};
+use crate::router::{BOTH, Connection, Router};
+use crate::wait::wait_until;
 
 const PORTS: [&str; 2] = ["lan", "wan"];
 
@@ -20,7 +21,7 @@ impl Hardware {
     /// Its ports are to be used in this way (`offload` in the configuration), after the knobs of the
     /// NIC were set.
     fn start(test: &str, offload: &str, knobs: &[(&str, &str)]) -> Self {
-        Self::without_daemon(test, knobs).daemon(test, offload)
+        Self::without_daemon(test, knobs).daemon(offload)
     }
 
     fn without_daemon(test: &str, knobs: &[(&str, &str)]) -> Self {
@@ -35,13 +36,10 @@ impl Hardware {
         hardware
     }
 
-    fn daemon(mut self, test: &str, offload: &str) -> Self {
-        let file = std::env::temp_dir().join(format!("ctoffload-{test}.toml"));
-        let config = format!(
+    fn daemon(mut self, offload: &str) -> Self {
+        self.router.start_with(&format!(
             "[usage]\nsweep-seconds = 1\nsweep-max-seconds = 1\n[[port]]\nmatch = \"?an\"\noffload = \"{offload}\"\n"
-        );
-        std::fs::write(&file, config).expect("a file");
-        self.router.start(&["--config", file.to_str().expect("a path")]);
+        ));
         wait_until("the ports are there", || self.ports().len() == PORTS.len());
         self
     }
@@ -268,7 +266,7 @@ fn tags_are_changed_in_the_nic() {
     let h = Hardware::without_daemon("nicvlan", &[]);
     h.router.put_in_vlan("lan", 10);
     h.router.put_in_vlan("wan", 20);
-    let h = h.daemon("nicvlan", "skip-sw");
+    let h = h.daemon("skip-sw");
     let mut c = h.router.connect();
     h.wait_in_hardware(&mut c);
     let rules = h.router.run("tc filter show dev lan ingress");

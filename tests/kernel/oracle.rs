@@ -18,7 +18,8 @@ use ctoffload::control::info::ConnFilter;
 use serde_json::Value;
 
 use crate::netns::NetNs;
-use crate::router::{PATIENCE, ask, in_netns, reset_counters, wait_until};
+use crate::router::{ask, in_netns, reset_counters};
+use crate::wait::{PATIENCE, wait_until};
 
 /// Bytes each way.
 const LENGTH: usize = 250_000;

@@ -18,14 +18,12 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::netns::NetNs;
+use crate::wait::{PATIENCE, wait_until};
 
 mod admission;
 mod bridge;
 mod nat;
 mod stack;
-
-/// Emulated kernels are slow, above all when they load modules.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A router with netdevs `lan` and `wan`, and a host behind each.
 pub(crate) struct Router {
@@ -83,7 +81,14 @@ impl Router {
         self.start_logging(args, Stdio::inherit());
     }
 
-    /// The same, with its log there.
+    /// The same, with this configuration.
+    pub(crate) fn start_with(&mut self, config: &str) {
+        let file = std::env::temp_dir().join(format!("ctoffload-{}.toml", self.name));
+        std::fs::write(&file, config).expect("a file");
+        self.start(&["--config", file.to_str().expect("a path")]);
+    }
+
+    /// With its log there.
     pub(crate) fn start_logging(&mut self, args: &[&str], log: Stdio) {
         let child = Command::new(env!("CARGO_BIN_EXE_ctoffloadd"))
             .args(args)
@@ -318,14 +323,6 @@ pub(crate) fn in_netns<R: Send + 'static>(
     })
 }
 
-pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 /// Packets that these counters of table `inet watch` have counted since the last call.
 pub(crate) fn reset_counters<const N: usize>(
     try_run: impl Fn(&str) -> Output,
@@ -381,12 +378,27 @@ fn a_connection_is_offloaded_where_it_is_seen_and_its_rules_end_with_it() {
 }
 
 #[test]
+fn rules_have_counters_per_processor_unless_the_configuration_says_no() {
+    let mut r = Router::new("percpu");
+    for (tc_flower, without) in [("", 0), ("[tc-flower]\npercpu-stats = false\n", 3)] {
+        r.start_with(&format!("{tc_flower}[[port]]\nmatch = \"?an\"\n"));
+        let mut c = r.connect();
+        r.wait_installed(&BOTH, &mut c);
+        r.exchange_by_rules(&mut c, 10_000);
+        // Of pedit, csum and mirred; the guards are none of the rule's actions.
+        let shown = r.run("tc -s filter show dev lan ingress protocol ip pref 49412");
+        assert_eq!(shown.matches("no_percpu").count(), without, "{shown}");
+        assert_eq!(shown.matches("action order").count(), 3, "{shown}");
+        assert!(!shown.contains("Sent 0 bytes"), "{shown}");
+        c.close();
+        assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    }
+}
+
+#[test]
 fn conntrack_keeps_the_timeout_of_the_state_also_when_data_was_not_yet_acknowledged() {
     let mut r = Router::new("keep");
-    let file = std::env::temp_dir().join("ctoffload-keep.toml");
-    std::fs::write(&file, "[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"?an\"\n")
-        .expect("a file");
-    r.start(&["--config", file.to_str().expect("a path")]);
+    r.start_with("[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"?an\"\n");
     // The entry as it is sighted has less time left than its state gives.
     r.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=100");
     let mut c = r.connect();

@@ -1,10 +1,28 @@
-//! Operations handed to a provider as the engine hands them over.
+//! Netdevs and operations, handed to a provider as the engine hands them over.
 
 #![expect(clippy::unwrap_used, reason = "a helper of tests")]
 
 use std::sync::mpsc;
 
-use netdev_providers::{Operation, Outcome, Provider, Request, Ticket};
+use netdev_providers::{
+    Generation, HwFlags, Ifindex, Netdev, Operation, Outcome, Provider, Request, Ticket,
+};
+use nix::net::if_::if_nametoindex;
+
+/// In the network namespace of the calling thread.
+pub(crate) fn ifindex(name: &str) -> Ifindex {
+    Ifindex::new(if_nametoindex(name).unwrap()).unwrap()
+}
+
+/// The same.
+pub(crate) fn netdev(name: &str, hw_flags: HwFlags) -> Netdev {
+    Netdev {
+        ifindex: ifindex(name),
+        generation: Generation::new(1).unwrap(),
+        name: name.into(),
+        hw_flags,
+    }
+}
 
 /// In one batch; the outcomes in order. All must be there when the provider comes back.
 pub(crate) fn submit(provider: &dyn Provider, requests: Vec<Request>) -> Vec<Outcome> {

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use tracing::{debug, info, warn};
@@ -18,6 +17,7 @@ use crate::contract::class::{BindError, ProviderClass};
 use crate::contract::provider::{Fault, Provider};
 use crate::contract::types::{HwFlags, Instance, Netdev};
 use crate::netlink::link::{Link, Links};
+use crate::netlink::modules::while_modules_come;
 use crate::netlink::{Family, Socket};
 
 /// `ARPHRD_ETHER` (`linux/if_arp.h`).
@@ -116,7 +116,8 @@ impl Shared {
                 self.port_id.store(socket.port_id()?, Ordering::Release);
                 Table::install(socket, &self.config.table, Links::open()?, link, hardware)
             };
-            let table = while_modules_come(|| match made(wants_hardware) {
+            let lacks = |e: &TableError| e.errno() == Some(Errno::ENOENT);
+            let table = while_modules_come(lacks, || match made(wants_hardware) {
                 Err(e) if wants_hardware && e.errno() == Some(Errno::EOPNOTSUPP) => made(false),
                 other => other,
             })?;
@@ -162,26 +163,6 @@ impl Shared {
         *self.readback.lock().unwrap_or_else(PoisonError::into_inner) = None;
         table.remove().map_err(fault)
     }
-}
-
-/// Pauses before what the kernel did not have is asked for again.
-const PAUSES: [Duration; 3] =
-    [Duration::from_millis(20), Duration::from_millis(100), Duration::from_millis(400)];
-
-/// Tries again what fails for want of something. A module that somebody else is loading just now (a
-/// firewall that starts beside us) counts as loaded before it has registered what it brings, and the
-/// kernel then says ENOENT of that.
-fn while_modules_come<T>(mut make: impl FnMut() -> Result<T, TableError>) -> Result<T, TableError> {
-    for pause in PAUSES {
-        match make() {
-            Err(e) if e.errno() == Some(Errno::ENOENT) => {
-                debug!("again in {pause:?}: {e}");
-                std::thread::sleep(pause);
-            }
-            other => return other,
-        }
-    }
-    make()
 }
 
 /// True when it was off.
@@ -250,7 +231,6 @@ impl ProviderClass for NfFlowtableClass {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::error::KernelError;
 
     #[test]
     fn options_that_cannot_work_are_refused_at_registration() {
@@ -259,25 +239,6 @@ mod tests {
             let config = NfFlowtableConfig { table: table.to_owned(), ..Default::default() };
             assert!(NfFlowtableClass::new(config).init().is_err());
         }
-    }
-
-    #[test]
-    fn what_a_module_brings_that_is_on_its_way_is_asked_for_again() {
-        let absent = |errno| TableError::Refused {
-            what: "the table",
-            source: KernelError { errno, extack: None },
-        };
-        let tried = |failures: usize, errno| {
-            let mut tries = 0;
-            let made = while_modules_come(|| {
-                tries += 1;
-                if tries > failures { Ok(()) } else { Err(absent(errno)) }
-            });
-            (tries, made.is_ok())
-        };
-        assert_eq!(tried(2, Errno::ENOENT), (3, true));
-        assert_eq!(tried(9, Errno::ENOENT), (4, false));
-        assert_eq!(tried(1, Errno::EPERM), (1, false));
     }
 
     #[test]

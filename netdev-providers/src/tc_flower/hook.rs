@@ -7,6 +7,7 @@ use super::rule::{self, Place};
 use super::uapi::*;
 use crate::contract::types::Ifindex;
 use crate::netlink::error::{KernelError, NetlinkError};
+use crate::netlink::modules::while_modules_come;
 use crate::netlink::socket::{ACK, CREATE, EXCL, Family as Netlink, REQUEST, Socket};
 use crate::netlink::wire::Message;
 
@@ -31,6 +32,19 @@ pub(super) struct Hook {
 /// not be all.
 const DUMP_ATTEMPTS: u32 = 4;
 
+/// Whether this is what the kernel says of a qdisc, a classifier or an action that it has not
+/// (`qdisc_create`, `tcf_proto_lookup_ops`, `tc_action_load_ops`). ENOENT alone is also what a rule is
+/// that is not there.
+fn lacks_a_module(e: &NetlinkError) -> bool {
+    const WORDS: [&str; 3] = [
+        "Specified qdisc kind is unknown",
+        "TC classifier not found",
+        "Failed to load TC action module",
+    ];
+    let NetlinkError::Kernel(e) = e else { return false };
+    e.errno == Errno::ENOENT && e.extack.as_deref().is_some_and(|said| WORDS.contains(&said))
+}
+
 /// `NLM_F_ECHO`.
 const ECHO: u16 = 8;
 
@@ -44,7 +58,8 @@ impl Hook {
         &mut self,
         write: impl FnOnce(&mut Vec<u8>, u32, Ifindex),
     ) -> Result<(), NetlinkError> {
-        self.ask(write, |_| ())
+        let seq = self.write(write);
+        while_modules_come(lacks_a_module, || self.socket.request(&self.buf, seq, |_| ()))
     }
 
     fn ask(
@@ -52,10 +67,16 @@ impl Hook {
         write: impl FnOnce(&mut Vec<u8>, u32, Ifindex),
         each: impl FnMut(crate::netlink::wire::Received<'_>),
     ) -> Result<(), NetlinkError> {
+        let seq = self.write(write);
+        self.socket.request(&self.buf, seq, each)
+    }
+
+    /// The sequence number of what is in the buffer then.
+    fn write(&mut self, write: impl FnOnce(&mut Vec<u8>, u32, Ifindex)) -> u32 {
         let seq = self.socket.next_seq();
         self.buf.clear();
         write(&mut self.buf, seq, self.ifindex);
-        self.socket.request(&self.buf, seq, each)
+        seq
     }
 
     /// The netdev's hardware type (`ARPHRD_*`).

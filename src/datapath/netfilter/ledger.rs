@@ -67,6 +67,7 @@ mod rules;
 use std::collections::HashMap;
 
 use netdev_providers::netlink::error::KernelError;
+use netdev_providers::netlink::modules::while_modules_come;
 use netdev_providers::netlink::netfilter::NFGENMSG_LEN;
 use netdev_providers::netlink::netfilter::nft::set::{
     NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, element_keys, element_packets, elements,
@@ -251,15 +252,14 @@ impl Ledger {
             return Err(LedgerError::BadConfig("the ledger's size: at least 1"));
         }
         let mut socket = Socket::open(Family::Netfilter)?;
-        let first = install_into(&mut socket, &config, true);
-        let result = match first {
+        let lacks = |e: &LedgerError| matches!(e, LedgerError::Unsupported { source, .. } if source.errno == Errno::ENOENT);
+        while_modules_come(lacks, || match install_into(&mut socket, &config, true) {
             Err(LedgerError::Unsupported { needs: NEEDS_XFRM, source, .. }) => {
                 debug!(%source, "no IPsec in this kernel: rules about it are left out");
                 install_into(&mut socket, &config, false)
             }
             other => other,
-        };
-        result?;
+        })?;
         debug!(table = %config.table, size = config.size, group = config.group, "ledger installed");
         Ok(Self { socket, config, destroy: None })
     }

@@ -35,7 +35,7 @@ impl Nic {
     }
 
     fn wait_in_hardware(&self, c: &mut Connection) {
-        until("hardware has it", || {
+        wait_until("hardware has it", || {
             c.talk(1);
             self.is_in_hardware(c)
         });
@@ -91,7 +91,7 @@ fn nic_flowtable_packets_in_hardware_do_not_reach_the_host_and_are_counted() {
         c.talk(100);
         let received = nic.received() - before;
         assert!(received < 20, "{proto} {to}: {received} of 200 packets reached the host");
-        until("the sweep sees it", || {
+        wait_until("the sweep sees it", || {
             thread::sleep(Duration::from_secs(1));
             let [there, back] = ports.each_ref().map(|p| p.usage()[0]);
             (there.in_hw, back.in_hw) == (Some(true), Some(true))
@@ -100,7 +100,7 @@ fn nic_flowtable_packets_in_hardware_do_not_reach_the_host_and_are_counted() {
         });
         assert!(nic.is_in_hardware(&c));
         release(&ports);
-        until("nothing is left", || !nic.is_in_hardware(&c) && !nic.net.is_offloaded(&c));
+        wait_until("nothing is left", || !nic.is_in_hardware(&c) && !nic.net.is_offloaded(&c));
         c.talk(5);
         assert!(!nic.net.ns.run("nft list tables").contains("ctoffload"));
     }
@@ -121,7 +121,7 @@ fn nic_flowtable_a_full_table_leaves_the_connection_in_software() {
     second.talk(5);
     ports[0].add(2, nic.net.flow(&second, ORIGINAL));
     ports[1].add(2, nic.net.flow(&second, REPLY));
-    until("it is offloaded", || {
+    wait_until("it is offloaded", || {
         second.talk(1);
         nic.net.is_offloaded(&second)
     });
@@ -145,7 +145,7 @@ fn nic_flowtable_a_reset_of_the_nic_loses_no_packet_and_a_flush_brings_hardware_
     nic.wait_in_hardware(&mut c);
     nic.set("reset", "1");
     c.talk(50);
-    until("hardware has lost it, and software has it", || {
+    wait_until("hardware has lost it, and software has it", || {
         let before = nic.received();
         nic.net.forwarded_of(&mut c, 20) == (0, 0) && nic.received() - before >= 40
     });
@@ -154,7 +154,7 @@ fn nic_flowtable_a_reset_of_the_nic_loses_no_packet_and_a_flush_brings_hardware_
     }
     ports[0].add(2, nic.net.flow(&c, ORIGINAL));
     ports[1].add(2, nic.net.flow(&c, REPLY));
-    until("hardware has it again", || {
+    wait_until("hardware has it again", || {
         let before = nic.received();
         c.talk(20);
         nic.received() - before < 10
@@ -175,7 +175,7 @@ fn nic_flowtable_a_delete_ends_the_entry_in_hardware_and_others_come_back() {
     nic.wait_in_hardware(&mut keep);
     nic.wait_in_hardware(&mut end);
     ports[0].delete(2, ORIGINAL, rule);
-    until("it is back on the slow path", || {
+    wait_until("it is back on the slow path", || {
         !nic.net.is_offloaded(&end) && !nic.is_in_hardware(&end)
     });
     nic.wait_in_hardware(&mut keep);
@@ -194,7 +194,7 @@ fn nic_flowtable_beside_a_netdev_that_does_not_offload_it_goes_on_in_software() 
     let plain = nic.net.bind(&class, "plain0");
     assert!(!plain.provider.describe().contains("hardware"));
     assert!(!nic.has_offload_flag());
-    until("software has it", || {
+    wait_until("software has it", || {
         c.talk(1);
         nic.net.is_offloaded(&c) && !nic.is_in_hardware(&c)
     });

@@ -2,7 +2,8 @@
 
 use std::io::{Read, Write};
 
-use super::{LOST, Nic, PATIENCE, PORT, wait_until};
+use super::{LOST, Nic, PORT};
+use crate::wait::{PATIENCE, wait_until};
 
 const LEN: usize = 1 << 20;
 

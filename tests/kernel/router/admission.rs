@@ -24,12 +24,6 @@ fn connect(r: &Router, to: &str) -> Connection {
     Connection { stream, server: Some(server) }
 }
 
-fn start(r: &mut Router, config: &str) {
-    let file = std::env::temp_dir().join(format!("ctoffload-{}.toml", r.name));
-    std::fs::write(&file, config).expect("a file");
-    r.start(&["--config", file.to_str().expect("a path")]);
-}
-
 /// `ctoffload explain`, as a person asks it.
 fn explain(r: &Router, c: &Connection) -> (Option<i32>, String) {
     let ends = [c.stream.local_addr(), c.stream.peer_addr()];
@@ -53,8 +47,7 @@ fn an_excluded_server_stays_on_the_slow_path_and_explain_names_the_rule() {
     let mut r = Router::new("admit");
     let host = r.host("wan");
     r.run(&format!("ip -n {host} addr add 10.2.0.3/24 dev e0"));
-    start(
-        &mut r,
+    r.start_with(
         "\
 [[port]]
 match = \"?an\"
@@ -128,7 +121,7 @@ fn a_connection_is_offloaded_only_after_min_bytes() {
     let mut old = connect(&r, "10.2.0.2:6001");
     old.ping();
     assert_eq!(counted(&r, 6001), None);
-    start(&mut r, &format!("[[port]]\nmatch = \"?an\"\n[admission]\nmin-bytes = {MIN}\n"));
+    r.start_with(&format!("[[port]]\nmatch = \"?an\"\n[admission]\nmin-bytes = {MIN}\n"));
     assert_eq!(r.run("sysctl -n net.netfilter.nf_conntrack_acct").trim(), "1");
 
     let mut c = connect(&r, "10.2.0.2:6002");
