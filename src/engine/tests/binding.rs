@@ -1,0 +1,172 @@
+//! Classes, and how a port is bound to one of them.
+
+use super::*;
+
+#[test]
+fn a_second_class_of_a_name_is_refused() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let again = b.engine.register(Arc::new(DummyClass::new("dummy")));
+    assert!(matches!(again, Err(RegistryError::Duplicate("dummy"))));
+}
+
+#[test]
+fn a_class_whose_init_fails_is_not_registered() {
+    let dummy = DummyClass::new("dummy");
+    dummy.fail_init(Some(Fault::new("no such hardware")));
+    let b = Bench::new(&[]);
+    assert!(matches!(
+        b.engine.register(Arc::new(dummy.clone())),
+        Err(RegistryError::Init { class: "dummy", .. })
+    ));
+    assert!(b.engine.classes().is_empty());
+    dummy.fail_init(None);
+    b.engine.register(Arc::new(dummy)).unwrap();
+}
+
+#[test]
+fn a_class_in_use_is_not_unregistered_and_deinit_comes_at_the_end() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    assert!(matches!(b.engine.unregister("dummy"), Err(RegistryError::InUse { .. })));
+    assert!(dummy.is_initialised());
+    b.engine.port_del(ifindex(1)).unwrap();
+    b.engine.unregister("dummy").unwrap();
+    assert!(!dummy.is_initialised());
+    assert!(matches!(b.engine.unregister("dummy"), Err(RegistryError::Unknown { .. })));
+}
+
+#[test]
+fn the_first_class_that_accepts_is_bound_and_refusals_are_kept() {
+    let (first, second) = (DummyClass::new("first"), DummyClass::new("second"));
+    first.decline(Some(ifindex(1)), "not this netdev");
+    let b = Bench::new(&[&first, &second]);
+    b.port(1);
+    b.port(2);
+    let ports = b.engine.ports();
+    assert_eq!(ports[0].provider, Some("second"));
+    assert_eq!(ports[0].refusals.len(), 1);
+    assert_eq!(ports[0].refusals[0].class, "first");
+    assert_eq!(ports[0].refusals[0].why, "not this netdev");
+    assert_eq!(ports[1].provider, Some("first"));
+    assert!(ports[1].refusals.is_empty());
+}
+
+#[test]
+fn operations_are_timed_from_the_hand_over_to_the_result() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    b.engine.conn_del(&conn);
+    b.settle();
+    let latency = &b.engine.ports()[0].latency;
+    let kinds: Vec<_> = latency.iter().map(|l| (l.op, l.count)).collect();
+    assert_eq!(kinds, [(latency::OpKind::Add, 1), (latency::OpKind::Delete, 1)]);
+    // What lies with the provider is not forgotten: it counts once it has a result.
+    dummy.set_latency(Some(Duration::from_millis(1)));
+    let second = b.conn(2);
+    assert_eq!(b.offer(1, &second, Original), Offer::Queued);
+    b.drained(&dummy, 1);
+    std::thread::sleep(Duration::from_millis(3));
+    dummy.advance(Duration::from_millis(1));
+    b.settle();
+    let slowest = b.engine.ports()[0].latency.iter().map(|l| l.below_us).max();
+    assert!(slowest >= Some(2048), "{slowest:?}");
+}
+
+#[test]
+fn a_bound_netdev_is_not_bound_again() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let generation = b.port(1);
+    let again = b.engine.port_add(new_port(1));
+    assert!(matches!(again, Err(PortAddError::AlreadyBound { .. })));
+    assert_eq!(b.engine.ports().len(), 1);
+    assert_eq!(b.engine.ports()[0].netdev.generation, generation);
+}
+
+#[test]
+fn none_attaches_without_a_provider_and_offers_are_no_ops() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let providers = Some(vec![NO_PROVIDER.to_owned()]);
+    b.engine.port_add(NewPort { providers, ..new_port(1) }).unwrap();
+    let conn = b.conn(1);
+    assert_eq!(b.offer(1, &conn, Original), Offer::Unbound);
+    assert_eq!(dummy.requests(), 0);
+    b.engine.port_del(ifindex(1)).unwrap();
+}
+
+#[test]
+fn a_port_may_name_its_classes_and_their_order() {
+    let (first, second) = (DummyClass::new("first"), DummyClass::new("second"));
+    let b = Bench::new(&[&first, &second]);
+    let named = |n, names: &[&str]| NewPort {
+        providers: Some(names.iter().map(|n| (*n).to_owned()).collect()),
+        ..new_port(n)
+    };
+    b.engine.port_add(named(1, &["second", "first"])).unwrap();
+    second.decline(Some(ifindex(2)), "not this one");
+    b.engine.port_add(named(2, &["second"])).unwrap();
+    let ports = b.engine.ports();
+    assert_eq!((ports[0].provider, ports[1].provider), (Some("second"), None));
+    assert_eq!(ports[1].refusals.len(), 1, "the first was not asked for");
+    let unknown = b.engine.port_add(named(3, &["first", "third"]));
+    assert!(matches!(unknown, Err(PortAddError::Registry(RegistryError::Unknown { .. }))));
+    assert_eq!((b.engine.ports().len(), first.ports().len()), (2, 0), "nothing has changed");
+}
+
+#[test]
+fn a_class_that_fails_is_passed_over_as_one_that_declines() {
+    let (first, second) = (DummyClass::new("first"), DummyClass::new("second"));
+    first.fail_bind(Some(Fault::new("adding the clsact qdisc")));
+    let b = Bench::new(&[&first, &second]);
+    b.port(1);
+    let port = b.engine.ports().remove(0);
+    assert_eq!(port.provider, Some("second"));
+    assert_eq!(port.refusals[0].why, "adding the clsact qdisc");
+}
+
+#[test]
+fn a_policy_check_tells_what_an_offer_would_end_with_and_changes_nothing() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    let worker = b.engine.worker();
+    let check = |conn: &ConnHandle, egress| {
+        let path = path(conn, Original, ifindex(egress));
+        let port = worker.port(ifindex(1)).unwrap();
+        port.can_offload(conn, Original, &path).map_err(|r| r.reason)
+    };
+    assert_eq!(check(&conn, 99), Ok(()));
+    // By the provider ...
+    dummy.refuse_shapes(Some(Reason::MtuMismatch.into()));
+    assert_eq!(check(&conn, 99), Err(Reason::MtuMismatch));
+    dummy.refuse_shapes(None);
+    // ... by what is known of the shape ...
+    dummy.fail_next(1, Rejection::with_detail(Reason::Unsupported, "no redirect to p98"));
+    *b.datapath.egress.lock().unwrap() = Some(ifindex(98));
+    b.offer(1, &b.conn(2), Original);
+    b.settle();
+    assert_eq!((check(&conn, 98), check(&conn, 99)), (Err(Reason::Unsupported), Ok(())));
+    // ... and by the connection.
+    b.engine.conn_del(&conn);
+    assert_eq!(check(&conn, 99), Err(Reason::ConnState));
+    assert!(b.engine.slots(&conn).is_empty());
+    let refused: u64 = b.engine.ports()[0].reasons.iter().map(|(_, n)| n).sum();
+    assert_eq!((dummy.requests(), refused), (1, 1), "of the one offer");
+    // A port whose provider panics, and one without: asked, not offered to.
+    dummy.panic_after(Call::CanOffload, 0);
+    assert_eq!(check(&b.conn(3), 99), Err(Reason::ProviderFault));
+    assert!(b.engine.ports()[0].fault.is_some());
+    let providers = Some(vec![NO_PROVIDER.to_owned()]);
+    b.engine.port_add(NewPort { providers, ..new_port(2) }).unwrap();
+    let (worker, conn) = (b.engine.worker(), b.conn(4));
+    let unbound = worker.port(ifindex(2)).unwrap();
+    let refusal = unbound.can_offload(&conn, Original, &path(&conn, Original, ifindex(99)));
+    assert_eq!(refusal.unwrap_err().reason, Reason::NoProvider);
+}

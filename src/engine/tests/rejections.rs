@@ -1,0 +1,199 @@
+//! What is refused: why, what of the slot is left, and when it is asked again.
+
+use super::*;
+
+#[test]
+fn a_permanent_rejection_is_kept_with_its_words_and_not_repeated() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    dummy.refuse_shapes(Some(Rejection::with_detail(Reason::Unsupported, "no IPv9 here")));
+    let conn = b.conn(1);
+    assert_eq!(b.offer(1, &conn, Original), Offer::Queued);
+    b.settle();
+    let slots = b.engine.slots(&conn);
+    assert_eq!(slots[0].state, SlotState::Rejected);
+    let rejection = slots[0].rejection.clone().unwrap();
+    assert_eq!(
+        (rejection.reason, rejection.detail.as_deref()),
+        (Reason::Unsupported, Some("no IPv9 here"))
+    );
+    assert_eq!(b.offer(1, &conn, Original), Offer::Decided);
+    b.clock.fetch_add(1_000_000, Ordering::SeqCst);
+    std::thread::sleep(Duration::from_millis(5));
+    assert_eq!(b.offer(1, &conn, Original), Offer::Decided);
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::Unsupported, 1)]);
+    assert_eq!(dummy.requests(), 0);
+}
+
+#[test]
+fn a_shape_the_backend_does_not_support_is_asked_once_and_again_after_a_flush() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    dummy.fail_next(1, Rejection::with_detail(Reason::Unsupported, "no redirect to p99"));
+    for n in 1..4 {
+        let conn = b.conn(n);
+        b.offer(1, &conn, Original);
+        b.settle();
+        let rejection = b.engine.slots(&conn)[0].rejection.clone().unwrap();
+        assert_eq!(rejection.detail.as_deref(), Some("no redirect to p99"));
+    }
+    assert_eq!(dummy.requests(), 1);
+    *b.datapath.egress.lock().unwrap() = Some(ifindex(98));
+    b.install(1, &b.conn(4), Original);
+    *b.datapath.egress.lock().unwrap() = None;
+    b.engine.flush(&FlushFilter::default()).unwrap();
+    b.install(1, &b.conn(1), Original);
+}
+
+#[test]
+fn what_completes_after_its_slot_has_moved_on_is_uninstalled() {
+    let dummy = DummyClass::new("dummy");
+    let limits = Limits { complete: Duration::from_millis(50), ..Limits::default() };
+    let b = Bench::with_limits(&[&dummy], limits);
+    b.port(1);
+    dummy.set_latency(Some(Duration::MAX));
+    let conn = b.conn(1);
+    b.offer(1, &conn, Original);
+    b.drained(&dummy, 1);
+    // The flush does not wait for ever: the slot is emptied, the port is called faulty.
+    b.engine.flush(&FlushFilter::default()).unwrap();
+    assert!(b.engine.slots(&conn).is_empty());
+    assert!(b.engine.ports()[0].fault.as_deref().unwrap().contains("without a result"));
+    dummy.set_latency(None);
+    dummy.release_pending();
+    wait_for(|| dummy.requests() == 2 && dummy.rules(ifindex(1)).is_empty());
+}
+
+#[test]
+fn a_transient_rejection_is_rearmed_after_a_pause_that_grows() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    dummy.set_capacity(0);
+    let conn = b.conn(1);
+    let mut pauses = Vec::new();
+    for _ in 0..4 {
+        assert_eq!(b.offer(1, &conn, Original), Offer::Queued);
+        b.settle();
+        let slot = b.engine.slots(&conn)[0].clone();
+        assert_eq!(slot.state, SlotState::Rejected);
+        assert_eq!(b.offer(1, &conn, Original), Offer::Decided, "not before the pause is over");
+        let pause = slot.retry_in_ms.unwrap();
+        pauses.push(pause);
+        b.clock.fetch_add(pause + 1, Ordering::SeqCst);
+        b.settle();
+        wait_for(|| b.engine.slots(&conn).is_empty());
+        assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
+    }
+    assert!(pauses.windows(2).all(|w| w[1] > w[0]), "{pauses:?}");
+    dummy.set_capacity(1);
+    b.install(1, &conn, Original);
+}
+
+#[test]
+fn what_the_datapath_refuses_is_rejected_and_asked_again_after_a_flush_only() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    let refusal = Rejection::with_detail(Reason::NotAdmitted, "rule 7");
+    let refused = || PathSpec::Refused(Box::new(refusal.clone()));
+    let worker = b.engine.worker();
+    let port = worker.port(ifindex(1)).unwrap();
+    assert_eq!(port.conn_seen(&conn, Original, refused()), Offer::Queued);
+    b.settle();
+    let slot = b.engine.slots(&conn)[0].clone();
+    assert_eq!((slot.state, slot.rejection), (SlotState::Rejected, Some(refusal.clone())));
+    assert_eq!(slot.retry_in_ms, None);
+    assert!(port.is_decided(&conn, Original), "no packet asks again");
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::NotAdmitted, 1)]);
+    assert_eq!(dummy.requests(), 0, "the provider is not asked");
+    b.engine.flush(&FlushFilter::default()).unwrap();
+    assert!(b.engine.slots(&conn).is_empty());
+    assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
+    b.install(1, &conn, Original);
+}
+
+#[test]
+fn a_full_queue_is_a_refusal_that_leaves_the_slot_open() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::with_limits(&[&dummy], Limits { queue: 0, ..Limits::default() });
+    b.port(1);
+    let conn = b.conn(1);
+    assert_eq!(b.offer(1, &conn, Original), Offer::Refused(Reason::QueueFull));
+    assert!(b.engine.slots(&conn).is_empty());
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::QueueFull, 1)]);
+}
+
+#[test]
+fn a_connection_that_there_is_no_room_for_is_counted_where_it_was_seen() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::with_limits(&[&dummy], Limits { connections: 1, ..Limits::default() });
+    b.port(1);
+    let first = b.conn(1);
+    let original = "tcp 192.0.2.9:9 > 198.51.100.1:80".parse().unwrap();
+    let key = ConnKey { zone: Zone(0), original };
+    assert!(b.engine.conn_create(key, original.inverted(), 9).is_none());
+    b.engine.worker().port(ifindex(1)).unwrap().conn_table_full();
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::ConnTableFull, 1)]);
+    // The bound is on those that live.
+    b.engine.conn_del(&first);
+    assert!(b.engine.conn_create(key, original.inverted(), 9).is_some());
+}
+
+#[test]
+fn what_the_datapath_cannot_resolve_or_prepare_stays_on_the_slow_path() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    *b.datapath.refuse.lock().unwrap() = Some(Reason::NoRoute.into());
+    let unrouted = b.conn(1);
+    b.offer(1, &unrouted, Original);
+    b.settle();
+    *b.datapath.refuse.lock().unwrap() = None;
+    *b.datapath.unprepared.lock().unwrap() = Some(Reason::ConnState.into());
+    let gone = b.conn(2);
+    b.offer(1, &gone, Original);
+    b.settle();
+    let reason = |c| b.engine.slots(c)[0].rejection.clone().unwrap().reason;
+    assert_eq!((reason(&unrouted), reason(&gone)), (Reason::NoRoute, Reason::ConnState));
+    assert_eq!(dummy.requests(), 0);
+}
+
+#[test]
+fn one_ports_failure_changes_no_other_slot() {
+    let (good, bad) = (DummyClass::new("good"), DummyClass::new("bad"));
+    good.decline(Some(ifindex(2)), "only port 1");
+    bad.fail_next(1, Reason::Refused);
+    let b = Bench::new(&[&good, &bad]);
+    b.port(1);
+    b.port(2);
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    b.offer(2, &conn, Reply);
+    b.settle();
+    assert_eq!(b.state(2, &conn, Reply), Some(SlotState::Rejected));
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Installed));
+}
+
+#[test]
+fn a_provider_that_panics_makes_its_port_faulty_and_no_other() {
+    let (good, bad) = (DummyClass::new("good"), DummyClass::new("bad"));
+    good.decline(Some(ifindex(2)), "only port 1");
+    let b = Bench::new(&[&good, &bad]);
+    b.port(1);
+    b.port(2);
+    bad.panic_after(Call::Submit, 0);
+    let conn = b.conn(1);
+    b.offer(2, &conn, Original);
+    b.settle();
+    let ports = b.engine.ports();
+    assert!(ports[1].fault.as_deref().unwrap().contains("panicked"), "{:?}", ports[1].fault);
+    assert_eq!(ports[0].fault, None);
+    let slot = b.engine.slots(&conn).remove(0);
+    assert_eq!(slot.rejection.unwrap().reason, Reason::ProviderFault);
+    b.install(1, &b.conn(2), Original);
+    b.engine.port_del(ifindex(2)).unwrap();
+}
