@@ -45,6 +45,9 @@ const CLIENT: MacAddr = MacAddr([2, 0, 0, 0, 1, 2]);
 const WAN: MacAddr = MacAddr([2, 0, 0, 0, 2, 1]);
 const SERVER: MacAddr = MacAddr([2, 0, 0, 0, 2, 2]);
 
+/// What is on its way is there by then, however much else there is to do.
+const ARRIVES: Duration = Duration::from_secs(10);
+
 // --- A network ------------------------------------------------------------------------------------
 
 /// `client c0 --- lan0 [router: the test's thread] wan0 --- s0 server`
@@ -101,7 +104,7 @@ impl Net {
 impl Net {
     /// Sends a frame from the client, and returns what of `tuple` the server receives.
     fn pass(&self, bytes: Vec<u8>, vnet_hdr: bool, tuple: Tuple, max: usize) -> Vec<Seen> {
-        let within = Duration::from_millis(if max == 0 { 150 } else { 1500 });
+        let within = if max == 0 { Duration::from_millis(150) } else { ARRIVES };
         let (ready_tx, ready) = mpsc::channel();
         let seen = self.server.start(move || {
             let wire = Wire::open("s0", false);
@@ -123,7 +126,7 @@ impl Net {
             let wire = Wire::open("s0", false);
             ready_tx.send(()).unwrap();
             let is_wanted = |f: &[u8]| parse(f).is_some_and(|s| s.tuple == to);
-            let got = wire.receive(max, Duration::from_millis(1500), is_wanted);
+            let got = wire.receive(max, ARRIVES, is_wanted);
             got.iter().filter_map(|f| parse(f)).collect()
         });
         ready.recv().unwrap();

@@ -69,14 +69,14 @@ impl Router {
         words.nth(1).unwrap().parse().unwrap()
     }
 
-    /// Sends a packet and returns the type and code of the ICMP message that comes back.
-    fn answer(&self, packet: &Packet) -> Option<(u8, u8)> {
+    /// Sends a packet and returns the type and code of the ICMP message that comes back within this time.
+    fn answer(&self, packet: &Packet, within: Duration) -> Option<(u8, u8)> {
         let frame = packet.frame(false);
         let got = self.net.client.call(move || {
             let wire = Wire::open("c0", false);
             wire.send(&frame);
             let is_error = |f: &[u8]| icmp_error(f).is_some();
-            wire.receive(1, Duration::from_millis(1500), is_error)
+            wire.receive(1, within, is_error)
         });
         got.first().and_then(|f| icmp_error(f))
     }
@@ -174,7 +174,7 @@ fn the_sender_hears_that_the_time_to_live_is_over() {
             r.port.add(epoch as u64, r.flow(tuple(name)));
             let packet = Packet { ttl: 1, ..r.packet(name) };
             let exceeded = if packet.tuple.is_ipv6() { (3, 0) } else { (11, 0) };
-            assert_eq!(r.answer(&packet), Some(exceeded), "{name}");
+            assert_eq!(r.answer(&packet, ARRIVES), Some(exceeded), "{name}");
         }
         assert_eq!(r.taken(), 0);
     }
@@ -206,12 +206,12 @@ fn what_is_too_long_for_the_way_out_gets_the_answer_of_the_slow_path() {
             assert_eq!(r.port.packets(epoch), 1, "{name}\n{}", r.net.filters("lan0"));
             let before = r.seen();
             let too_big = if t.is_ipv6() { (2, 0) } else { (3, 4) };
-            assert_eq!(r.answer(&of_length(MTU + 1)), Some(too_big), "{name}");
+            assert_eq!(r.answer(&of_length(MTU + 1), ARRIVES), Some(too_big), "{name}");
             assert_eq!((r.port.packets(epoch), r.seen()), (1, before + 1), "{name}");
             if !t.is_ipv6() {
                 // Without it the slow path makes fragments, which no TCP or UDP header tells apart.
                 let cut = Packet { fragment: 0, ..of_length(MTU + 1) };
-                assert_eq!(r.answer(&cut), None, "{name}");
+                assert_eq!(r.answer(&cut, Duration::from_millis(1500)), None, "{name}");
                 assert_eq!((r.port.packets(epoch), r.seen()), (1, before + 2), "{name}");
             }
             if t.proto() != L4Proto::Tcp {

@@ -86,41 +86,42 @@ END"
             .to_owned()
     }
 
-    /// Counts, where `dev` leads to, the packets that arrive there of a connection, and those of them
-    /// that come from this MAC address with this TTL or hop limit.
+    /// Counts, where `dev` leads to, the packets that arrive there of a connection: those that come from
+    /// this MAC address with this TTL or hop limit, and the others. (A packet may arrive between the reading of
+    /// two counters, so neither is a part of the other.)
     fn watch_arrivals(&self, dev: &str, from: &str, ttl: u8) {
         let host = self.host(dev);
         self.run(&format!(
             "ip netns exec {host} nft -f - <<END
              table netdev arrivals {{
-               counter total {{ }}
                counter same {{ }}
+               counter changed {{ }}
+               set changes {{
+                 type ether_addr . ether_type . inet_proto
+                 size 64
+                 flags dynamic
+               }}
                chain in {{
                  type filter hook ingress device e0 priority 0; policy accept;
                  meta l4proto != {{ tcp, udp }} accept
-                 counter name total
-                 ether saddr {from} ip ttl {ttl} counter name same
-                 ether saddr {from} ip6 hoplimit {ttl} counter name same
+                 ether saddr {from} ip ttl {ttl} counter name same accept
+                 ether saddr {from} ip6 hoplimit {ttl} counter name same accept
+                 counter name changed
+                 update @changes {{ ether saddr . ether type . meta l4proto }}
                }}
              }}
 END"
         ));
     }
 
-    /// All that has arrived since the last call, and what of it was left as it was sent.
-    fn arrivals(&self, dev: &str) -> [u64; 2] {
+    /// At least so many packets have arrived, and none that is not as it was sent.
+    fn assert_left_as_sent(&self, dev: &str, least: u64) {
         let host = self.host(dev);
         let run = |line: &str| self.try_run(&format!("ip netns exec {host} {line}"));
-        reset_counters_of("netdev arrivals", run, ["total", "same"])
-    }
-
-    /// At least so many packets have arrived, with nothing changed.
-    fn assert_left_as_sent(&self, dev: &str, least: u64) {
-        let [total, same] = self.arrivals(dev);
-        let host = self.host(dev);
+        let [same, changed] = reset_counters_of("netdev arrivals", run, ["same", "changed"]);
         let table = || self.run(&format!("ip netns exec {host} nft list table netdev arrivals"));
-        assert!(total >= least, "{total} packets arrived");
-        assert!(total == same, "{same} of {total} as they were sent: {}", table());
+        assert!(changed == 0, "{changed} packets are not as they were sent: {}", table());
+        assert!(same >= least, "{same} packets arrived");
     }
 
     /// UDP from the host behind `lan` to a server behind `wan` that echoes.
