@@ -463,6 +463,34 @@ fn a_netdev_that_goes_down_or_changes_its_mtu_takes_its_rules_along() {
 }
 
 #[test]
+fn a_nexthop_object_that_changes_or_goes_takes_its_rules_along() {
+    let mut r = Router::new("nexthop");
+    let (wan, other) = (r.host("wan"), "02:00:00:00:99:99");
+    r.run(&format!(
+        "ip -n {wan} addr add 10.9.0.1/32 dev lo
+         ip neigh add 10.2.0.3 lladdr {other} dev wan
+         ip nexthop add id 7 via 10.2.0.2 dev wan
+         ip route add 10.9.0.1/32 nhid 7"
+    ));
+    r.start(&PORTS);
+    let mut c = r.connect_through("10.9.0.1:5001", "wan", "10.9.0.1:5001");
+    // Whether the kernel tells of the routes as well, or of the object alone.
+    for compat_mode in [1, 0] {
+        r.run(&format!("sysctl -qw net.ipv4.nexthop_compat_mode={compat_mode}"));
+        r.wait_installed(&BOTH, &mut c);
+        r.run("ip nexthop replace id 7 via 10.2.0.3 dev wan");
+        wait_until("no rule sends to the old one", || r.rules("lan") == 0);
+        r.run("ip nexthop replace id 7 via 10.2.0.2 dev wan");
+        r.wait_installed(&BOTH, &mut c);
+        r.run("ip nexthop del id 7");
+        assert_eq!(r.run("ip route show 10.9.0.1"), "", "the route is gone with it");
+        wait_until("no rule goes on as if it were there", || r.rules("lan") == 0);
+        r.run("ip nexthop add id 7 via 10.2.0.2 dev wan; ip route add 10.9.0.1/32 nhid 7");
+    }
+    r.wait_installed(&BOTH, &mut c);
+}
+
+#[test]
 fn a_change_of_the_firewall_reaches_offloaded_connections() {
     let mut r = Router::new("wall");
     r.run("nft add table inet wall && nft 'add chain inet wall forward { type filter hook forward priority 0; }'");

@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 
 use super::fdb::Behind;
 use super::links::{BridgePort, Link};
+use super::nexthops::NexthopEvents;
 
 /// Something changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,8 +103,8 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
         MulticastGroup::Ipv6Rule,
         MulticastGroup::Ipv4Ifaddr,
         MulticastGroup::Ipv6Ifaddr,
-        MulticastGroup::Nexthop,
     ])?;
+    let nexthops = NexthopEvents::open()?;
     let socket = connection.socket_mut().socket_mut();
     // The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
     let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &RCVBUF);
@@ -133,20 +134,31 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
         if events.send(NetEvent::Synced).is_err() {
             return Ok(Ended::NobodyListens);
         }
-        while let Some((message, from)) = messages.next().await {
-            if from.port_number() != 0 {
-                continue; // not the kernel
-            }
-            let event = match message.payload {
-                NetlinkPayload::Overrun(_) => return Ok(Ended::Lost),
-                NetlinkPayload::InnerMessage(m) => m,
-                _ => continue,
+        loop {
+            let somebody_listens = tokio::select! {
+                message = messages.next() => match message {
+                    None => return Ok(Ended::Lost),
+                    Some((_, from)) if from.port_number() != 0 => true, // not the kernel
+                    Some((message, _)) => match message.payload {
+                        NetlinkPayload::Overrun(_) => return Ok(Ended::Lost),
+                        NetlinkPayload::InnerMessage(m) => translate(events, &m),
+                        _ => true,
+                    },
+                },
+                changed = nexthops.changed() => match changed {
+                    // An object of one family can be that of the other's routes.
+                    Ok(()) => [AddressFamily::Inet, AddressFamily::Inet6]
+                        .into_iter()
+                        .filter_map(whole)
+                        .all(|prefix| events.send(NetEvent::Routes(prefix)).is_ok()),
+                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Ended::Lost),
+                    Err(e) => return Err(e),
+                },
             };
-            if !translate(events, &event) {
+            if !somebody_listens {
                 return Ok(Ended::NobodyListens);
             }
         }
-        Ok(Ended::Lost)
     }
     .await;
     connection.abort();
