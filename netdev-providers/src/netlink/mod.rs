@@ -1,6 +1,7 @@
 //! What the kernel backends share: bytes of messages ([`wire`]), a blocking socket that checks the
 //! sender, the sequence and every error ([`socket`]), errors that keep the kernel's words
-//! ([`error`]), and patience with modules that are being loaded ([`modules`]); and the codecs of nf_tables and conntrack ([`netfilter`]).
+//! ([`error`]), patience with modules that are being loaded ([`modules`]); and the codecs of nf_tables
+//! and conntrack ([`netfilter`]).
 //!
 //! Messages that are sent by the thousand are encoded here, in place; everything that is read or
 //! written seldom goes through `netlink-packet-route` (in the engine's crate).

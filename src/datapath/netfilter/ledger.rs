@@ -143,6 +143,13 @@ pub enum LedgerError {
     Netlink(#[from] NetlinkError),
 }
 
+impl LedgerError {
+    /// Something is not there, or not yet.
+    fn is_of_something_absent(&self) -> bool {
+        matches!(self, Self::Unsupported { source, .. } if source.errno == Errno::ENOENT)
+    }
+}
+
 /// What the ledger is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LedgerConfig {
@@ -252,13 +259,14 @@ impl Ledger {
             return Err(LedgerError::BadConfig("the ledger's size: at least 1"));
         }
         let mut socket = Socket::open(Family::Netfilter)?;
-        let lacks = |e: &LedgerError| matches!(e, LedgerError::Unsupported { source, .. } if source.errno == Errno::ENOENT);
-        while_modules_come(lacks, || match install_into(&mut socket, &config, true) {
-            Err(LedgerError::Unsupported { needs: NEEDS_XFRM, source, .. }) => {
-                debug!(%source, "no IPsec in this kernel: rules about it are left out");
-                install_into(&mut socket, &config, false)
+        while_modules_come(LedgerError::is_of_something_absent, || {
+            match install_into(&mut socket, &config, true) {
+                Err(LedgerError::Unsupported { needs: NEEDS_XFRM, source, .. }) => {
+                    debug!(%source, "no IPsec in this kernel: rules about it are left out");
+                    install_into(&mut socket, &config, false)
+                }
+                other => other,
             }
-            other => other,
         })?;
         debug!(table = %config.table, size = config.size, group = config.group, "ledger installed");
         Ok(Self { socket, config, destroy: None })

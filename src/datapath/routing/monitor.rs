@@ -17,7 +17,7 @@ use netlink_packet_route::neighbour::{
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::MulticastGroup;
-use rtnetlink::sys::AsyncSocket;
+use rtnetlink::sys::{AsyncSocket, Socket};
 use tokio::sync::oneshot;
 
 use super::fdb::Behind;
@@ -93,7 +93,6 @@ enum Ended {
 
 /// Events during the dump queue up in the same socket, so nothing is missed between the two.
 async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
-    const RCVBUF: usize = 4 << 20;
     let (mut connection, handle, mut messages) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Neigh,
@@ -106,8 +105,7 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
     ])?;
     let nexthops = NexthopEvents::open()?;
     let socket = connection.socket_mut().socket_mut();
-    // The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
-    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &RCVBUF);
+    make_room(socket);
     let connection = tokio::spawn(connection);
     let ended = async {
         let mut links = handle.link().get().execute();
@@ -163,6 +161,12 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
     .await;
     connection.abort();
     ended
+}
+
+/// For bursts of events. The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
+pub(super) fn make_room(socket: &Socket) {
+    const RCVBUF: usize = 4 << 20;
+    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &RCVBUF);
 }
 
 fn send_link(events: &Sender<NetEvent>, m: &LinkMessage) -> bool {

@@ -12,6 +12,8 @@ use rtnetlink::MulticastGroup;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, TokioSocket};
 
+use super::monitor::make_room;
+
 /// `linux/rtnetlink.h`.
 const RTM_NEWNEXTHOP: u16 = 104;
 const RTM_DELNEXTHOP: u16 = 105;
@@ -25,6 +27,7 @@ impl NexthopEvents {
         let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
         socket.socket_mut().bind_auto()?;
         socket.socket_mut().add_membership(MulticastGroup::Nexthop as u32)?;
+        make_room(socket.socket_ref());
         Ok(Self(socket))
     }
 
