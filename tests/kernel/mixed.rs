@@ -234,7 +234,8 @@ fn mixed_a_class_that_declines_leaves_the_port_to_the_next_and_is_shown_with_its
     let file =
         configure("decline", &[("lan", &[FLOWTABLE, FLOWER]), ("wan", &[FLOWER, FLOWTABLE])]);
     r.start(&["--config", &file]);
-    assert_eq!((provider(&r, "lan"), provider(&r, "wan")), (FLOWER.into(), FLOWER.into()));
+    let bound = || (provider(&r, "lan"), provider(&r, "wan"));
+    wait_until("both are bound", || bound() == (FLOWER.into(), FLOWER.into()));
     let shown = |port: &str| {
         let out = r.cli(&["port", "show", port]);
         String::from_utf8_lossy(&out.stdout).into_owned()

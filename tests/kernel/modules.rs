@@ -1,5 +1,5 @@
 //! Kernel modules that are not there, or not yet. These tests unload modules, which whoever uses them keeps
-//! from happening: `alone_` in their names has them run when nothing else does.
+//! from happening.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
