@@ -16,8 +16,9 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::MulticastGroup;
-use rtnetlink::sys::{AsyncSocket, Socket};
+use rtnetlink::sys::AsyncSocket;
 use tokio::sync::oneshot;
 
 use super::fdb::Behind;
@@ -93,6 +94,7 @@ enum Ended {
 
 /// Events during the dump queue up in the same socket, so nothing is missed between the two.
 async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
+    const RCVBUF: usize = 4 << 20;
     let (mut connection, handle, mut messages) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Neigh,
@@ -104,8 +106,10 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
         MulticastGroup::Ipv6Ifaddr,
     ])?;
     let nexthops = NexthopEvents::open()?;
-    let socket = connection.socket_mut().socket_mut();
-    make_room(socket);
+    for socket in [connection.socket_mut().socket_ref(), nexthops.socket()] {
+        // The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
+        let _ = setsockopt(socket, sockopt::RcvBufForce, &RCVBUF);
+    }
     let connection = tokio::spawn(connection);
     let ended = async {
         let mut links = handle.link().get().execute();
@@ -161,12 +165,6 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
     .await;
     connection.abort();
     ended
-}
-
-/// For bursts of events. The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
-pub(super) fn make_room(socket: &Socket) {
-    const RCVBUF: usize = 4 << 20;
-    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &RCVBUF);
 }
 
 fn send_link(events: &Sender<NetEvent>, m: &LinkMessage) -> bool {

@@ -10,9 +10,7 @@ use std::io;
 use netdev_providers::netlink::MessageIter;
 use rtnetlink::MulticastGroup;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
-use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, TokioSocket};
-
-use super::monitor::make_room;
+use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, Socket, TokioSocket};
 
 /// `linux/rtnetlink.h`.
 const RTM_NEWNEXTHOP: u16 = 104;
@@ -27,8 +25,11 @@ impl NexthopEvents {
         let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
         socket.socket_mut().bind_auto()?;
         socket.socket_mut().add_membership(MulticastGroup::Nexthop as u32)?;
-        make_room(socket.socket_ref());
         Ok(Self(socket))
+    }
+
+    pub(super) fn socket(&self) -> &Socket {
+        self.0.socket_ref()
     }
 
     /// Comes back when an object was made, changed or deleted; dropped before, it loses nothing.
