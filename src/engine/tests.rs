@@ -164,6 +164,15 @@ impl Bench {
         wait_for(|| dummy.pending().len() == pending);
     }
 
+    /// A connection whose add the first port's provider has, and keeps until it is told to go on.
+    fn in_flight(&self, dummy: &DummyClass) -> ConnHandle {
+        dummy.set_latency(Some(Duration::MAX));
+        let conn = self.conn(1);
+        self.offer(1, &conn, Original);
+        self.drained(dummy, 1);
+        conn
+    }
+
     fn install(&self, n: u32, conn: &ConnHandle, d: Direction) {
         assert_eq!(self.offer(n, conn, d), Offer::Queued);
         self.settle();
@@ -251,10 +260,7 @@ fn a_connection_that_ends_while_its_add_is_in_flight_leaves_no_rule() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
     b.port(1);
-    dummy.set_latency(Some(Duration::MAX));
-    let conn = b.conn(1);
-    b.offer(1, &conn, Original);
-    b.drained(&dummy, 1);
+    let conn = b.in_flight(&dummy);
     assert_eq!(b.engine.conn_del(&conn), 1);
     dummy.set_latency(None);
     dummy.release_pending();
@@ -326,10 +332,7 @@ fn a_completion_for_a_generation_that_is_gone_is_nothing_to_its_successor() {
     let limits = Limits { port_del: soon, complete: soon, ..Limits::default() };
     let b = Bench::with_limits(&[&dummy], limits);
     b.port(1);
-    dummy.set_latency(Some(Duration::MAX));
-    let conn = b.conn(1);
-    b.offer(1, &conn, Original);
-    b.drained(&dummy, 1);
+    let conn = b.in_flight(&dummy);
     b.engine.port_del(ifindex(1)).unwrap();
     b.port(1);
     dummy.set_latency(None);
@@ -370,10 +373,7 @@ fn the_reply_is_told_once_and_only_after_the_rule_is_installed() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
     b.port(1);
-    dummy.set_latency(Some(Duration::MAX));
-    let conn = b.conn(1);
-    b.offer(1, &conn, Original);
-    b.drained(&dummy, 1);
+    let conn = b.in_flight(&dummy);
     let worker = b.engine.worker();
     let port = worker.port(ifindex(1)).unwrap();
     for _ in 0..3 {

@@ -53,10 +53,7 @@ fn what_completes_after_its_slot_has_moved_on_is_uninstalled() {
     let limits = Limits { complete: Duration::from_millis(50), ..Limits::default() };
     let b = Bench::with_limits(&[&dummy], limits);
     b.port(1);
-    dummy.set_latency(Some(Duration::MAX));
-    let conn = b.conn(1);
-    b.offer(1, &conn, Original);
-    b.drained(&dummy, 1);
+    let conn = b.in_flight(&dummy);
     // The flush does not wait for ever: the slot is emptied, the port is called faulty.
     b.engine.flush(&FlushFilter::default()).unwrap();
     assert!(b.engine.slots(&conn).is_empty());

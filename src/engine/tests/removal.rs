@@ -227,10 +227,7 @@ fn a_flush_by_filter_returns_when_what_was_in_flight_is_gone_too() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
     b.port(1);
-    dummy.set_latency(Some(Duration::MAX));
-    let conn = b.conn(1);
-    b.offer(1, &conn, Original);
-    b.drained(&dummy, 1);
+    let conn = b.in_flight(&dummy);
     let tuple = Some(conn.key().original);
     let flush = std::thread::spawn({
         let engine = b.engine.clone();

@@ -38,10 +38,7 @@ fn a_pending_connection_is_unknown_so_that_it_does_not_expire() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
     b.port(1);
-    dummy.set_latency(Some(Duration::MAX));
-    let conn = b.conn(1);
-    b.offer(1, &conn, Original);
-    b.drained(&dummy, 1);
+    let conn = b.in_flight(&dummy);
     assert_eq!(b.engine.conn_update(&conn), Usage::Unknown);
     dummy.release_pending();
     b.settle();
