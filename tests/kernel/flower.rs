@@ -10,12 +10,12 @@
 )]
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
@@ -23,7 +23,6 @@ use netdev_providers::{
     Instance, L4Proto, MacAddr, MacRewrite, Netdev, Outcome, Provider, ProviderClass, Reason,
     Request, RuleId, RuleReport, Tuple, Zone,
 };
-use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::host::Host;
@@ -466,7 +465,7 @@ fn a_large_batch_gives_every_operation_its_own_result() {
 /// More refusals than the socket's receive buffer has room for: the kernel's answers are lost, and
 /// what became of each operation is asked for.
 #[test]
-fn alone_a_half_acknowledged_batch_is_settled_rule_by_rule() {
+fn a_half_acknowledged_batch_is_settled_rule_by_rule() {
     let net = Net::new();
     let port = net.bind("lan0");
     let flow_of = |n: u16| {

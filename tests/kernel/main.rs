@@ -1,7 +1,6 @@
 //! Tests against a real kernel: root, and a kernel with the TC and nf_tables modules. They run in
 //! `scripts/lab --nic` on Debian 6.1 and 6.12 (`scripts/test` does it); each test has a network namespace
-//! of its own. They run one at a time: most could run beside others, and those whose names begin with
-//! `alone_` could not, since they change what all namespaces have in common.
+//! of its own. They run one at a time: some change what all namespaces have in common.
 
 mod flower;
 mod flowtable;

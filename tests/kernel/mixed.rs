@@ -39,14 +39,18 @@ fn router(test: &str) -> Router {
 }
 
 /// Each netdev with its providers.
-fn configure(test: &str, ports: &[(&str, &[&str])]) -> String {
+fn config(ports: &[(&str, &[&str])]) -> String {
     let mut text = String::from("[usage]\nsweep-seconds = 1\nsweep-max-seconds = 1\n");
     for (name, providers) in ports {
         text += &format!("[[port]]\nmatch = \"{name}\"\nproviders = {providers:?}\n");
     }
-    let file = std::env::temp_dir().join(format!("ctoffload-{test}.toml"));
-    std::fs::write(&file, text).expect("a file");
-    file.to_str().expect("a path").to_owned()
+    text
+}
+
+/// The daemon answers before it has all its ports.
+fn start(r: &mut Router, ports: &[(&str, &[&str])]) {
+    r.start_with(&config(ports));
+    wait_until("the ports are there", || r.ports().len() == ports.len());
 }
 
 /// Packets in the forward hook since the last call, of each ingress netdev.
@@ -83,8 +87,7 @@ fn mixed_each_netdev_offloads_its_own_direction_with_its_own_provider() {
         [("mix1", FLOWER, FLOWTABLE), ("mix2", FLOWTABLE, FLOWER), ("mix3", FLOWTABLE, FLOWTABLE)]
     {
         let mut r = router(test);
-        let file = configure(test, &[("lan", &[lan]), ("wan", &[wan])]);
-        r.start(&["--config", &file]);
+        start(&mut r, &[("lan", &[lan]), ("wan", &[wan])]);
         assert_eq!((provider(&r, "lan"), provider(&r, "wan")), (lan.into(), wan.into()));
         let mut c = r.connect();
         r.wait_installed(&BOTH, &mut c);
@@ -118,8 +121,7 @@ fn mixed_each_netdev_offloads_its_own_direction_with_its_own_provider() {
 #[test]
 fn mixed_a_port_of_no_provider_stays_on_the_slow_path() {
     let mut r = router("none");
-    let file = configure("none", &[("lan", &[FLOWTABLE]), ("wan", &["none"])]);
-    r.start(&["--config", &file]);
+    start(&mut r, &[("lan", &[FLOWTABLE]), ("wan", &["none"])]);
     assert_eq!(provider(&r, "wan"), Value::Null);
     let mut c = r.connect();
     r.wait_installed(&["lan original"], &mut c);
@@ -141,8 +143,7 @@ fn mixed_a_connection_moves_from_one_provider_to_another() {
         let mut r = router(test);
         let host = r.host("wan");
         let ports: [(&str, &[&str]); 3] = [("lan", &[lan]), ("wan", &[wan]), ("wan2", &[wan2])];
-        let file = configure(test, &ports);
-        r.start(&["--config", &file]);
+        start(&mut r, &ports);
         let mut c = r.connect();
         r.wait_installed(&BOTH, &mut c);
         wait_crossing(&r, &mut c, [false; 3]);
@@ -170,8 +171,7 @@ fn mixed_a_connection_moves_from_one_provider_to_another() {
 #[test]
 fn mixed_a_change_of_the_firewall_reaches_connections_in_the_flowtable() {
     let mut r = router("wall2");
-    let file = configure("wall2", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
-    r.start(&["--config", &file]);
+    start(&mut r, &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
     wait_crossing(&r, &mut c, [false; 3]);
@@ -191,10 +191,8 @@ fn mixed_a_change_of_the_firewall_reaches_connections_in_the_flowtable() {
 fn mixed_a_flush_of_the_ruleset_is_noticed_reported_and_survived() {
     for (test, on_change) in [("flush1", "flush"), ("flush2", "keep")] {
         let mut r = router(test);
-        let file = configure(test, &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
-        let text = std::fs::read_to_string(&file).expect("a file");
-        let text = format!("[sight]\non-ruleset-change = \"{on_change}\"\n{text}");
-        std::fs::write(&file, text).expect("a file");
+        let config = config(&[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
+        let file = r.configure(&format!("[sight]\non-ruleset-change = \"{on_change}\"\n{config}"));
         let log = format!("{file}.log");
         r.start_logging(&["--config", &file], File::create(&log).expect("a file").into());
         let mut c = r.connect();
@@ -231,11 +229,8 @@ fn mixed_a_flush_of_the_ruleset_is_noticed_reported_and_survived() {
 fn mixed_a_class_that_declines_leaves_the_port_to_the_next_and_is_shown_with_its_reason() {
     let mut r = router("decline");
     r.run("nft add table inet ctoffload_flow");
-    let file =
-        configure("decline", &[("lan", &[FLOWTABLE, FLOWER]), ("wan", &[FLOWER, FLOWTABLE])]);
-    r.start(&["--config", &file]);
-    let bound = || (provider(&r, "lan"), provider(&r, "wan"));
-    wait_until("both are bound", || bound() == (FLOWER.into(), FLOWER.into()));
+    start(&mut r, &[("lan", &[FLOWTABLE, FLOWER]), ("wan", &[FLOWER, FLOWTABLE])]);
+    assert_eq!((provider(&r, "lan"), provider(&r, "wan")), (FLOWER.into(), FLOWER.into()));
     let shown = |port: &str| {
         let out = r.cli(&["port", "show", port]);
         String::from_utf8_lossy(&out.stdout).into_owned()
@@ -277,8 +272,7 @@ fn mixed_what_is_asked_for_by_hand_is_bound_or_refused_with_the_reasons() {
 #[test]
 fn mixed_the_flowtable_is_renewed_only_where_an_entry_would_live_on() {
     let mut r = router("renew");
-    let file = configure("renew", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
-    r.start(&["--config", &file]);
+    start(&mut r, &[("lan", &[FLOWTABLE]), ("wan", &[FLOWTABLE])]);
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
     wait_crossing(&r, &mut c, [false; 3]);
@@ -306,8 +300,7 @@ fn mixed_the_flowtable_refuses_what_is_routed_on_a_bond_and_says_so() {
          ip addr del 10.1.0.1/24 dev lan; ip link set lan down; ip link set lan master bond0
          ip link set lan up; ip link set bond0 up; ip addr add 10.1.0.1/24 dev bond0",
     );
-    let file = configure("bond2", &[("lan", &[FLOWTABLE]), ("wan", &[FLOWER])]);
-    r.start(&["--config", &file]);
+    start(&mut r, &[("lan", &[FLOWTABLE]), ("wan", &[FLOWER])]);
     let mut c = r.connect();
     r.wait_refused(("lan", "original"), "ingress-unsupported", "below a bond", &mut c);
     r.wait_installed(&["wan reply"], &mut c);

@@ -15,7 +15,6 @@ mod knobs;
 mod link;
 mod stress;
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Output;
@@ -23,9 +22,8 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use nix::sched::{CloneFlags, setns};
-
 use crate::netns::NetNs;
+use crate::router::in_netns;
 use crate::wait::{PATIENCE, wait_until};
 
 /// After this long a datagram is taken for lost. One that does arrive takes a thousandth of it.
@@ -349,15 +347,4 @@ fn batch(program: &str, lines: &str) -> String {
 /// Sets a value of the calling thread's network namespace.
 fn sysctl(name: &str, value: &str) {
     std::fs::write(format!("/proc/sys/{name}"), value).unwrap_or_else(|e| panic!("{name}: {e}"));
-}
-
-fn in_netns<R: Send + 'static>(
-    name: String,
-    f: impl FnOnce() -> R + Send + 'static,
-) -> JoinHandle<R> {
-    std::thread::spawn(move || {
-        let ns = File::open(format!("/var/run/netns/{name}")).expect("a named namespace");
-        setns(ns, CloneFlags::CLONE_NEWNET).expect("setns");
-        f()
-    })
 }

@@ -83,9 +83,15 @@ impl Router {
 
     /// The same, with this configuration.
     pub(crate) fn start_with(&mut self, config: &str) {
+        let file = self.configure(config);
+        self.start(&["--config", &file]);
+    }
+
+    /// The name of a file with this configuration.
+    pub(crate) fn configure(&self, config: &str) -> String {
         let file = std::env::temp_dir().join(format!("ctoffload-{}.toml", self.name));
         std::fs::write(&file, config).expect("a file");
-        self.start(&["--config", file.to_str().expect("a path")]);
+        file.to_str().expect("a path").to_owned()
     }
 
     /// With its log there.

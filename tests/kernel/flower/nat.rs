@@ -52,12 +52,9 @@ fn nat_keeps_every_checksum_right() {
         net.ns.run("ethtool -K lan0 rx off");
         check("unverified", &net.pass(packet.frame(false), false, to, 1), 101);
         net.ns.run("ethtool -K lan0 rx on");
-        let with_header = |packet: &Packet, gso| {
-            [packet.vnet_header(true, gso).to_vec(), packet.frame(true)].concat()
-        };
-        check("partial", &net.pass(with_header(&packet, 0), true, to, 1), 101);
+        check("partial", &net.pass(packet.unfinished(0), true, to, 1), 101);
         let long = Packet { payload: (0..4200).map(|i| i as u8).collect(), ..packet.clone() };
-        let bytes = with_header(&long, 1400);
+        let bytes = long.unfinished(1400);
         match from.proto() {
             L4Proto::Tcp => check("GSO", &net.pass(bytes, true, to, 3), 4200),
             L4Proto::Udp => check("UDP GSO", &net.pass_datagrams(from, to, 3), 4200),
@@ -90,7 +87,7 @@ fn a_csum_action_would_leave_gso_packets_wrong() {
     ));
     let to = tuple("tcp 10.0.2.1:4000 > 10.0.2.2:80");
     let long = Packet { payload: vec![7; 4200], ..Packet::new(tuple(TCP4)) };
-    let bytes = [long.vnet_header(true, 1400).to_vec(), long.frame(true)].concat();
+    let bytes = long.unfinished(1400);
     let seen = net.pass(bytes, true, to, 3);
     assert_eq!(seen.len(), 3);
     assert!(seen.iter().all(|s| !s.l4_checksum_right), "{seen:?}");

@@ -1,6 +1,14 @@
 //! Packets made and taken apart byte by byte.
 
-use super::*;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use netdev_providers::{L4Proto, MacAddr, Tuple};
+use nix::net::if_::if_nametoindex;
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::{CLIENT, LAN};
 
 /// A raw socket on one netdev of the calling thread's namespace.
 pub(crate) struct Wire(OwnedFd);
@@ -260,16 +268,19 @@ impl Packet {
         f
     }
 
-    /// `struct virtio_net_hdr` for the frame: checksum to be completed by the receiver, and
-    /// segmentation into `gso` bytes of payload, if not 0.
-    pub(super) fn vnet_header(&self, partial: bool, gso: u16) -> [u8; 10] {
+    /// The frame as a stack leaves it to the netdev to finish, behind a header that says how
+    /// (`PACKET_VNET_HDR`): the checksum, and segments of `gso` bytes of payload, if not 0.
+    pub(super) fn unfinished(&self, gso: u16) -> Vec<u8> {
+        [self.vnet_header(gso).to_vec(), self.frame(true)].concat()
+    }
+
+    /// `struct virtio_net_hdr`.
+    fn vnet_header(&self, gso: u16) -> [u8; 10] {
         let mut h = [0; 10];
-        if partial {
-            h[0] = 1; // VIRTIO_NET_HDR_F_NEEDS_CSUM
-            let start = self.l3_at() + self.l3_len();
-            h[6..8].copy_from_slice(&u16::try_from(start).unwrap().to_ne_bytes());
-            h[8..10].copy_from_slice(&u16::try_from(self.check_at()).unwrap().to_ne_bytes());
-        }
+        h[0] = 1; // VIRTIO_NET_HDR_F_NEEDS_CSUM
+        let start = self.l3_at() + self.l3_len();
+        h[6..8].copy_from_slice(&u16::try_from(start).unwrap().to_ne_bytes());
+        h[8..10].copy_from_slice(&u16::try_from(self.check_at()).unwrap().to_ne_bytes());
         if gso != 0 {
             h[1] = match (self.tuple.proto(), self.tuple.is_ipv6()) {
                 (L4Proto::Tcp, false) => 1, // VIRTIO_NET_HDR_GSO_TCPV4

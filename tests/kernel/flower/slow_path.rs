@@ -221,7 +221,7 @@ fn what_is_too_long_for_the_way_out_gets_the_answer_of_the_slow_path() {
             let segmented = |segment: u32| {
                 let gso = (segment as usize - headers) as u16;
                 let packet = Packet { payload: vec![7; usize::from(gso) * 3], ..of_length(MTU) };
-                [packet.vnet_header(true, gso).to_vec(), packet.frame(true)].concat()
+                packet.unfinished(gso)
             };
             let before = r.seen();
             assert_eq!(r.net.pass(segmented(MTU), true, t, 1).len(), 1, "{name}");
