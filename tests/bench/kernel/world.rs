@@ -59,6 +59,37 @@ pub(crate) fn netdev(name: &str) -> Netdev {
     }
 }
 
+/// Waits until the kernel is idle. What is deleted it frees later, and for long: a rule's memory after a
+/// grace period, by a worker, which would take time from whoever comes next.
+///
+/// # Panics
+/// When that is not so after a minute.
+pub(crate) fn let_the_kernel_finish() {
+    const LOOK: Duration = Duration::from_millis(200);
+    let patience = Instant::now() + Duration::from_secs(60);
+    let mut before = processor_time();
+    loop {
+        std::thread::sleep(LOOK);
+        let now = processor_time();
+        let (idle, all) = (now.0 - before.0, now.1 - before.1);
+        if idle * 20 >= all * 19 {
+            return;
+        }
+        assert!(Instant::now() < patience, "the kernel is not idle: {idle} of {all} ticks");
+        before = now;
+    }
+}
+
+/// Ticks of all processors since the start: idle ones, and all (`cpu` in proc_stat(5)).
+fn processor_time() -> (u64, u64) {
+    let stat = std::fs::read_to_string("/proc/stat").expect("/proc/stat");
+    let all = stat.lines().next().and_then(|line| line.strip_prefix("cpu ")).expect("all of them");
+    // user, nice, system, idle, iowait, irq, softirq, steal; guests are counted as users too.
+    let ticks = all.split_whitespace().take(8).map(|n| n.parse().expect("a number"));
+    let ticks: Vec<u64> = ticks.collect();
+    (ticks[3] + ticks[4], ticks.iter().sum())
+}
+
 /// How many filters stand at a netdev's ingress: `tc` lists each with its handle.
 pub(crate) fn count_filters(netdev: &str) -> usize {
     let shown = sh(&format!("tc filter show dev {netdev} ingress | grep -c 'handle 0x' || true"));
