@@ -37,9 +37,9 @@ pub(super) struct PortCounters {
     pub sights: AtomicU64,
     pub adds: AtomicU64,
     pub deletes: AtomicU64,
-    /// Traffic of rules that are gone.
     /// Rules that gave way to those of busier connections.
     pub evictions: AtomicU64,
+    /// Traffic of rules that are gone.
     pub past_packets: AtomicU64,
     pub past_bytes: AtomicU64,
     pub latencies: Latencies,
