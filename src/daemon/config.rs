@@ -27,9 +27,9 @@
 //! prio-base = 49408          # 1..=65000: the first of our prios
 //! writers = 4                # 1..=64: sockets that a port's rules are written through at once;
 //!                            # default: one per processor, but not more than 4
-//! percpu-stats = true        # false: rules in software do without counters per processor. They are
-//!                            # added faster and take less memory, on many processors much less;
-//!                            # each packet takes longer
+//! percpu-stats = false       # true: rules in software count per processor. For flows that several
+//!                            # processors forward at once; they take longer to add, and more memory,
+//!                            # on many processors much more
 //!
 //! [nf-flowtable]
 //! accounting = true          # switch conntrack's accounting on while a port uses it: its counters
@@ -396,7 +396,7 @@ impl Config {
             flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             tc_writers: writers.transpose()?.and_then(NonZeroUsize::new),
-            tc_percpu_stats: raw.tc_flower.percpu_stats.unwrap_or(true),
+            tc_percpu_stats: raw.tc_flower.percpu_stats.unwrap_or(false),
             ports,
         })
     }
@@ -446,7 +446,7 @@ mod tests {
         assert_eq!((c.sweep_seconds, c.sweep_max_seconds), (5, 20));
         assert_eq!(c.on_ruleset_change, OnRulesetChange::Flush);
         assert_eq!(c.port("eth0"), None);
-        assert!(c.tc_percpu_stats, "as tc makes them");
+        assert!(!c.tc_percpu_stats, "quick to add");
         assert!(!c.bridged, "bridge conntrack stays off unless it is asked for");
     }
 

@@ -66,9 +66,9 @@ fn network() {
         "ours0",
         "ours1",
         "two0",
-        "shared0",
-        "shared1",
-        "sharedtwo0",
+        "percpu0",
+        "percpu1",
+        "percputwo0",
         "tc0",
         "bare0",
         "bare1",
@@ -90,7 +90,7 @@ fn one_writer(setting: &Setting, report: &mut Report) {
     let sizes: &[(u32, usize)] = match (setting.quick, setting.native) {
         (true, _) => &[(500, 3)],
         (false, true) => &[(1000, 15), (20_000, 9), (100_000, 3)],
-        (false, false) => &[(1000, 9), (20_000, 3), (100_000, 3)],
+        (false, false) => &[(1000, 15), (20_000, 7), (100_000, 3)],
     };
     for &(count, rounds) in sizes {
         let mut contest = Contest::new(&ours, &template, count);
@@ -382,20 +382,20 @@ fn two_writers(setting: &Setting, report: &mut Report) {
         report.add(Figure::new(name, None, "x").bar(Bar::AtLeast(1.6)).note(why));
         return;
     }
-    let ports = ["ours0", "ours1"].map(|netdev| with_writers(netdev, 1, true));
+    let ports = ["ours0", "ours1"].map(|netdev| with_writers(netdev, 1, false));
     let template = bare::Template::catch(&ports[0]);
-    let shared = ["shared0", "shared1"].map(|netdev| with_writers(netdev, 1, false));
-    let two = with_writers("two0", 2, true);
-    let two_shared = with_writers("sharedtwo0", 2, false);
+    let percpu = ["percpu0", "percpu1"].map(|netdev| with_writers(netdev, 1, true));
+    let two = with_writers("two0", 2, false);
+    let two_percpu = with_writers("percputwo0", 2, true);
     // Of each writer: two write a thousand, twenty thousand, a hundred thousand.
     let sizes: &[(u32, usize)] =
-        if setting.quick { &[(250, 2)] } else { &[(500, 10), (10_000, 6), (50_000, 3)] };
+        if setting.quick { &[(250, 2)] } else { &[(500, 15), (10_000, 9), (50_000, 3)] };
     for &(count, rounds) in sizes {
         let mut pairs = [
             Pair::of_ports("two ports", &ports),
-            Pair::of_ports("two ports, counters not per processor", &shared),
+            Pair::of_ports("two ports, counters per processor", &percpu),
             Pair::of_one_port("one port", [&ports[0], &two]),
-            Pair::of_one_port("one port, counters not per processor", [&shared[0], &two_shared]),
+            Pair::of_one_port("one port, counters per processor", [&percpu[0], &two_percpu]),
             Pair::of_bare_loops("bare loops, two netdevs", &template, ["bare0", "bare1"]),
             Pair::of_bare_loops("bare loops, one netdev", &template, ["bare0", "bare0"]),
         ];

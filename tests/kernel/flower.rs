@@ -259,7 +259,7 @@ fn tc_shows_our_rules_as_it_shows_those_that_are_written_with_it() {
     let net = Net::new();
     let port = net.bind("lan0");
     let macs = format!("munge eth dst set {SERVER} munge eth src set {WAN}");
-    let to = "action mirred egress redirect dev wan0";
+    let to = "no_percpu action mirred egress redirect dev wan0 no_percpu";
     net.ns.run("tc qdisc add dev wan0 clsact");
     for (pref, ip, ours, matches, actions) in [
         (
@@ -267,14 +267,14 @@ fn tc_shows_our_rules_as_it_shows_those_that_are_written_with_it() {
             "ip",
             TCP4,
             "ip_proto tcp dst_ip 10.0.2.2 src_ip 10.0.1.2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7",
-            "munge ip ttl dec pipe action csum ip4h pipe",
+            "munge ip ttl dec pipe no_percpu action csum ip4h pipe",
         ),
         (
             49412,
             "ip",
             UDP4,
             "ip_proto udp dst_ip 10.0.2.2 src_ip 10.0.1.2 dst_port 53 src_port 4000",
-            "munge ip ttl dec pipe action csum ip4h pipe",
+            "munge ip ttl dec pipe no_percpu action csum ip4h pipe",
         ),
         (
             49413,

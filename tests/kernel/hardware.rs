@@ -226,7 +226,6 @@ fn tc_shows_our_hardware_rules_as_it_shows_those_that_are_written_with_it() {
     let nic = Nic::new();
     let port = bind("p0", HwFlags::SkipSw, 1);
     let macs = format!("pedit ex munge eth dst set {NEXT_HOP} munge eth src set {ROUTER}");
-    // Nothing of such a rule runs in software: its actions have no counters per processor.
     let to = "no_percpu action mirred egress redirect dev p1 no_percpu";
     for (arrival, departure, matches, actions) in [
         (

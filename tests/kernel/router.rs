@@ -384,9 +384,9 @@ fn a_connection_is_offloaded_where_it_is_seen_and_its_rules_end_with_it() {
 }
 
 #[test]
-fn rules_have_counters_per_processor_unless_the_configuration_says_no() {
+fn rules_have_counters_per_processor_only_if_the_configuration_says_so() {
     let mut r = Router::new("percpu");
-    for (tc_flower, without) in [("", 0), ("[tc-flower]\npercpu-stats = false\n", 3)] {
+    for (tc_flower, without) in [("", 3), ("[tc-flower]\npercpu-stats = true\n", 0)] {
         r.start_with(&format!("{tc_flower}[[port]]\nmatch = \"?an\"\n"));
         let mut c = r.connect();
         r.wait_installed(&BOTH, &mut c);

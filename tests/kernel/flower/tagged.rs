@@ -61,7 +61,7 @@ fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
     let port = net.bind("lan0");
     net.ns.run("tc qdisc add dev wan0 clsact");
     let macs = format!("pedit ex munge eth dst set {SERVER} munge eth src set {WAN}");
-    let to = "action mirred egress redirect dev wan0";
+    let to = "no_percpu action mirred egress redirect dev wan0 no_percpu";
     for (ours, vlan_in, vlan_out, matches, actions) in [
         (
             TCP4,
@@ -69,8 +69,8 @@ fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
             Some(20),
             "pref 49418 protocol 802.1q flower skip_hw dst_mac {LAN} vlan_id 10 vlan_ethtype ipv4 ip_proto tcp \
              dst_ip 10.0.2.2 src_ip 10.0.1.2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
-            "action vlan pop pipe action {macs} munge ip ttl dec pipe action csum ip4h pipe \
-             action vlan push id 20 priority 0 pipe",
+            "action vlan pop pipe no_percpu action {macs} munge ip ttl dec pipe no_percpu \
+             action csum ip4h pipe no_percpu action vlan push id 20 priority 0 pipe",
         ),
         (
             UDP4,
@@ -78,7 +78,8 @@ fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
             Some(20),
             "pref 49412 protocol ip flower skip_hw dst_mac {LAN} ip_proto udp dst_ip 10.0.2.2 \
              src_ip 10.0.1.2 dst_port 53 src_port 4000 ip_flags nofrag",
-            "action {macs} munge ip ttl dec pipe action csum ip4h pipe action vlan push id 20 priority 0 pipe",
+            "action {macs} munge ip ttl dec pipe no_percpu action csum ip4h pipe no_percpu \
+             action vlan push id 20 priority 0 pipe",
         ),
         (
             TCP6,
@@ -86,7 +87,7 @@ fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
             None,
             "pref 49419 protocol 802.1q flower skip_hw dst_mac {LAN} vlan_id 10 vlan_ethtype ipv6 ip_proto tcp \
              dst_ip fd02::2 src_ip fd01::2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
-            "action vlan pop pipe action {macs} munge ip6 hoplimit add 0xff pipe",
+            "action vlan pop pipe no_percpu action {macs} munge ip6 hoplimit add 0xff pipe",
         ),
     ] {
         let rule = port.add(1, tagged(tuple(ours), tuple(ours), vlan_in, vlan_out));
