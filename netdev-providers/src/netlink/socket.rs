@@ -58,7 +58,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// How the kernel answered one request.
 pub type Ack = Result<(), KernelError>;
 
-/// A netlink socket bound to a port id of the kernel's choice.
+/// A netlink socket.
 pub struct Socket {
     inner: netlink_sys::Socket,
     seq: u32,
@@ -68,18 +68,48 @@ pub struct Socket {
 
 impl Socket {
     /// Opens a socket with extended ACKs, capped ACKs and a large receive buffer, for the network
-    /// namespace of the calling thread.
+    /// namespace of the calling thread. Its port id is of the kernel's choice: the process id, as
+    /// long as no other socket has it.
     ///
     /// # Errors
     /// When the kernel has no such family or refuses the socket.
     pub fn open(family: Family) -> Result<Self, NetlinkError> {
+        Self::open_and(family, |inner| inner.bind_auto().map(drop))
+    }
+
+    /// The same with a port id that no socket has had: drawn at random, and no process's id.
+    ///
+    /// For what the kernel keeps by port id, such as a table with an owner. When a socket is closed, the
+    /// kernel first frees its port id, then takes away what was the socket's (`netlink_release`:
+    /// `netlink_remove`, then the notifier, `nft_rcv_nl_event`); in between the next socket can get the
+    /// same id, and make a table, which then goes too.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open), and when there are no random numbers.
+    pub fn open_with_new_port_id(family: Family) -> Result<Self, NetlinkError> {
+        Self::open_and(family, |inner| {
+            loop {
+                // Process ids are below.
+                let id = getrandom::u32()? | 1 << 31;
+                match inner.bind(&SocketAddr::new(id, 0)) {
+                    Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
+                    bound => return bound,
+                }
+            }
+        })
+    }
+
+    fn open_and(
+        family: Family,
+        bind: impl FnOnce(&mut netlink_sys::Socket) -> io::Result<()>,
+    ) -> Result<Self, NetlinkError> {
         let protocol = match family {
             Family::Route => libc::NETLINK_ROUTE,
             Family::Netfilter => libc::NETLINK_NETFILTER,
         };
         let io = |call| move |source| NetlinkError::Io { call, source };
         let mut inner = netlink_sys::Socket::new(protocol as isize).map_err(io("socket"))?;
-        inner.bind_auto().map_err(io("bind"))?;
+        bind(&mut inner).map_err(io("bind"))?;
         inner.set_ext_ack(true).map_err(io("setsockopt(NETLINK_EXT_ACK)"))?;
         inner.set_cap_ack(true).map_err(io("setsockopt(NETLINK_CAP_ACK)"))?;
         let socket = Self { inner, seq: 0, buf: vec![0; RECV_BUF], warnings: Vec::new() };
@@ -114,7 +144,7 @@ impl Socket {
         })
     }
 
-    /// The port id that the kernel chose: what notifications of changes made through this socket
+    /// The port id: what notifications of changes made through this socket
     /// carry as their origin.
     ///
     /// # Errors
@@ -399,6 +429,17 @@ mod tests {
         })
         .unwrap();
         assert!(names.iter().any(|n| n == "lo"), "{names:?}");
+    }
+
+    #[test]
+    fn a_new_port_id_is_no_process_and_not_that_of_the_socket_before() {
+        let id = || {
+            let socket = Socket::open_with_new_port_id(Family::Route).unwrap();
+            socket.port_id().unwrap()
+        };
+        let (first, second) = (id(), id());
+        assert_ne!(first, second);
+        assert!(i32::try_from(first).is_err() && i32::try_from(second).is_err());
     }
 
     #[test]

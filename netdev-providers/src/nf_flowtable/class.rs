@@ -111,7 +111,7 @@ impl Shared {
         let Some(table) = &mut state.table else {
             let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
             let made = |hardware| {
-                let socket = Socket::open(Family::Netfilter)?;
+                let socket = Socket::open_with_new_port_id(Family::Netfilter)?;
                 // Before anything is announced.
                 self.port_id.store(socket.port_id()?, Ordering::Release);
                 Table::install(socket, &self.config.table, Links::open()?, link, hardware)

@@ -258,7 +258,7 @@ impl Ledger {
         if config.size == 0 {
             return Err(LedgerError::BadConfig("the ledger's size: at least 1"));
         }
-        let mut socket = Socket::open(Family::Netfilter)?;
+        let mut socket = Socket::open_with_new_port_id(Family::Netfilter)?;
         while_modules_come(LedgerError::is_of_something_absent, || {
             match install_into(&mut socket, &config, true) {
                 Err(LedgerError::Unsupported { needs: NEEDS_XFRM, source, .. }) => {

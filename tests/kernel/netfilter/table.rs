@@ -1,5 +1,6 @@
 //! The table of the ledger and the group of the log: whose they are, and when they go.
 
+use std::collections::HashSet;
 use std::thread;
 
 use ctoffload::datapath::netfilter::ledger::LedgerError;
@@ -85,4 +86,29 @@ fn netfilter_a_group_in_use_is_told() {
     }
     drop(first);
     wait_until("the group is free", || SightLog::open(GROUP).is_ok());
+}
+
+/// The kernel takes the tables of a socket that was closed away after it has freed its port id.
+#[test]
+fn netfilter_a_table_stays_while_the_owners_of_others_come_and_go() {
+    let _ns = NetNs::new();
+    let mut ids = HashSet::new();
+    let come_and_go = |n| {
+        let times = (0..30).map(|time| {
+            // A child that another test is just starting may hold the socket of the one before still.
+            let table = format!("ledger{n}_{time}");
+            let config = LedgerConfig { table, ..LedgerConfig::default() };
+            let mut ledger = Ledger::install(config).unwrap();
+            assert!(ledger.is_empty().unwrap());
+            ledger.port_id().unwrap()
+        });
+        times.collect::<Vec<_>>()
+    };
+    thread::scope(|scope| {
+        let threads = [0, 1, 2].map(|n| scope.spawn(move || come_and_go(n)));
+        for thread in threads {
+            ids.extend(thread.join().unwrap());
+        }
+    });
+    assert_eq!(ids.len(), 90, "each owner has a port id of its own");
 }
