@@ -224,8 +224,11 @@ fn hardware_rules_of_a_dead_engine_stay_in_the_nic_and_are_adopted() {
 #[test]
 fn tc_shows_our_hardware_rules_as_it_shows_those_that_are_written_with_it() {
     let nic = Nic::new();
-    let port = bind("p0", HwFlags::SkipSw, 1);
+    let config = TcFlowerConfig { percpu_stats: true, ..TcFlowerConfig::default() };
+    let netdev = netdev("p0", HwFlags::SkipSw);
+    let port = TcFlowerClass::new(config).bind(&netdev, instance(1)).unwrap();
     let macs = format!("pedit ex munge eth dst set {NEXT_HOP} munge eth src set {ROUTER}");
+    // Nothing of such a rule runs in software: its actions have no counters per processor, asked for or not.
     let to = "no_percpu action mirred egress redirect dev p1 no_percpu";
     for (arrival, departure, matches, actions) in [
         (

@@ -153,6 +153,17 @@ fn netfilter_handshakes_are_no_sights() {
     drop((c, s));
 }
 
+/// None: they are taken away.
+fn set_ip_options(socket: &UdpSocket, options: &[u8]) {
+    let fd = socket.as_fd().as_raw_fd();
+    let len = libc::socklen_t::try_from(options.len()).unwrap();
+    // SAFETY: the pointer and the length are those of a slice that lives through the call.
+    let set = unsafe {
+        libc::setsockopt(fd, libc::IPPROTO_IP, libc::IP_OPTIONS, options.as_ptr().cast(), len)
+    };
+    assert_eq!(set, 0);
+}
+
 #[test]
 fn netfilter_packets_with_options_are_no_sights() {
     let r = Router::new();
@@ -162,22 +173,12 @@ fn netfilter_packets_with_options_are_no_sights() {
     let server = r.hosts[1].call(|| UdpSocket::bind("10.0.1.2:0").unwrap());
     client.connect(server.local_addr().unwrap()).unwrap();
     // Four no-operation options.
-    // SAFETY: a pointer to four bytes and their length.
-    let set = unsafe {
-        let fd = client.as_fd().as_raw_fd();
-        libc::setsockopt(fd, libc::IPPROTO_IP, libc::IP_OPTIONS, [1u8; 4].as_ptr().cast(), 4)
-    };
-    assert_eq!(set, 0);
+    set_ip_options(&client, &[1; 4]);
     for _ in 0..5 {
         client.send(b"x").unwrap();
     }
     assert_eq!(sights(&mut log), []);
-    // SAFETY: no bytes: the options are taken away.
-    let unset = unsafe {
-        let fd = client.as_fd().as_raw_fd();
-        libc::setsockopt(fd, libc::IPPROTO_IP, libc::IP_OPTIONS, [1u8; 4].as_ptr().cast(), 0)
-    };
-    assert_eq!(unset, 0);
+    set_ip_options(&client, &[]);
     for _ in 0..5 {
         client.send(b"x").unwrap();
     }
