@@ -103,12 +103,12 @@
 
 pub use netdev_providers as providers;
 
-#[cfg(not(ctoffload_loom))]
+#[cfg(not(any(ctoffload_loom, ctoffload_engine)))]
 pub mod cli;
-#[cfg(not(ctoffload_loom))]
+#[cfg(not(any(ctoffload_loom, ctoffload_engine)))]
 pub mod control;
-#[cfg(not(ctoffload_loom))]
+#[cfg(not(any(ctoffload_loom, ctoffload_engine)))]
 pub mod daemon;
-#[cfg(not(ctoffload_loom))]
+#[cfg(not(any(ctoffload_loom, ctoffload_engine)))]
 pub mod datapath;
 pub mod engine;
