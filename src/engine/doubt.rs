@@ -196,4 +196,37 @@ mod tests {
         }
         assert_eq!(pauses, [100, 3_000, 60_000, 600_000, 600_000]);
     }
+
+    fn sight(n: u64) -> Sight {
+        let known = crate::engine::conn::tests::conn();
+        let conn = ConnHandle::new(*known.key(), *known.reply(), Epoch(n), n, 0);
+        let generation = Generation::new(1).unwrap();
+        let ifindex = netdev_providers::Ifindex::new(1).unwrap();
+        Sight { ifindex, generation, conn, direction: Direction::Original }
+    }
+
+    #[test]
+    fn what_was_found_without_effect_is_remembered_until_it_works_or_ends() {
+        let mut doubts = Doubts::default();
+        let (open, found, works) = (sight(1), sight(2), sight(3));
+        for (sight, seen) in [(&open, 0), (&found, 0), (&found, 3), (&works, 0), (&works, 3)] {
+            doubts.look(sight, seen, 1);
+        }
+        doubts.settle(1);
+        assert_eq!(doubts.0.len(), 3, "this sweep has looked at all of them");
+        doubts.settle(2);
+        assert_eq!(doubts.0.len(), 2, "the next one not: it has only the ones that were found");
+        let again = Finding::NoEffect { packets: 3, before: 1 };
+        assert_eq!(
+            (doubts.look(&found, 10, 3), doubts.look(&found, 13, 3)),
+            (Finding::Open, again)
+        );
+        doubts.dispel(works.generation, &works.conn, Direction::Original);
+        let anew = Finding::NoEffect { packets: 3, before: 0 };
+        assert_eq!((doubts.look(&works, 10, 3), doubts.look(&works, 13, 3)), (Finding::Open, anew));
+        assert!(found.conn.end());
+        doubts.settle(4);
+        let left: Vec<_> = doubts.0.keys().map(|(_, epoch, _)| *epoch).collect();
+        assert_eq!(left, [works.conn.epoch()], "nobody waits for one that has ended");
+    }
 }

@@ -397,6 +397,9 @@ impl SlotWord {
 }
 
 #[cfg(test)]
+mod transitions;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

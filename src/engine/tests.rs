@@ -2,11 +2,15 @@
 
 mod binding;
 mod capacity;
+mod edges;
 mod faults;
 mod model;
+mod parts;
+mod places;
 mod reconcile;
 mod rejections;
 mod removal;
+mod sweeps;
 mod usage;
 
 use std::sync::Mutex as StdMutex;

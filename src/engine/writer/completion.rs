@@ -240,4 +240,10 @@ mod tests {
             assert!(different.len() > 10, "no jitter: {different:?}");
         }
     }
+
+    #[test]
+    fn the_pause_is_spread_over_a_quarter_of_itself() {
+        let pauses: std::collections::BTreeSet<u64> = (0..3000).map(|_| backoff_ms(1)).collect();
+        assert_eq!((pauses.first(), pauses.last()), (Some(&100), Some(&125)));
+    }
 }

@@ -1,0 +1,157 @@
+//! What comes late, twice, out of order, or to somebody else.
+
+use std::sync::Arc;
+
+use netdev_providers::{BindError, Provider, ProviderClass};
+
+use super::*;
+
+/// A class that declines every netdev, and remembers which it was asked to clear.
+#[derive(Default)]
+struct Clearing {
+    asked: StdMutex<Vec<Ifindex>>,
+    fails: bool,
+}
+
+impl ProviderClass for Clearing {
+    fn name(&self) -> &'static str {
+        if self.fails { "failing" } else { "clearing" }
+    }
+    fn bind(&self, _: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        Err(BindError::Declined("none of mine".to_owned()))
+    }
+    fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
+        self.asked.lock().unwrap().push(ifindex);
+        if self.fails { Err(Fault::new("no such netdev")) } else { Ok(3) }
+    }
+}
+
+#[test]
+fn what_dead_engines_left_on_a_netdev_that_is_no_port_is_cleared_by_every_class() {
+    let failing = Arc::new(Clearing { fails: true, ..Clearing::default() });
+    let clearing = Arc::new(Clearing::default());
+    let b = Bench::new(&[]);
+    b.engine.register(Arc::clone(&failing) as Arc<dyn ProviderClass>).unwrap();
+    b.engine.register(Arc::clone(&clearing) as Arc<dyn ProviderClass>).unwrap();
+    b.engine.clear_leftovers(ifindex(7));
+    // On a port that is done by its own thread, and looked at rule by rule.
+    b.port(8);
+    b.engine.clear_leftovers(ifindex(8));
+    for class in [&failing, &clearing] {
+        assert_eq!(*class.asked.lock().unwrap(), [ifindex(7)]);
+    }
+}
+
+#[test]
+fn the_pause_that_ends_first_ends_first_whichever_began_first() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let [early, late] = [1, 2].map(|n| b.conn(n));
+    let refused = |conn: &ConnHandle| {
+        dummy.fail_next(1, Reason::Busy);
+        assert_eq!(b.offer(1, conn, Original), Offer::Queued);
+        b.settle();
+        b.engine.slots(conn)[0].retry_in_ms.unwrap()
+    };
+    // The third refusal of one, with a pause of 400 ms at least; then the first one of another.
+    for _ in 0..2 {
+        b.clock.fetch_add(refused(&early) + 1, Ordering::SeqCst);
+        b.settle();
+        wait_for(|| b.rearmed() == [(ifindex(1), 1, Original)]);
+    }
+    assert!(refused(&early) >= 400);
+    let soon = refused(&late);
+    assert!((100..=125).contains(&soon), "{soon}");
+    b.clock.fetch_add(soon - 1, Ordering::SeqCst);
+    b.settle();
+    assert_eq!(b.rearmed(), [], "not before its time");
+    b.clock.fetch_add(1, Ordering::SeqCst);
+    b.settle();
+    wait_for(|| b.rearmed() == [(ifindex(1), 2, Original)]);
+    assert_eq!(b.state(1, &early, Original), Some(SlotState::Rejected));
+    b.clock.fetch_add(500, Ordering::SeqCst);
+    b.settle();
+    wait_for(|| b.rearmed() == [(ifindex(1), 1, Original)]);
+}
+
+#[test]
+fn a_flush_of_one_port_by_zone_or_tuple_leaves_the_other_ports_alone() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.port(2);
+    let (one, two) = (b.conn(1), b.conn(2));
+    for n in [1, 2] {
+        b.install(n, &one, Original);
+        b.install(n, &two, Original);
+    }
+    let reply = Some(*one.reply());
+    let filter = FlushFilter { port: Some(ifindex(2)), tuple: reply, ..Default::default() };
+    let flushed = b.engine.flush(&filter).unwrap();
+    let counts: Vec<_> = flushed.iter().map(|(n, count)| (n.ifindex, *count)).collect();
+    assert_eq!(counts, [(ifindex(2), 1)], "a tuple is that of either direction");
+    assert_eq!(dummy.rules(ifindex(1)).len(), 2);
+    assert_eq!(b.state(2, &two, Original), Some(SlotState::Installed));
+    let other = FlushFilter { zone: Some(Zone(3)), tuple: reply, ..Default::default() };
+    assert!(b.engine.flush(&other).unwrap().is_empty());
+    let zone = FlushFilter { zone: Some(Zone(0)), ..Default::default() };
+    let counts: Vec<_> = b.engine.flush(&zone).unwrap().iter().map(|(_, n)| *n).collect();
+    assert_eq!(counts, [2, 1]);
+}
+
+#[test]
+fn a_retraction_takes_what_leads_there_and_nothing_else_and_says_how_many() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.port(2);
+    let conns: Vec<_> = (1..=5).map(|n| b.conn(n)).collect();
+    for (n, conn) in conns.iter().enumerate() {
+        *b.datapath.egress.lock().unwrap() = Some(ifindex(if n < 3 { 50 } else { 51 }));
+        b.install(1, conn, Original);
+        b.install(2, conn, Reply);
+    }
+    assert_eq!(b.engine.retract_egress(ifindex(52)), 0);
+    assert_eq!(b.engine.retract_egress(ifindex(50)), 6);
+    assert_eq!((dummy.rules(ifindex(1)).len(), dummy.rules(ifindex(2)).len()), (2, 2));
+    b.settle();
+    assert_eq!(b.rearmed().len(), 6);
+    // What is in flight counts too: it goes as soon as it is there.
+    dummy.set_latency(Some(Duration::MAX));
+    *b.datapath.egress.lock().unwrap() = Some(ifindex(50));
+    assert_eq!(b.offer(1, &conns[0], Original), Offer::Queued);
+    b.drained(&dummy, 1);
+    let retract = std::thread::spawn({
+        let engine = b.engine.clone();
+        move || engine.retract_egress(ifindex(50))
+    });
+    let slot = conns[0].slot(b.engine.ports()[0].netdev.generation, Original).unwrap();
+    wait_for(|| slot.word.load().is_cancelled());
+    dummy.set_latency(None);
+    dummy.release_pending();
+    assert_eq!(retract.join().unwrap(), 1);
+    wait_for(|| dummy.rules(ifindex(1)).len() == 2);
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
+fn a_connection_whose_slots_are_all_taken_is_offered_on_no_further_port() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let conn = b.conn(1);
+    for n in 1..=17 {
+        b.port(n);
+    }
+    for n in 1..=16 {
+        b.install(n, &conn, Original);
+        let worker = b.engine.worker();
+        assert!(worker.port(ifindex(n)).unwrap().is_decided(&conn, Original));
+        assert!(!worker.port(ifindex(n)).unwrap().is_decided(&conn, Reply));
+    }
+    assert_eq!(b.offer(17, &conn, Original), Offer::Refused(Reason::TooManyPorts));
+    let ports = b.engine.ports();
+    assert_eq!(ports[16].reasons, [(Reason::TooManyPorts, 1)]);
+    assert_eq!(ports[16].sights, 0);
+    b.install(17, &conn, Reply);
+}

@@ -1,0 +1,357 @@
+//! The small parts by themselves: keys, moments, shapes, tables, what is shown of them.
+
+use std::hash::{Hash, Hasher};
+
+use netdev_providers::{Above, Epoch, Flow, FlowMatch, L4Proto, VlanId};
+
+use super::*;
+use crate::engine::conn::Moment;
+use crate::engine::datapath::{NoDatapath, SlotChange};
+use crate::engine::latency::OpKind;
+use crate::engine::port::{Held, PortCounters, Shape};
+
+/// A hasher that keeps what it is given.
+#[derive(Default)]
+struct Words(Vec<u128>);
+
+impl Hasher for Words {
+    fn finish(&self) -> u64 {
+        0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        panic!("word by word, not {bytes:?}");
+    }
+    fn write_u32(&mut self, n: u32) {
+        self.0.push(n.into());
+    }
+    fn write_u64(&mut self, n: u64) {
+        self.0.push(n.into());
+    }
+    fn write_u128(&mut self, n: u128) {
+        self.0.push(n);
+    }
+}
+
+fn words(zone: u16, tuple: &str) -> Vec<u128> {
+    let mut words = Words::default();
+    ConnKey { zone: Zone(zone), original: tuple.parse().unwrap() }.hash(&mut words);
+    words.0
+}
+
+#[test]
+fn a_key_is_hashed_whole_and_in_two_words_for_ipv4() {
+    let v4 = words(0x1234, "udp 192.0.2.1:22136 > 198.51.100.2:39612");
+    assert_eq!(v4, [0x1234_0011_5678_9abc, 0xc000_0201_c633_6402]);
+    let v6 = words(0x1234, "udp [2001:db8::1]:22136 > [2001:db8::2]:39612");
+    let addresses = [0x2001_0db8 << 96 | 1, 0x2001_0db8 << 96 | 2];
+    assert_eq!(v6, [0x1234_0011_5678_9abc, addresses[0], addresses[1]]);
+}
+
+#[test]
+fn a_moment_is_the_one_it_was_made_for() {
+    assert_eq!(Moment::default().ms(), None);
+    assert_eq!([0, 1, 7].map(|ms| Moment::at(ms).ms()), [Some(0), Some(1), Some(7)]);
+    assert_eq!(Moment::at(u64::MAX).ms(), Some(u64::MAX - 1), "the end of time is early");
+}
+
+#[test]
+fn a_connection_tells_who_it_is_and_since_when() {
+    let b = Bench::new(&[]);
+    b.clock.store(4711, Ordering::SeqCst);
+    let conn = b.conn(7);
+    assert_eq!(conn.created_ms(), 4711);
+    assert_eq!((conn.tag(), conn.epoch()), (7, Epoch(1)));
+    let who = "tcp 192.0.2.8:7 > 198.51.100.1:80 (zone 0, epoch 1)";
+    assert_eq!(conn.to_string(), who);
+    assert_eq!(format!("{conn:?}"), format!("ConnHandle({who})"));
+    let other = b.conn(8);
+    assert!(conn.is_same(&conn.clone()) && !conn.is_same(&other));
+    assert_eq!(b.engine.conn_count(), 2);
+    assert_eq!(b.engine.conns().len(), 2);
+    b.engine.conn_del(&conn);
+    assert_eq!(b.engine.conn_count(), 1);
+    assert!(b.engine.conn(conn.key()).is_none());
+    assert!(b.engine.conn(other.key()).is_some_and(|c| c.is_same(&other)));
+}
+
+#[test]
+fn the_engine_tells_whose_rules_are_its_own() {
+    let b = Bench::new(&[]);
+    assert_eq!(b.engine.instance(), Instance(NonZeroU32::new(7).unwrap()));
+    assert!(format!("{:?}", b.engine).contains("Instance(7)"), "{:?}", b.engine);
+    b.clock.store(12, Ordering::SeqCst);
+    assert_eq!(b.engine.now_ms(), 12);
+    let system = Clock::default();
+    std::thread::sleep(Duration::from_millis(5));
+    let now = system.now_ms();
+    assert!((5..60_000).contains(&now), "milliseconds since it was made: {now}");
+}
+
+#[test]
+fn as_many_connections_are_kept_as_may_be() {
+    let b = Bench::with_limits(&[], Limits { connections: 2, ..Limits::default() });
+    let (one, _two) = (b.conn(1), b.conn(2));
+    let original: Tuple = "tcp 192.0.2.99:9 > 198.51.100.1:80".parse().unwrap();
+    let key = ConnKey { zone: Zone(0), original };
+    assert!(b.engine.conn_create(key, original.inverted(), 3).is_none());
+    assert_eq!(b.engine.conn_count(), 2, "what was not made is not counted");
+    assert!(b.engine.conn_create(*one.key(), *one.reply(), 1).is_some_and(|c| c.is_same(&one)));
+    b.engine.conn_del(&one);
+    assert!(b.engine.conn_create(key, original.inverted(), 3).is_some());
+}
+
+#[test]
+fn traffic_of_a_backend_that_counts_packets_or_bytes_only_is_kept_too() {
+    let conn = Bench::new(&[]).conn(1);
+    conn.past_traffic(5, 0);
+    conn.past_traffic(0, 70);
+    conn.past_traffic(0, 0);
+    assert_eq!((conn.traffic().packets, conn.traffic().bytes), (5, 70));
+}
+
+#[test]
+fn a_datapath_that_promises_nothing_is_asked_and_told_nothing() {
+    let conn = Bench::new(&[]).conn(1);
+    let (ifindex, generation) = (ifindex(1), Generation::new(1).unwrap());
+    let sight = Sight { ifindex, generation, conn: conn.clone(), direction: Original };
+    let sights = [sight.clone(), sight];
+    assert_eq!(NoDatapath.prepare(&sights), [Ok(()), Ok(())]);
+    assert_eq!(NoDatapath.forwarded_itself(&sights), [None, None]);
+    let refused = NoDatapath.resolve(&sights[0], &PathHint::default()).unwrap_err();
+    assert_eq!(refused.reason, Reason::NoRoute);
+    let netdev =
+        Netdev { ifindex, generation, name: "p1".to_owned(), hw_flags: HwFlags::default() };
+    let cookie = Cookie {
+        instance: Instance(NonZeroU32::new(1).unwrap()),
+        epoch: Epoch(1),
+        direction: Original,
+    };
+    let leftover = Leftover {
+        rule: netdev_providers::RuleId(1),
+        cookie,
+        tuple: None,
+        counters: netdev_providers::Counters::default(),
+    };
+    let found = NoDatapath.recognise(&netdev, &[leftover.clone(), leftover], &|_, _, _| None);
+    assert!(found.len() == 2 && found.iter().all(Option::is_none));
+    NoDatapath.slot_changed(&netdev, &conn, Original, SlotChange::Installed);
+}
+
+fn flow() -> Flow {
+    let tuple: Tuple = "tcp 192.0.2.1:1000 > 198.51.100.2:80".parse().unwrap();
+    Flow {
+        zone: Zone(0),
+        direction: Original,
+        ingress_mtu: 1500,
+        matches: FlowMatch { eth_dst: None, vlan: None, tuple },
+        forward: Forward { egress: ifindex(2), vlan: None, mtu: 1500, tuple, macs: None },
+        above: Above::default(),
+    }
+}
+
+/// What a backend does not take in one shape it may take in another: each part of a shape counts, and
+/// addresses and ports do not.
+#[test]
+fn shapes_differ_by_what_a_backend_has_to_do() {
+    let tuple = |s: &str| s.parse::<Tuple>().unwrap();
+    let mut shapes = std::collections::HashSet::from([Shape::of(&flow())]);
+    let mut other = |change: &dyn Fn(&mut Flow)| {
+        let mut flow = flow();
+        change(&mut flow);
+        assert!(shapes.insert(Shape::of(&flow)), "the same shape as before: {flow:?}");
+    };
+    other(&|f| f.forward.tuple = tuple("tcp 203.0.113.1:1000 > 198.51.100.2:80"));
+    other(&|f| f.forward.tuple = tuple("tcp 192.0.2.1:1000 > 203.0.113.1:80"));
+    other(&|f| f.forward.tuple = tuple("tcp 192.0.2.1:1001 > 198.51.100.2:80"));
+    other(&|f| {
+        f.matches.tuple = tuple("udp 192.0.2.1:1000 > 198.51.100.2:80");
+        f.forward.tuple = f.matches.tuple;
+    });
+    other(&|f| {
+        f.matches.tuple = tuple("tcp [2001:db8::1]:1000 > [2001:db8::2]:80");
+        f.forward.tuple = f.matches.tuple;
+    });
+    other(&|f| f.matches.vlan = Some(VlanId::MIN));
+    other(&|f| f.forward.vlan = Some(VlanId::MIN));
+    other(&|f| f.forward.macs = Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }));
+    other(&|f| f.forward.egress = ifindex(3));
+    let mut elsewhere = flow();
+    elsewhere.matches.tuple = tuple("tcp 192.0.2.77:7 > 198.51.100.77:77");
+    elsewhere.forward.tuple = elsewhere.matches.tuple;
+    assert!(!shapes.insert(Shape::of(&elsewhere)));
+    assert_eq!(L4Proto::from_number(6), Some(L4Proto::Tcp));
+}
+
+#[test]
+fn a_port_finds_what_it_holds_by_connection_and_by_egress_in_each_direction() {
+    let b = Bench::new(&[]);
+    let (one, two) = (b.conn(1), b.conn(2));
+    let mut held = Held::default();
+    assert!(held.is_empty());
+    for (conn, d) in [(&one, Original), (&one, Reply), (&two, Reply)] {
+        held.insert(conn.clone(), d);
+    }
+    held.set_egress(&one, Original, ifindex(7));
+    held.set_egress(&one, Reply, ifindex(8));
+    held.set_egress(&two, Reply, ifindex(8));
+    let named = |all: Vec<(ConnHandle, Direction)>| {
+        let mut named: Vec<_> = all.iter().map(|(c, d)| (c.tag(), *d)).collect();
+        named.sort_unstable();
+        named
+    };
+    assert_eq!(named(held.all()), [(1, Original), (1, Reply), (2, Reply)]);
+    assert_eq!(named(held.towards(ifindex(7))), [(1, Original)]);
+    assert_eq!(named(held.towards(ifindex(8))), [(1, Reply), (2, Reply)]);
+    assert!(held.towards(ifindex(9)).is_empty());
+    assert!(held.get(two.epoch(), Reply).is_some_and(|c| c.is_same(&two)));
+    assert!(held.get(two.epoch(), Original).is_none());
+    held.remove(&one, Reply, Some(ifindex(8)));
+    assert_eq!(named(held.towards(ifindex(8))), [(2, Reply)]);
+    held.remove(&two, Reply, Some(ifindex(8)));
+    assert!(held.towards(ifindex(8)).is_empty() && !held.is_empty());
+    assert_eq!(named(held.take_all()), [(1, Original)]);
+    assert!(held.is_empty() && held.towards(ifindex(7)).is_empty());
+}
+
+#[test]
+fn refusals_are_counted_by_their_reason() {
+    let counters = PortCounters::default();
+    assert!(counters.reasons().is_empty());
+    counters.count(Reason::Busy);
+    counters.count(Reason::NoEffect);
+    counters.count(Reason::Busy);
+    assert_eq!(counters.reasons(), [(Reason::Busy, 2), (Reason::NoEffect, 1)]);
+    counters.past(3, 300);
+    counters.past(1, 100);
+    let past = (&counters.past_packets, &counters.past_bytes);
+    assert_eq!((past.0.load(Ordering::SeqCst), past.1.load(Ordering::SeqCst)), (4, 400));
+    assert!(format!("{counters:?}").contains("ReasonCounters"));
+}
+
+#[test]
+fn adds_and_deletes_are_timed_and_an_adoption_is_an_add() {
+    let b = Bench::new(&[]);
+    let (cookie, flow) = (b.engine.0.cookie(&b.conn(1), Original), Box::new(flow()));
+    let rule = netdev_providers::RuleId(1);
+    let add = Request::Add { cookie, flow: flow.clone() };
+    let adopt = Request::Adopt { found: rule, cookie, flow };
+    assert_eq!([add, adopt].map(|r| OpKind::of(&r)), [Some(OpKind::Add), Some(OpKind::Add)]);
+    assert_eq!(OpKind::of(&Request::Delete { rule, cookie }), Some(OpKind::Delete));
+    assert_eq!(OpKind::of(&Request::Established { rule, cookie }), None);
+    assert_eq!(OpKind::ALL.map(OpKind::name), ["add", "delete"]);
+}
+
+#[test]
+fn ports_are_found_and_listed_by_ifindex_whatever_order_they_came_in() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let generations = [5, 1, 9, 3].map(|n| (n, b.port(n)));
+    let listed: Vec<_> = b.engine.ports().iter().map(|p| p.netdev.ifindex.get()).collect();
+    assert_eq!(listed, [1, 3, 5, 9]);
+    let table = b.engine.0.publication.table();
+    for (n, generation) in generations {
+        let (netdev, class) = b.engine.port(ifindex(n)).unwrap();
+        assert_eq!(
+            (netdev.name, netdev.generation, class),
+            (format!("p{n}"), generation, Some("dummy"))
+        );
+        assert_eq!(table.by_generation(generation).unwrap().ifindex(), ifindex(n));
+        let shown = format!("{:?}", table.get(ifindex(n)).unwrap());
+        assert!(shown.starts_with(&format!("Port(p{n} ")), "{shown}");
+    }
+    assert!(b.engine.port(ifindex(2)).is_none());
+    assert_eq!(b.engine.classes(), [("dummy", 4)]);
+    b.engine.port_del(ifindex(5)).unwrap();
+    let listed: Vec<_> = b.engine.ports().iter().map(|p| p.netdev.ifindex.get()).collect();
+    assert_eq!(listed, [1, 3, 9]);
+    assert_eq!(b.engine.classes(), [("dummy", 3)]);
+}
+
+#[test]
+fn a_port_counts_its_slots_by_state_and_what_is_in_hardware() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let [one, two, gone] = [1, 2, 3].map(|n| b.conn(n));
+    for conn in [&one, &two, &gone] {
+        b.install(1, conn, Original);
+    }
+    dummy.refuse_shapes(Some(Reason::MtuMismatch.into()));
+    let refused = [4, 5].map(|n| b.conn(n));
+    for conn in &refused {
+        assert_eq!(b.offer(1, conn, Reply), Offer::Queued);
+    }
+    b.settle();
+    dummy.refuse_shapes(None);
+    dummy.set_latency(Some(Duration::MAX));
+    b.engine.conn_del(&gone);
+    assert_eq!(b.offer(1, &b.conn(6), Original), Offer::Queued);
+    b.drained(&dummy, 2);
+    let slots = b.engine.ports()[0].slots;
+    assert_eq!((slots.pending, slots.installed, slots.deleting, slots.rejected), (1, 2, 1, 2));
+    dummy.set_latency(None);
+    dummy.release_pending();
+    b.settle();
+    let port = &b.engine.ports()[0];
+    let slots = &port.slots;
+    assert_eq!((slots.pending, slots.installed, slots.deleting, slots.rejected), (0, 3, 0, 2));
+    assert_eq!((port.sights, port.adds, port.deletes), (6, 4, 1));
+    assert!(b.engine.is_installed(&one, Original, port.netdev.generation));
+    assert!(!b.engine.is_installed(&one, Reply, port.netdev.generation));
+    assert!(!b.engine.is_installed(&refused[0], Reply, port.netdev.generation));
+}
+
+#[test]
+fn a_port_is_empty_when_nothing_is_held_queued_or_with_the_provider_and_nothing_is_wrong() {
+    let b = Bench::new(&[]);
+    let providers = Some(vec![NO_PROVIDER.to_owned()]);
+    b.engine.port_add(NewPort { providers, ..new_port(1) }).unwrap();
+    let table = b.engine.0.publication.table();
+    // No thread of its own: what is queued stays there.
+    let port = table.get(ifindex(1)).unwrap();
+    assert!(port.is_empty());
+    port.in_flight.store(1, Ordering::SeqCst);
+    assert!(!port.is_empty());
+    port.in_flight.store(0, Ordering::SeqCst);
+    let conn = b.conn(1);
+    port.held().insert(conn.clone(), Original);
+    assert!(!port.is_empty());
+    port.held().remove(&conn, Original, None);
+    assert!(port.is_empty());
+    port.set_fault("it hangs".to_owned());
+    assert!(!port.is_empty(), "nobody knows what it has");
+    let another =
+        b.engine.port_add(NewPort { providers: Some(vec![NO_PROVIDER.to_owned()]), ..new_port(2) });
+    another.unwrap();
+    let table = b.engine.0.publication.table();
+    let port = table.get(ifindex(2)).unwrap();
+    port.queue.push(Command::Repair);
+    assert!(!port.is_empty());
+    port.queue.pop();
+    assert!(!port.is_empty(), "taken, and not carried out yet");
+    port.queue.finished(1);
+    assert!(port.is_empty());
+}
+
+#[test]
+fn what_took_longer_is_in_a_later_bucket_and_each_is_twice_the_one_before() {
+    let latencies = crate::engine::latency::Latencies::default();
+    let us = Duration::from_micros;
+    let took = [Duration::from_nanos(999), us(1), us(2), us(3), us(4), us(1 << 21), us(1 << 22)];
+    for took in took.into_iter().chain([Duration::MAX]) {
+        latencies.record(OpKind::Delete, took);
+    }
+    let buckets: Vec<_> = latencies.buckets().iter().map(|b| (b.op, b.below_us, b.count)).collect();
+    let delete = |below_us, count| (OpKind::Delete, below_us, count);
+    assert_eq!(
+        buckets,
+        [
+            delete(1, 1),
+            delete(2, 1),
+            delete(4, 2),
+            delete(8, 1),
+            delete(1 << 22, 1),
+            delete(u64::MAX, 2)
+        ]
+    );
+}
