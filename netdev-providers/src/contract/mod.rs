@@ -11,3 +11,6 @@ pub mod operation;
 pub mod provider;
 pub mod reason;
 pub mod types;
+
+#[cfg(test)]
+mod tests;
