@@ -515,7 +515,7 @@ static int simnic_validate(struct nlattr *tb[], struct nlattr *data[],
 static struct rtnl_link_ops simnic_link_ops;
 
 /* The wire's end: named and placed by attribute "peer", as veth's; else after its port. */
-static struct net_device *simnic_wire_create(struct net *src_net, struct net_device *port_dev,
+static struct net_device *simnic_wire_create(struct net *peer_net, struct net_device *port_dev,
 					     struct nlattr *data[], struct netlink_ext_ack *extack)
 {
 	struct nlattr *tb[IFLA_MAX + 1] = {};
@@ -539,7 +539,7 @@ static struct net_device *simnic_wire_create(struct net *src_net, struct net_dev
 	else
 		snprintf(name, IFNAMSIZ, "%.*sw", IFNAMSIZ - 2, port_dev->name);
 
-	net = rtnl_link_get_net(src_net, tb);
+	net = simnic_compat_get_peer_net(peer_net, tb);
 	if (IS_ERR(net))
 		return ERR_CAST(net);
 	dev = rtnl_create_link(net, name, tb[IFLA_IFNAME] ? NET_NAME_USER : NET_NAME_ENUM,
@@ -573,8 +573,8 @@ out:
 	return dev;
 }
 
-static int simnic_newlink(struct net *src_net, struct net_device *dev, struct nlattr *tb[],
-			  struct nlattr *data[], struct netlink_ext_ack *extack)
+static int simnic_create(struct net *peer_net, struct net_device *dev, struct nlattr *tb[],
+			 struct nlattr *data[], struct netlink_ext_ack *extack)
 {
 	struct simnic_port *port = netdev_priv(dev);
 	struct net_device *wire_dev;
@@ -588,7 +588,7 @@ static int simnic_newlink(struct net *src_net, struct net_device *dev, struct nl
 	if (!tb[IFLA_ADDRESS])
 		eth_hw_addr_random(dev);
 
-	wire_dev = simnic_wire_create(src_net, dev, data, extack);
+	wire_dev = simnic_wire_create(peer_net, dev, data, extack);
 	if (IS_ERR(wire_dev))
 		return PTR_ERR(wire_dev);
 	err = register_netdevice(dev);
@@ -604,6 +604,8 @@ static int simnic_newlink(struct net *src_net, struct net_device *dev, struct nl
 	simnic_debugfs_port_add(port);
 	return 0;
 }
+
+SIMNIC_COMPAT_NEWLINK(simnic_newlink, simnic_create)
 
 /* Either end takes the other along. The core waits for frames on their way before it goes on. */
 static void simnic_dellink(struct net_device *dev, struct list_head *head)
@@ -646,6 +648,7 @@ static struct rtnl_link_ops simnic_link_ops = {
 	.setup		= simnic_setup,
 	.validate	= simnic_validate,
 	.newlink	= simnic_newlink,
+	SIMNIC_COMPAT_PEER_TYPE
 	.dellink	= simnic_dellink,
 	.policy		= simnic_policy,
 	.maxtype	= VETH_INFO_MAX,

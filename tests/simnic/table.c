@@ -306,7 +306,7 @@ void simnic_table_destroy(struct simnic_port *port, struct simnic_table *table)
 
 int simnic_tables_init(void)
 {
-	simnic_free_wq = alloc_workqueue("simnic_free", 0, 0);
+	simnic_free_wq = alloc_workqueue("simnic_free", WQ_UNBOUND, 0);
 	return simnic_free_wq ? 0 : -ENOMEM;
 }
 
