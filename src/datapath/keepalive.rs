@@ -20,7 +20,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use netdev_providers::L4Proto;
+use netdev_providers::{Ifindex, L4Proto, MacAddr};
 use nix::errno::Errno;
 
 use super::TICK;
@@ -209,7 +209,8 @@ impl Keeper {
             return;
         }
         let since_last = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
-        let mut seen = HashSet::new();
+        let (links, fdb) = (self.backend.links(), self.backend.fdb());
+        let mut seen: HashMap<Ifindex, HashSet<(Ifindex, MacAddr)>> = HashMap::new();
         for conn in used {
             for slot in self.engine.slots(conn) {
                 let Some(path) = slot.path.filter(|p| p.bridged) else { continue };
@@ -223,20 +224,15 @@ impl Keeper {
                     continue;
                 }
                 let port = path.iif.unwrap_or(slot.netdev.ifindex);
-                if let Some(from) = self.backend.bridged_from(conn, &slot) {
-                    seen.insert((port, from));
+                let Some(from) = self.backend.bridged_from(conn, &slot) else { continue };
+                let Some((_, bridge)) = bridged::port_of(links, port) else { continue };
+                if fdb.get(bridge.ifindex, from) == Some(Behind::Port(port)) {
+                    seen.entry(bridge.ifindex).or_default().insert((port, from));
                 }
             }
         }
-        if seen.is_empty() {
-            return;
-        }
-        let (links, fdb) = (self.backend.links(), self.backend.fdb());
-        seen.retain(|(port, mac)| {
-            let bridge = bridged::port_of(links, *port).map(|(_, bridge)| bridge.ifindex);
-            bridge.is_some_and(|b| fdb.get(b, *mac) == Some(Behind::Port(*port)))
-        });
-        self.backend.resolver().keep_learnt(seen);
+        let seen = seen.into_iter().map(|(bridge, of)| (bridge, of.into_iter().collect()));
+        self.backend.resolver().keep_learnt(&seen.collect());
     }
 }
 

@@ -22,7 +22,9 @@ use crate::wait::{PATIENCE, wait_until};
 
 mod admission;
 mod bridge;
+mod names;
 mod nat;
+mod neighbours;
 mod stack;
 
 /// A router with netdevs `lan` and `wan`, and a host behind each.

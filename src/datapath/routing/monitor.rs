@@ -24,6 +24,7 @@ use tokio::sync::oneshot;
 use super::fdb::Behind;
 use super::links::{BridgePort, Link};
 use super::nexthops::NexthopEvents;
+use super::tolerant::Tolerant;
 
 /// Something changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,16 +96,17 @@ enum Ended {
 /// Events during the dump queue up in the same socket, so nothing is missed between the two.
 async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
     const RCVBUF: usize = 4 << 20;
-    let (mut connection, handle, mut messages) = rtnetlink::new_multicast_connection(&[
-        MulticastGroup::Link,
-        MulticastGroup::Neigh,
-        MulticastGroup::Ipv4Route,
-        MulticastGroup::Ipv6Route,
-        MulticastGroup::Ipv4Rule,
-        MulticastGroup::Ipv6Rule,
-        MulticastGroup::Ipv4Ifaddr,
-        MulticastGroup::Ipv6Ifaddr,
-    ])?;
+    let (mut connection, handle, mut messages) =
+        rtnetlink::new_multicast_connection_with_socket::<Tolerant>(&[
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Rule,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+        ])?;
     let nexthops = NexthopEvents::open()?;
     for socket in [connection.socket_mut().socket_ref(), nexthops.socket()] {
         // The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
@@ -272,7 +274,7 @@ fn neighbour(m: &NeighbourMessage, gone: bool) -> Option<NetEvent> {
 }
 
 /// The MAC address of a neighbour that packets may be sent to (`NUD_VALID`).
-pub(super) fn usable_mac(m: &NeighbourMessage) -> Option<MacAddr> {
+fn usable_mac(m: &NeighbourMessage) -> Option<MacAddr> {
     let valid = matches!(
         m.header.state,
         NeighbourState::Reachable

@@ -2,16 +2,16 @@
 //! that its own routing decision was made with, so that policy routing, VRF-free multipath and
 //! route exceptions are answered as they are applied.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
-use netdev_providers::netlink::socket::{ACK, CREATE, REQUEST};
+use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::wire::{Message, Received};
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use netdev_providers::{Forward, Ifindex, MacAddr, MacRewrite, Reason, Rejection};
 use netlink_packet_core::{Emitable, Parseable};
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia,
 };
@@ -19,17 +19,12 @@ use netlink_packet_route::route::{
 use super::bridged;
 use super::fdb::Fdb;
 use super::links::{Layer, Links};
-use super::monitor::usable_mac;
+use super::neighbour;
 use super::stack::{Frames, Stack, descend};
 use crate::engine::datapath::{Path, PathHint, Sight};
 
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
-const RTM_NEWNEIGH: u16 = 28;
-const RTM_GETNEIGH: u16 = 30;
-/// `NTF_USE`: treat the neighbour as used, so that it is probed and kept; a bridge's entry as seen
-/// (linux/neighbour.h).
-const NTF_USE: u8 = 1;
 
 /// What a route look-up answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +118,8 @@ impl PathResolver {
         let oif = route.egress;
         // What cannot be followed whoever the neighbour is, is told before he is asked for.
         let next_hop = route.gateway.unwrap_or(leaving.dst());
-        let neighbour = look_up_neighbour(&mut socket, oif, next_hop)?;
+        let neighbour = neighbour::look_up(&mut socket, oif, next_hop)
+            .map_err(|e| reject(e, "neighbour look-up"))?;
         let out_of = |mac| self.stack(oif, Frames::Of(mac), Reason::EgressUnsupported);
         let unresolved = || {
             let at = format!("{next_hop} on {}", self.links.name(oif));
@@ -171,30 +167,33 @@ impl PathResolver {
         }
     }
 
+    /// The MAC address that packets for a neighbour are sent to now; `None`: there is none, or it cannot
+    /// be told.
+    pub fn neighbour(&self, ifindex: Ifindex, address: IpAddr) -> Option<MacAddr> {
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        neighbour::look_up(&mut socket, ifindex, address).ok().flatten()
+    }
+
     /// Tells the kernel that neighbours are in use, though it does not see the packets: it probes
-    /// those that have grown stale, and says so when one has moved or is gone.
+    /// those that have grown stale, and says so when one has moved or is gone. Those that are not the
+    /// kernel's own are left alone.
     pub fn keep_neighbours(&self, used: impl IntoIterator<Item = (Ifindex, IpAddr)>) {
         let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         for (ifindex, address) in used {
-            let seq = socket.next_seq();
-            let message = neighbour_request(RTM_NEWNEIGH, ifindex, address, NTF_USE, seq);
-            if let Err(e) = socket.request(&message, seq, |_| {}) {
+            if let Err(e) = neighbour::keep(&mut socket, ifindex, address) {
                 tracing::debug!(%ifindex, %address, "neighbour not refreshed: {e}");
             }
         }
     }
 
     /// Tells bridges that they have seen these senders on these of their ports, as they would have
-    /// themselves had the frames not gone by rules: what they have learnt stays.
-    ///
-    /// (The kernel notes it for each VLAN of the port as well, which a bridge that does not filter
-    /// VLANs has by default, with the number 1.)
-    pub fn keep_learnt(&self, seen: impl IntoIterator<Item = (Ifindex, MacAddr)>) {
+    /// themselves had the frames not gone by rules: what they have learnt stays. Entries that are not
+    /// the bridge's own are left alone.
+    pub fn keep_learnt(&self, seen: &HashMap<Ifindex, Vec<(Ifindex, MacAddr)>>) {
         let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        for (port, mac) in seen {
-            let seq = socket.next_seq();
-            if let Err(e) = socket.request(&fdb_request(port, mac, seq), seq, |_| {}) {
-                tracing::debug!(%port, %mac, "a bridge was not told: {e}");
+        for (bridge, seen) in seen {
+            if let Err(e) = neighbour::keep_learnt(&mut socket, *bridge, seen) {
+                tracing::debug!(%bridge, "a bridge was not told: {e}");
             }
         }
     }
@@ -269,72 +268,4 @@ fn parse_route(m: &Received<'_>) -> Result<Route, Rejection> {
     }
     let egress = egress.ok_or(Reason::NoRoute)?;
     Ok(Route { egress, gateway, mtu })
-}
-
-/// `struct ndmsg` and `NDA_DST`.
-fn neighbour_request(ty: u16, ifindex: Ifindex, address: IpAddr, flags: u8, seq: u32) -> Vec<u8> {
-    const NDA_DST: u16 = 1;
-    let mut buf = Vec::new();
-    let mut m = Message::new(&mut buf, ty, REQUEST | ACK, seq);
-    let family = if address.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
-    let mut header = [0u8; 12];
-    header[0] = u8::try_from(family).unwrap_or(0);
-    header[4..8].copy_from_slice(&ifindex.get().to_ne_bytes());
-    header[10] = flags;
-    m.raw(&header);
-    match address {
-        IpAddr::V4(a) => m.attr(NDA_DST, &a.octets()),
-        IpAddr::V6(a) => m.attr(NDA_DST, &a.octets()),
-    };
-    m.finish();
-    buf
-}
-
-/// `struct ndmsg` and `NDA_LLADDR`: a frame from this address has come in on this port of a bridge
-/// (`br_fdb_update`).
-fn fdb_request(port: Ifindex, mac: MacAddr, seq: u32) -> Vec<u8> {
-    const NDA_LLADDR: u16 = 2;
-    /// `NTF_MASTER`: the bridge's entry, not one of the netdev itself.
-    const NTF_MASTER: u8 = 4;
-    const NUD_REACHABLE: u16 = 2;
-    let mut buf = Vec::new();
-    let mut m = Message::new(&mut buf, RTM_NEWNEIGH, REQUEST | ACK | CREATE, seq);
-    let mut header = [0u8; 12];
-    header[0] = u8::try_from(libc::AF_BRIDGE).unwrap_or(0);
-    header[4..8].copy_from_slice(&port.get().to_ne_bytes());
-    header[8..10].copy_from_slice(&NUD_REACHABLE.to_ne_bytes());
-    header[10] = NTF_MASTER | NTF_USE;
-    m.raw(&header);
-    m.attr(NDA_LLADDR, &mac.0);
-    m.finish();
-    buf
-}
-
-fn look_up_neighbour(
-    socket: &mut Socket,
-    ifindex: Ifindex,
-    address: IpAddr,
-) -> Result<Option<MacAddr>, Rejection> {
-    let seq = socket.next_seq();
-    let message = neighbour_request(RTM_GETNEIGH, ifindex, address, 0, seq);
-    let mut mac = None;
-    let answered = socket.request(&message, seq, |m| {
-        if m.ty == RTM_NEWNEIGH {
-            mac = parse_neighbour(&m);
-        }
-    });
-    match answered {
-        Ok(()) => Ok(mac),
-        // Not known yet: the packet that was seen makes the kernel ask for it.
-        Err(NetlinkError::Kernel(k)) if k.errno == nix::errno::Errno::ENOENT => Ok(None),
-        Err(e) => Err(reject(e, "neighbour look-up")),
-    }
-}
-
-fn parse_neighbour(m: &Received<'_>) -> Option<MacAddr> {
-    let message = NeighbourMessage::parse(m.payload).ok()?;
-    debug_assert!(
-        message.attributes.iter().any(|a| matches!(a, NeighbourAttribute::Destination(_)))
-    );
-    usable_mac(&message)
 }

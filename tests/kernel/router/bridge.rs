@@ -29,7 +29,7 @@ fn both(connections: usize) -> Vec<String> {
 impl Router {
     /// Makes `lan` and `wan` ports of a bridge, both hosts of one network, and counts what a bridge
     /// forwards of their connections.
-    fn bridge(&self) {
+    pub(super) fn bridge(&self) {
         let (lan, wan) = (self.host("lan"), self.host("wan"));
         self.run("ip addr flush dev wan; ip link add br0 type bridge");
         self.run("ip link set wan master br0");
@@ -80,7 +80,7 @@ END"
         });
     }
 
-    fn mac(&self, dev: &str) -> String {
+    pub(super) fn mac(&self, dev: &str) -> String {
         self.run(&format!("ip netns exec {} cat /sys/class/net/e0/address", self.host(dev)))
             .trim()
             .to_owned()
