@@ -170,4 +170,27 @@ mod tests {
         let r = Rejection::from(KernelError { errno: Errno::EOPNOTSUPP, extack });
         assert_eq!(r.to_string(), "unsupported: Unsupported mask (EOPNOTSUPP)");
     }
+
+    #[test]
+    fn a_failure_is_a_fault_with_the_words_of_whoever_said_it() {
+        let kernel = |extack: Option<&str>| KernelError {
+            errno: Errno::EBUSY,
+            extack: extack.map(Into::into),
+        };
+        assert_eq!(kernel(Some("in use")).to_string(), "in use (EBUSY)");
+        assert_eq!(kernel(None).to_string(), "Device or resource busy (EBUSY)");
+        let told = |e: NetlinkError| (e.errno(), e.into_fault("adding the qdisc").to_string());
+        let refused = told(kernel(Some("in use")).into());
+        assert_eq!(refused.0, Some(Errno::EBUSY));
+        assert!(refused.1.starts_with("adding the qdisc: in use: "), "{}", refused.1);
+        let source = io::Error::from_raw_os_error(Errno::ENOBUFS as i32);
+        let lost = told(NetlinkError::Io { call: "recvmsg", source });
+        assert_eq!(lost.0, Some(Errno::ENOBUFS));
+        assert!(lost.1.starts_with("adding the qdisc: netlink recvmsg: "), "{}", lost.1);
+        let late = told(NetlinkError::TimedOut(5));
+        assert_eq!(
+            late,
+            (None, "adding the qdisc: no answer from the kernel within 5 ms".to_owned())
+        );
+    }
 }

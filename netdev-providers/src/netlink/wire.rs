@@ -341,6 +341,74 @@ mod tests {
         assert_eq!(seen, [(1, "flower".to_owned()), (2, "flower".to_owned())]);
     }
 
+    #[test]
+    fn what_is_written_reads_back_with_its_type_and_order_of_bytes() {
+        let mut buf = vec![0xee; 4];
+        let mut m = Message::new(&mut buf, 0x1234, 0x305, 0x0506_0708);
+        assert_eq!(m.offset(), 16);
+        m.raw(&[1, 2, 3, 4, 5]).u8(1, 9).u16(2, 0x0102).be16(3, 0x0102).u32(4, 0x0102_0304);
+        m.be32(5, 0x0102_0304).be64(6, 0x0102_0304_0506_0708).str(7, "eth0");
+        m.attr(8, &0x0102_0304_0506_0708u64.to_ne_bytes());
+        m.nested_plain(9, |m| {
+            m.nested(10, |m| {
+                m.u8(11, 1);
+            });
+            m.attr(12, &[]);
+        });
+        assert_eq!(m.offset(), 24 + 4 * 8 + 2 * 12 + 12 + 8 + 20);
+        m.finish();
+        assert_eq!(buf[..4], [0xee; 4], "what stood there before");
+        let m = MessageIter::new(&buf[4..]).next().unwrap();
+        assert_eq!((m.ty, m.flags, m.seq, m.port), (0x1234, 0x305, 0x0506_0708, 0));
+        assert_eq!(m.fixed::<5>(), Some(&[1, 2, 3, 4, 5]));
+        assert_eq!(m.fixed::<1000>(), None);
+        let attr = |ty| m.attrs(5).find_type(ty).unwrap();
+        assert_eq!(
+            (attr(1).u8(), attr(1).u16(), attr(1).u32(), attr(1).u64()),
+            (Some(9), None, None, None)
+        );
+        assert_eq!((attr(2).u16(), attr(3).be16()), (Some(0x0102), Some(0x0102)));
+        assert_eq!((attr(4).u32(), attr(5).be32()), (Some(0x0102_0304), Some(0x0102_0304)));
+        assert_eq!(attr(6).payload, [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(
+            (attr(6).be64(), attr(8).u64()),
+            (Some(0x0102_0304_0506_0708), Some(0x0102_0304_0506_0708))
+        );
+        assert_eq!((attr(7).str(), attr(7).payload), (Some("eth0"), &b"eth0\0"[..]));
+        let inside: Vec<_> = attr(9).nested().map(|a| (a.ty, a.payload.len())).collect();
+        assert_eq!(inside, [(10, 8), (12, 0)], "types without the flag of the nested ones");
+        assert_eq!(
+            attr(9).nested().find_type(10).unwrap().nested().find_type(11).unwrap().u8(),
+            Some(1)
+        );
+        assert!(m.attrs(5).find_type(13).is_none());
+        assert_eq!(m.attrs(1000).count(), 0);
+    }
+
+    #[test]
+    fn readers_stop_at_what_is_cut_short() {
+        let mut buf = Vec::new();
+        for seq in [1, 2] {
+            let mut m = Message::new(&mut buf, 20, 1, seq);
+            m.u8(1, 7).u8(2, 8);
+            m.finish();
+        }
+        let seqs = |b: &[u8]| MessageIter::new(b).map(|m| m.seq).collect::<Vec<_>>();
+        assert_eq!(seqs(&buf), [1, 2]);
+        assert_eq!(seqs(&buf[..63]), [1]);
+        assert_eq!(seqs(&buf[..31]), []);
+        let types = |b: &[u8]| AttrIter::new(b).map(|a| a.ty).collect::<Vec<_>>();
+        assert_eq!(types(&buf[16..32]), [1, 2]);
+        assert_eq!(types(&buf[16..29]), [1, 2], "without its padding");
+        assert_eq!(types(&buf[16..28]), [1]);
+        assert_eq!(Attr { ty: 1, payload: b"\xff" }.str(), None);
+    }
+
+    #[test]
+    fn lengths_are_rounded_up_to_four() {
+        assert_eq!([0, 1, 3, 4, 5, 8].map(align), [0, 4, 4, 4, 8, 8]);
+    }
+
     proptest! {
         #[test]
         fn no_datagram_makes_the_readers_panic_or_loop(b in proptest::collection::vec(any::<u8>(), 0..256)) {

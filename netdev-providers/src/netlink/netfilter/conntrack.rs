@@ -413,3 +413,205 @@ pub fn about<'b>(
 pub fn offloaded_only(m: &mut Message<'_>) {
     m.be32(CTA_STATUS, CtStatus::OFFLOAD).be32(CTA_STATUS_MASK, CtStatus::OFFLOAD);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::wire::MessageIter;
+
+    fn tuple(s: &str) -> Tuple {
+        s.parse().unwrap()
+    }
+
+    /// What the kernel would say of an entry with these tuples, and with whatever is filled in.
+    fn parsed(
+        original: &Tuple,
+        reply: &Tuple,
+        fill: impl FnOnce(&mut Message<'_>),
+    ) -> Option<CtEntry> {
+        let mut buf = Vec::new();
+        let mut m = about(&mut buf, IPCTNL_MSG_CT_NEW, 0, 1, Zone(0), original);
+        put_tuple(&mut m, CTA_TUPLE_REPLY, reply);
+        fill(&mut m);
+        m.finish();
+        let m = MessageIter::new(&buf).next()?;
+        CtEntry::parse(m.payload[0], m.attrs(4))
+    }
+
+    #[test]
+    fn an_entry_is_named_by_family_tuple_and_a_zone_that_is_not_0() {
+        let named = |zone, t: &Tuple| {
+            let mut buf = Vec::new();
+            about(&mut buf, IPCTNL_MSG_CT_DELETE, 0x100, 77, zone, t).finish();
+            let m = MessageIter::new(&buf).next().unwrap();
+            assert_eq!((m.ty, m.flags, m.seq), (1 << 8 | IPCTNL_MSG_CT_DELETE, 0x101, 77));
+            let told = m.attrs(4).find_type(CTA_TUPLE_ORIG).unwrap();
+            let zone = m.attrs(4).find_type(CTA_ZONE).and_then(|a| a.be16());
+            (m.payload[0], zone, parse_tuple(m.payload[0], told.nested()))
+        };
+        let (v4, v6) = (
+            tuple("udp 192.0.2.1:53 > 198.51.100.2:5353"),
+            tuple("tcp [2001:db8::1]:1 > [2001:db8::2]:2"),
+        );
+        assert_eq!(named(Zone(0), &v4), (AF_INET, None, Some(v4)));
+        assert_eq!(named(Zone(9), &v6), (AF_INET6, Some(9), Some(v6)));
+        let mut buf = Vec::new();
+        about(&mut buf, IPCTNL_MSG_CT_GET, 0, 1, Zone(0), &v4).finish();
+        let m = MessageIter::new(&buf).next().unwrap();
+        let told = m.attrs(4).find_type(CTA_TUPLE_ORIG).unwrap();
+        assert_eq!(parse_tuple(AF_INET6, told.nested()), None, "addresses of another family");
+        assert_eq!(parse_tuple(1, told.nested()), None);
+    }
+
+    #[test]
+    fn all_that_an_entry_says_is_read() {
+        let original = tuple("tcp 192.0.2.1:1000 > 203.0.113.9:80");
+        let reply = tuple("tcp 198.51.100.2:8080 > 203.0.113.1:2000");
+        let e = parsed(&original, &reply, |m| {
+            m.be32(CTA_ID, 0x0102_0304).be32(CTA_STATUS, CtStatus::ASSURED).be32(CTA_TIMEOUT, 300);
+            m.be32(CTA_MARK, 7).be16(CTA_ZONE, 5);
+            for (ty, n) in [(CTA_COUNTERS_ORIG, 10), (CTA_COUNTERS_REPLY, 20)] {
+                m.nested(ty, |m| {
+                    m.be64(CTA_COUNTERS_PACKETS, n).be64(CTA_COUNTERS_BYTES, n * 100);
+                });
+            }
+            m.nested(CTA_PROTOINFO, |m| {
+                m.nested(CTA_PROTOINFO_TCP, |m| {
+                    m.u8(CTA_PROTOINFO_TCP_STATE, 3);
+                    m.attr(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &[0x08 | 1, 0]);
+                    m.attr(CTA_PROTOINFO_TCP_FLAGS_REPLY, &[0xf7, 0]);
+                });
+            });
+        })
+        .unwrap();
+        let counters = |packets| Counters { packets, bytes: packets * 100 };
+        let wanted = CtEntry {
+            id: Some(CtId(0x0102_0304)),
+            zone: Zone(5),
+            original,
+            reply,
+            status: CtStatus(CtStatus::ASSURED),
+            tcp_state: Some(TcpState::Established),
+            tcp_liberal: [true, false],
+            timeout: Some(Duration::from_secs(300)),
+            mark: 7,
+            helper: false,
+            counters: Some([counters(10), counters(20)]),
+        };
+        assert_eq!(e, wanted);
+        assert_eq!(CtId(77).to_string(), "77");
+        // Before any NAT, behind all of it, and between the two.
+        let directions = Direction::BOTH;
+        assert_eq!(directions.map(|d| e.incoming(d)), [original, reply]);
+        let out = [
+            tuple("tcp 203.0.113.1:2000 > 198.51.100.2:8080"),
+            tuple("tcp 203.0.113.9:80 > 192.0.2.1:1000"),
+        ];
+        assert_eq!(directions.map(|d| e.outgoing(d)), out);
+        let between = [
+            tuple("tcp 192.0.2.1:1000 > 198.51.100.2:8080"),
+            tuple("tcp 198.51.100.2:8080 > 192.0.2.1:1000"),
+        ];
+        assert_eq!(directions.map(|d| e.in_forward(d)), between.map(Some));
+    }
+
+    #[test]
+    fn what_an_entry_does_not_say_is_not_made_up() {
+        let t = tuple("udp [2001:db8::1]:1 > [2001:db8::2]:2");
+        let bare = parsed(&t, &t.inverted(), |_| {}).unwrap();
+        assert_eq!((bare.id, bare.zone, bare.timeout, bare.mark), (None, Zone(0), None, 0));
+        assert_eq!((bare.tcp_state, bare.tcp_liberal, bare.helper), (None, [false; 2], false));
+        let counted = parsed(&t, &t.inverted(), |m| {
+            m.nested(CTA_COUNTERS_ORIG, |m| {
+                m.be64(CTA_COUNTERS_PACKETS, 1).be64(CTA_COUNTERS_BYTES, 1);
+            });
+        });
+        assert_eq!(counted.unwrap().counters, None, "of one direction only");
+        assert!(
+            parsed(&t, &t.inverted(), |m| {
+                m.nested(CTA_HELP, |_| {});
+            })
+            .unwrap()
+            .helper
+        );
+        assert!(
+            parsed(&t, &t.inverted(), |m| {
+                m.be32(CTA_STATUS, CtStatus::HELPER);
+            })
+            .unwrap()
+            .helper
+        );
+        let mut buf = Vec::new();
+        about(&mut buf, IPCTNL_MSG_CT_NEW, 0, 1, Zone(0), &t).finish();
+        let m = MessageIter::new(&buf).next().unwrap();
+        assert_eq!(CtEntry::parse(AF_INET6, m.attrs(4)), None, "without a reply");
+    }
+
+    /// `ct original zone set`: the zone stands in the tuple.
+    #[test]
+    fn the_zone_of_the_original_direction_counts_and_the_entrys_own_first() {
+        let t = tuple("udp 192.0.2.1:1 > 198.51.100.2:2");
+        let zoned = |entry: Option<u16>| {
+            let mut buf = Vec::new();
+            let mut m = Message::new(&mut buf, 0, 0, 1);
+            m.raw(&nfgenmsg(AF_INET, 0));
+            let at = m.offset();
+            put_tuple(&mut m, CTA_TUPLE_ORIG, &t);
+            m.be16(CTA_TUPLE_ZONE, 8);
+            let len = u16::try_from(m.offset() - at).unwrap();
+            put_tuple(&mut m, CTA_TUPLE_REPLY, &t.inverted());
+            if let Some(zone) = entry {
+                m.be16(CTA_ZONE, zone);
+            }
+            m.finish();
+            buf[at..at + 2].copy_from_slice(&len.to_ne_bytes());
+            let m = MessageIter::new(&buf).next().unwrap();
+            CtEntry::parse(AF_INET, m.attrs(4)).unwrap().zone
+        };
+        assert_eq!((zoned(None), zoned(Some(3))), (Zone(8), Zone(3)));
+    }
+
+    #[test]
+    fn each_status_bit_is_the_kernels() {
+        type Is = fn(CtStatus) -> bool;
+        let bits: [(u32, Is); 12] = [
+            (1, CtStatus::seen_reply),
+            (2, CtStatus::assured),
+            (3, CtStatus::confirmed),
+            (4, CtStatus::snat),
+            (5, CtStatus::dnat),
+            (6, CtStatus::seq_adjust),
+            (9, CtStatus::dying),
+            (10, CtStatus::fixed_timeout),
+            (12, CtStatus::nat_clash),
+            (13, CtStatus::helper),
+            (14, CtStatus::offload),
+            (15, CtStatus::hw_offload),
+        ];
+        for (bit, is) in bits {
+            assert!(is(CtStatus(1 << bit)) && is(CtStatus(u32::MAX)), "bit {bit}");
+            assert!(!is(CtStatus(!(1 << bit))) && !is(CtStatus(0)), "bit {bit}");
+        }
+        assert_eq!(CtStatus::TEMPLATE, 1 << 11);
+        assert_eq!(format!("{:?}", CtStatus(0x8002)), "CtStatus(0x8002)");
+    }
+
+    #[test]
+    fn states_of_tcp_have_the_kernels_numbers() {
+        for n in 0..=9 {
+            assert_eq!(TcpState::from_number(n).map(|s| s as u8), Some(n));
+        }
+        assert_eq!(TcpState::from_number(10), None);
+    }
+
+    #[test]
+    fn a_dump_can_be_of_what_is_in_a_flowtable() {
+        let mut buf = Vec::new();
+        let mut m = Message::new(&mut buf, 0, 0, 1);
+        offloaded_only(&mut m);
+        m.finish();
+        let m = MessageIter::new(&buf).next().unwrap();
+        let attr = |ty| m.attrs(0).find_type(ty).and_then(|a| a.be32());
+        assert_eq!((attr(CTA_STATUS), attr(CTA_STATUS_MASK)), (Some(1 << 14), Some(1 << 14)));
+    }
+}
