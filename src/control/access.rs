@@ -125,4 +125,60 @@ mod tests {
         }
         assert!(!user_is_in(4_000_000_000, Gid::from_raw(1)), "no such user");
     }
+
+    fn gate(own: u32, group: u32) -> Gate {
+        let access = Access { group: Some(Gid::from_raw(group)) };
+        Gate { access, own: Uid::from_raw(own), members: Mutex::default() }
+    }
+
+    #[test]
+    fn a_daemon_that_is_not_root_takes_changes_of_root_and_of_its_user() {
+        let gate = gate(1000, 4242);
+        assert!(gate.may_change(&who(0, 0)) && gate.may_change(&who(1000, 1000)));
+        assert!(!gate.may_change(&who(1001, 1000)));
+        assert!(gate.may_read(&who(1000, 1)), "who may change may read");
+    }
+
+    #[test]
+    fn whoever_has_no_id_here_is_nobody_in_particular() {
+        let nobody = gate(OVERFLOW, OVERFLOW);
+        assert!(!nobody.may_change(&who(OVERFLOW, 0)), "not the daemon's user either");
+        assert!(!nobody.may_read(&who(other(), OVERFLOW)), "and not of its group");
+        assert!(!gate(1000, 4242).may_read(&who(OVERFLOW, 4242)));
+    }
+
+    #[test]
+    fn what_the_user_database_said_is_believed_for_a_while() {
+        let gate = gate(1000, 4242);
+        // No user database has that one.
+        let (nobody, now) = (4_000_000_000, Instant::now());
+        let remember = |at: Instant| gate.members.lock().unwrap().insert(nobody, (at, true));
+        assert!(!gate.may_read(&who(nobody, 1)));
+        remember(now);
+        assert!(gate.may_read(&who(nobody, 1)));
+        if let Some(long_ago) = now.checked_sub(REMEMBER) {
+            remember(long_ago);
+            assert!(!gate.may_read(&who(nobody, 1)), "asked again");
+        }
+        assert_eq!(
+            gate.members.lock().unwrap().get(&nobody).map(|(_, member)| *member),
+            Some(false)
+        );
+    }
+
+    #[test]
+    fn no_more_users_are_remembered_than_there_is_room_for() {
+        let gate = gate(1000, 4242);
+        let remembered = || gate.members.lock().unwrap().len();
+        for n in 0..3 {
+            assert!(!gate.may_read(&who(4_000_000_000 + n, 1)));
+        }
+        assert_eq!(remembered(), 3);
+        for n in (0..).take(REMEMBER_USERS - 3) {
+            gate.members.lock().unwrap().insert(n, (Instant::now(), false));
+        }
+        assert_eq!(remembered(), REMEMBER_USERS);
+        assert!(!gate.may_read(&who(4_000_000_009, 1)));
+        assert_eq!(remembered(), 1, "anybody can make us ask: all are forgotten, and it goes on");
+    }
 }

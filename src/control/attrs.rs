@@ -272,3 +272,64 @@ macro_rules! attributes {
     )+};
 }
 pub(super) use attributes;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attribute_holds_what_its_length_can_tell() {
+        // 16 bits, of which the header takes four bytes.
+        assert!(attribute(1u16, false, vec![0; 65_531]).is_ok());
+        assert_eq!(
+            attribute(1u16, false, vec![0; 65_532]).unwrap_err(),
+            WireError::TooLarge(65_532)
+        );
+    }
+
+    #[test]
+    fn a_long_text_is_cut_in_front_of_the_character_that_does_not_fit() {
+        assert_eq!(cut("short"), "short");
+        assert_eq!(cut(&"é".repeat(5000)).len(), 1024);
+        assert_eq!(cut(&format!("a{}", "é".repeat(5000))).len(), 1023);
+        assert_eq!(cut(&format!("ab{}", "𝛼".repeat(5000))).len(), 1022);
+    }
+
+    #[test]
+    fn a_text_ends_with_a_zero_that_is_not_part_of_it() {
+        assert_eq!(text_payload("no").unwrap(), [b'n', b'o', 0]);
+        assert_eq!(parse_text(b"no\0"), Ok("no".to_owned()));
+        assert_eq!(parse_text(b"no"), Ok("no".to_owned()), "nor need it be there");
+        assert!(parse_text(&[0xff, 0]).is_err());
+    }
+
+    #[test]
+    fn small_values_have_one_byte_each() {
+        assert_eq!([true, false].map(|b| b.to_payload().unwrap()), [[1], [0]]);
+        assert_eq!(
+            [&[0], &[1], &[2]].map(|b| bool::from_payload(b)),
+            [Ok(false), Ok(true), Ok(true)]
+        );
+        for (n, d) in [0u8, 1].into_iter().zip(Direction::BOTH) {
+            assert_eq!(d.to_payload().unwrap(), [n]);
+            assert_eq!(Direction::from_payload(&[n]), Ok(d));
+        }
+        assert!(Direction::from_payload(&[2]).is_err() && Direction::from_payload(&[]).is_err());
+    }
+
+    #[test]
+    fn a_field_is_found_by_its_number_alone() {
+        let mut attrs = Attrs::new();
+        7u32.put(3, &mut attrs).unwrap();
+        vec![1u8, 2].put(4, &mut attrs).unwrap();
+        None::<u16>.put(5, &mut attrs).unwrap();
+        Some(9u16).put(6, &mut attrs).unwrap();
+        let attrs = from_bytes(&to_bytes(&attrs).unwrap()).unwrap();
+        assert_eq!(u32::take(&attrs, 3), Ok(7));
+        assert_eq!(u32::take(&attrs, 2), Err(WireError::Missing));
+        assert_eq!(Vec::<u8>::take(&attrs, 4), Ok(vec![1, 2]));
+        assert_eq!(Vec::<u8>::take(&attrs, 9), Ok(Vec::new()));
+        let option = |number| <Option<u16> as Field>::take(&attrs, number);
+        assert_eq!((option(5), option(6)), (Ok(None), Ok(Some(9))));
+    }
+}

@@ -188,4 +188,28 @@ mod tests {
         }
         assert_eq!(ErrorKind::from_errno(Errno::ENOMEM), ErrorKind::Internal);
     }
+
+    #[test]
+    fn every_kind_travels_as_the_errno_that_people_know() {
+        let errnos = [
+            (ErrorKind::NotFound, Errno::ENOENT),
+            (ErrorKind::AlreadyBound, Errno::EEXIST),
+            (ErrorKind::InvalidArgument, Errno::EINVAL),
+            (ErrorKind::Unsupported, Errno::EOPNOTSUPP),
+            (ErrorKind::Permission, Errno::EPERM),
+            (ErrorKind::Busy, Errno::EBUSY),
+            (ErrorKind::Version, Errno::EPROTONOSUPPORT),
+            (ErrorKind::Internal, Errno::EIO),
+        ];
+        assert!(errnos.iter().all(|(kind, errno)| kind.errno() == *errno));
+    }
+
+    #[test]
+    fn a_refusal_is_of_the_kind_that_it_was_made_as() {
+        let made =
+            [ControlError::not_found("a"), ControlError::invalid("b"), ControlError::internal("c")];
+        let kinds = [ErrorKind::NotFound, ErrorKind::InvalidArgument, ErrorKind::Internal];
+        assert_eq!(made.clone().map(|e| e.kind), kinds);
+        assert_eq!(made.map(|e| e.to_string()), ["a", "b", "c"]);
+    }
 }

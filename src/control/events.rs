@@ -215,3 +215,120 @@ impl Subscription {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::super::wire::PORT_ID;
+    use super::*;
+
+    fn publisher() -> Publisher {
+        Publisher(Arc::new(Outbox::new().unwrap()))
+    }
+
+    fn event(n: u64) -> Event {
+        Event { count: Some(n), ..Event::default() }
+    }
+
+    /// Whether the server's thread would be woken.
+    fn is_readable(outbox: &Outbox) -> bool {
+        let mut fds = [PollFd::new(outbox.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap() == 1
+    }
+
+    #[test]
+    fn nothing_is_published_until_somebody_watches_and_for_ten_seconds_then() {
+        let p = publisher();
+        assert!(!p.is_watched());
+        p.publish(event(1));
+        assert_eq!(p.0.next(), (None, 0));
+        std::thread::sleep(Duration::from_millis(5));
+        let before = p.0.now_ms();
+        assert!((5..60_000).contains(&before), "milliseconds since it was made: {before}");
+        p.0.watch();
+        let until = p.0.watched_until_ms.load(Ordering::Relaxed);
+        assert!((before + 10_000..=p.0.now_ms() + 10_000).contains(&until), "{before} {until}");
+        assert!(p.is_watched());
+        p.publish(event(2));
+        assert_eq!(p.0.next(), (Some(event(2)), 0));
+        p.0.watched_until_ms.store(1, Ordering::Relaxed);
+        assert!(!p.is_watched(), "that was over long ago");
+    }
+
+    #[test]
+    fn what_the_queue_has_no_room_for_is_counted_behind_what_it_had() {
+        let p = publisher();
+        p.0.watch();
+        for n in 0..QUEUE as u64 + 3 {
+            p.publish(event(n));
+        }
+        for n in 0..QUEUE as u64 {
+            assert_eq!(p.0.next(), (Some(event(n)), 0));
+        }
+        assert_eq!(p.0.next(), (None, 3));
+        assert_eq!(p.0.next(), (None, 0), "told once");
+    }
+
+    #[test]
+    fn a_burst_wakes_the_server_once_and_the_next_one_again() {
+        let p = publisher();
+        assert!(!is_readable(&p.0));
+        p.0.watch();
+        for n in 0..3 {
+            p.publish(event(n));
+            assert!(is_readable(&p.0));
+        }
+        assert_eq!(p.0.fd.read(), Ok(1), "one system call for three events");
+        p.publish(event(4));
+        assert!(!is_readable(&p.0), "it is awake, for all that is known");
+        p.0.listen();
+        assert!(!is_readable(&p.0));
+        p.publish(event(5));
+        assert!(is_readable(&p.0));
+        p.0.listen();
+        assert!(!is_readable(&p.0), "and has been told");
+    }
+
+    #[test]
+    fn a_loss_is_shown_as_an_event_with_its_number() {
+        assert_eq!(Notice::Event(event(7)).into_event(), event(7));
+        let lost = Notice::Lost(Some(9)).into_event();
+        assert_eq!((lost.kind, lost.count, lost.port), (EventKind::Lost, Some(9), None));
+        assert_eq!(Notice::Lost(None).into_event().count, None);
+    }
+
+    #[test]
+    fn a_gap_in_the_numbers_tells_how_many_were_lost() {
+        // Nobody has this port id: what comes is handed in.
+        let patience = Duration::from_secs(1);
+        let target = Target { port_id: PORT_ID + 1, daemon_uid: 0, patience };
+        let client = Client::open(target, None).unwrap();
+        let (said, ready) = (Instant::now(), VecDeque::new());
+        let mut s = Subscription { client, last: None, overrun: true, said, ready };
+        let message = |n| Message::Object {
+            command: Command::Event,
+            version: VERSION,
+            attrs: event(n).encode().unwrap(),
+        };
+        let mut take = |seq, message: Message| {
+            s.take(seq, message);
+            (std::mem::take(&mut s.ready).into_iter().collect::<Vec<_>>(), s.overrun)
+        };
+        let seen = |n| Notice::Event(event(n));
+        assert_eq!(take(5, message(1)), (vec![seen(1)], true), "the first: of no gap");
+        assert_eq!(take(6, message(2)), (vec![seen(2)], true));
+        assert_eq!(take(9, message(3)), (vec![Notice::Lost(Some(2)), seen(3)], false), "7 and 8");
+        assert_eq!(take(10, message(4)).0, [seen(4)]);
+        assert_eq!(take(3, message(5)).0, [seen(5)], "a daemon that was started again");
+        assert_eq!(take(4, message(6)).0, [seen(6)]);
+        assert_eq!(take(4, message(7)).0, [seen(7)], "the same number: again another daemon");
+        // A number without an event counts; what is no event of this version does not.
+        let strange = |version, command| Message::Object { command, version, attrs: Attrs::new() };
+        assert_eq!(take(50, strange(VERSION + 1, Command::Event)).0, []);
+        assert_eq!(take(50, strange(VERSION, Command::Port)).0, []);
+        assert_eq!(take(50, Message::Done).0, []);
+        assert_eq!(take(5, strange(VERSION, Command::Event)).0, []);
+        assert_eq!(take(6, message(8)).0, [seen(8)]);
+    }
+}

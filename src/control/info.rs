@@ -651,4 +651,37 @@ mod tests {
         );
         assert_eq!(json["kind"], EventKind::PortAdded.name());
     }
+
+    #[test]
+    fn kinds_of_events_have_a_name_and_a_number_that_stay() {
+        use EventKind::{Deleted, Installed, Lost, PortAdded, PortDeleted, Rejected};
+        let names =
+            [PortAdded, PortDeleted, Installed, Rejected, Deleted, Lost].map(EventKind::name);
+        assert_eq!(
+            names,
+            ["port-added", "port-deleted", "installed", "rejected", "deleted", "lost"]
+        );
+        for (n, kind) in
+            [PortAdded, PortDeleted, Installed, Rejected, Deleted].into_iter().enumerate()
+        {
+            let n = u8::try_from(n).unwrap();
+            assert_eq!(kind.to_payload().unwrap(), [n]);
+            assert_eq!(EventKind::from_payload(&[n]), Ok(kind));
+        }
+        assert!(EventKind::from_payload(&[5]).is_err(), "a loss is made by the receiver");
+    }
+
+    #[test]
+    fn tuples_and_directions_are_objects_and_names_in_json() {
+        let tuple = "udp [2001:db8::1]:53 > [2001:db8::2]:5353".parse().unwrap();
+        let event =
+            Event { tuple: Some(tuple), direction: Some(Direction::Reply), ..Event::default() };
+        let json = serde_json::to_value(&event).unwrap();
+        let wanted = serde_json::json!({
+            "proto": "udp", "src": "2001:db8::1", "sport": 53, "dst": "2001:db8::2", "dport": 5353,
+        });
+        assert_eq!((&json["tuple"], &json["direction"]), (&wanted, &"reply".into()));
+        let none = serde_json::to_value(Event::default()).unwrap();
+        assert!(none["tuple"].is_null() && none["direction"].is_null());
+    }
 }

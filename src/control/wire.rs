@@ -436,4 +436,82 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn an_object_fills_a_datagram_and_no_more() {
+        let filled = |payload: usize| {
+            let mut attrs = Attrs::new();
+            attrs.push(attrs::attribute(1u16, false, vec![0; payload]).unwrap());
+            part(Command::Port, 1, attrs)
+        };
+        // Behind two headers of 20 bytes and that of the attribute.
+        assert_eq!(filled(32 * 1024 - 24).map(|b| b.len()), Ok(32 * 1024));
+        assert_eq!(filled(32 * 1024 - 20), Err(WireError::TooLarge(32 * 1024 + 4)));
+    }
+
+    #[test]
+    fn flags_say_what_kind_of_answer_it_is() {
+        let flags = |b: Result<Vec<u8>, WireError>| {
+            let b = b.unwrap();
+            (u16::from_ne_bytes([b[6], b[7]]), peek_seq(&b).unwrap())
+        };
+        assert_eq!(flags(part(Command::Port, 300, Attrs::new())), (2, 300), "NLM_F_MULTI");
+        assert_eq!(flags(single(Command::Event, 4, Attrs::new())), (0, 4));
+        assert_eq!(flags(done(5)), (2, 5));
+        assert_eq!(flags(ack(6)), (0x100, 6), "NLM_F_CAPPED");
+        let refusal = refusal(7, &ControlError::not_found("no"));
+        assert_eq!(flags(refusal), (0x300, 7), "and NLM_F_ACK_TLVS");
+        assert_eq!(peek_seq(&[0; 11]), None);
+    }
+
+    /// A header of that kind that says this length, and so many bytes behind it.
+    fn headed(kind: u16, len: u32, behind: &[u8]) -> Vec<u8> {
+        let mut b = len.to_ne_bytes().to_vec();
+        b.extend(kind.to_ne_bytes());
+        b.extend([0; 10]);
+        b.extend(behind);
+        b
+    }
+
+    #[test]
+    fn lengths_that_contradict_the_datagram_are_refused() {
+        assert_eq!(parse(&[]), Ok(Vec::new()));
+        for (len, behind) in [(16, 4), (12, 0), (12, 4), (18, 4), (24, 4), (0, 0)] {
+            let b = headed(3, len, &vec![0; behind]);
+            assert_eq!(parse(&b), Err(WireError::Length), "{len}, {behind} behind the header");
+        }
+        assert_eq!(parse(&[16, 0, 0]), Err(WireError::Length));
+        assert_eq!(
+            parse(&headed(3, 20, &[0; 4])),
+            Err(WireError::Length),
+            "an end has nothing to say"
+        );
+        assert_eq!(parse(&headed(0x11, 16, &[])), Err(WireError::Type(0x11)));
+    }
+
+    /// `NLMSG_ERROR`: an errno, and the header of the request, which says its own length.
+    #[test]
+    fn a_refusal_repeats_a_whole_header_and_no_more_than_there_is() {
+        let error = |repeated: u32, there: usize| {
+            let mut behind = (-2i32).to_ne_bytes().to_vec();
+            behind.extend(repeated.to_ne_bytes());
+            behind.resize(4 + there, 0);
+            let len = u32::try_from(HEADER + behind.len()).unwrap();
+            parse(&headed(2, len, &behind)).map(|mut all| all.remove(0).message)
+        };
+        for (repeated, there) in [(12, 16), (18, 20), (20, 16), (24, 20), (0, 16)] {
+            assert_eq!(error(repeated, there), Err(WireError::Length), "{repeated} of {there}");
+        }
+        for (repeated, there) in [(16, 16), (20, 20)] {
+            let Ok(Message::Refused(e)) = error(repeated, there) else { panic!("{repeated}") };
+            assert_eq!((e.kind, e.message.as_str()), (ErrorKind::NotFound, Errno::ENOENT.desc()));
+        }
+        assert_eq!(parse(&headed(2, 20, &[0; 4])), Err(WireError::Length), "without the header");
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_the_object_and_the_field() {
+        let why = WireError::Missing.inside("Port", "name");
+        assert_eq!(why.to_string(), "Port.name: an attribute is missing");
+    }
 }
