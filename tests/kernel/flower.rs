@@ -396,7 +396,7 @@ fn a_bridged_flow_is_left_as_it_is() {
 }
 
 #[test]
-fn a_large_batch_gives_every_operation_its_own_result() {
+fn alone_a_large_batch_gives_every_operation_its_own_result() {
     let net = Net::new();
     let port = net.bind("lan0");
     let flow_of = |n: u16| {

@@ -1,5 +1,5 @@
 //! Kernel modules that are not there, or not yet. These tests unload modules, which whoever uses them keeps
-//! from happening.
+//! from happening: `alone_` in their names has them run when nothing else does.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -98,7 +98,7 @@ fn unload(ns: &NetNs, module: &str) {
 }
 
 #[test]
-fn what_a_flowtable_lacks_is_named() {
+fn alone_what_a_flowtable_lacks_is_named() {
     let ns = network();
     let class = NfFlowtableClass::default();
     bind(&class).unwrap().release().unwrap();
@@ -113,7 +113,7 @@ fn what_a_flowtable_lacks_is_named() {
 }
 
 #[test]
-fn what_flower_lacks_is_named() {
+fn alone_what_flower_lacks_is_named() {
     let ns = network();
     let class = TcFlowerClass::default();
     bind(&class).unwrap().release().unwrap();
@@ -142,7 +142,7 @@ fn what_flower_lacks_is_named() {
 /// Two that start at boot ask for the same modules: what the other one's request has begun to load is
 /// not a thing that the kernel lacks.
 #[test]
-fn what_is_being_loaded_is_waited_for() {
+fn alone_what_is_being_loaded_is_waited_for() {
     let ns = network();
     let ledger = || Ledger::install(LedgerConfig::default());
     let (flower, flowtable) = (TcFlowerClass::default(), NfFlowtableClass::default());

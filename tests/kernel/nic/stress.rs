@@ -67,7 +67,7 @@ fn batches(nic: &Nic) -> (String, String) {
 }
 
 #[test]
-fn rules_and_links_come_and_go_under_traffic() {
+fn alone_rules_and_links_come_and_go_under_traffic() {
     let mut nic = Nic::new("stress");
     let stop = Arc::new(AtomicBool::new(false));
     let senders = [traffic(&nic, &stop), traffic(&nic, &stop)];

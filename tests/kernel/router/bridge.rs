@@ -463,7 +463,7 @@ fn tagged_frames_are_refused_and_ports_that_are_vlan_devices_are_followed() {
 
 /// With br_netfilter the stack's forward hook shows what a bridge forwards as well.
 #[test]
-fn what_netfilter_shows_twice_is_offloaded_once() {
+fn alone_what_netfilter_shows_twice_is_offloaded_once() {
     let mut r = Router::new("brnf");
     r.run("modprobe br_netfilter && sysctl -qw net.bridge.bridge-nf-call-iptables=1");
     r.bridge();

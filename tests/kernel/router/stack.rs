@@ -199,9 +199,10 @@ fn a_bond_leads_to_its_active_port_or_is_one_itself() {
     r.exchange_by_rules(&mut c, 100_000);
 }
 
-/// Netfilter shows what a bridge forwards to the forward hook, where it is asked to.
+/// Netfilter shows what a bridge forwards to the forward hook, where it is asked to (by a module that asks
+/// in every namespace).
 #[test]
-fn what_a_bridge_forwards_stays_with_the_bridge() {
+fn alone_what_a_bridge_forwards_stays_with_the_bridge() {
     let mut r = Router::new("bridged");
     let host = r.host("lan");
     r.run(&format!(
