@@ -1,5 +1,6 @@
 //! The handle of a test, and the class.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -54,6 +55,24 @@ impl DummyClass {
         self.state().latency = latency;
     }
 
+    /// Operations submitted to this netdev from now on take that long each, one after the other, by
+    /// the clock of the test, as those of a NIC that writes its rules one by one; any
+    /// [latency](Self::set_latency) comes on top. `None`: no time, and what waits is done at once.
+    pub fn set_service_time(&self, ifindex: Ifindex, each: Option<Duration>) {
+        let decided = {
+            let mut state = self.state();
+            match each {
+                Some(each) => {
+                    state.service.insert(ifindex, each);
+                    Vec::new()
+                }
+                None if state.service.remove(&ifindex).is_some() => state.hurry(ifindex),
+                None => Vec::new(),
+            }
+        };
+        complete(decided);
+    }
+
     /// What adds report of the hardware from now on; `Some(true)` at the beginning.
     pub fn set_in_hw(&self, in_hw: Option<bool>) {
         self.state().in_hw = in_hw;
@@ -83,24 +102,69 @@ impl DummyClass {
 
     /// Calls of this kind do not come back from now on, as those of a driver that hangs.
     pub fn hang(&self, call: Call) {
-        self.state().hanging.insert(call);
+        self.state().hanging.insert((call, None));
     }
 
-    /// Lets go what [`hang`](Self::hang) holds, and keeps nothing more.
+    /// The same for calls about this netdev alone.
+    pub fn hang_on(&self, call: Call, ifindex: Ifindex) {
+        self.state().hanging.insert((call, Some(ifindex)));
+    }
+
+    /// Calls of this kind, about this netdev alone or (`None`) about all, do what they are for, and come
+    /// back late: with what was true at their beginning. A `usage` has read the rules and has reported
+    /// none; the operations of a `submit` are carried out and have not completed.
+    pub fn be_late(&self, call: Call, ifindex: Option<Ifindex>) {
+        self.state().late.insert((call, ifindex));
+    }
+
+    /// How many calls are being held.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.state().held
+    }
+
+    /// Lets go what [`hang`](Self::hang) and [`be_late`](Self::be_late) hold, and keeps nothing more.
     pub fn let_go(&self) {
-        self.state().hanging.clear();
+        let mut state = self.state();
+        state.hanging.clear();
+        state.late.clear();
         self.let_go.notify_all();
     }
 
     /// Panics, with nothing locked, or hangs, if the test wants this call to.
-    pub(super) fn enter(&self, call: Call) {
+    pub(super) fn enter(&self, call: Call, ifindex: Option<Ifindex>) {
         let panics = self.state().panics_now(call);
         #[expect(clippy::panic, reason = "asked for by the test")]
         if panics {
             panic!("{call:?} panics on demand");
         }
-        let hangs = |state: &mut State| state.hanging.contains(&call);
-        drop(self.let_go.wait_while(self.state(), hangs).unwrap_or_else(PoisonError::into_inner));
+        self.wait_while(call, ifindex, |state| &state.hanging);
+    }
+
+    /// The call has done what it is for, and may be late.
+    pub(super) fn come_back(&self, call: Call, ifindex: Ifindex) {
+        self.wait_while(call, Some(ifindex), |state| &state.late);
+    }
+
+    fn wait_while(
+        &self,
+        call: Call,
+        ifindex: Option<Ifindex>,
+        held: impl Fn(&State) -> &HashSet<(Call, Option<Ifindex>)>,
+    ) {
+        let is_held = |state: &State| {
+            let held = held(state);
+            held.contains(&(call, None)) || held.contains(&(call, ifindex))
+        };
+        let mut state = self.state();
+        if is_held(&state) {
+            state.held += 1;
+            state = self
+                .let_go
+                .wait_while(state, |state| is_held(state))
+                .unwrap_or_else(PoisonError::into_inner);
+            state.held -= 1;
+        }
     }
 
     /// `can_offload` refuses every flow like this; `None`: none.
@@ -297,7 +361,7 @@ impl ProviderClass for DummyClass {
     }
 
     fn init(&self) -> Result<(), Fault> {
-        self.enter(Call::Init);
+        self.enter(Call::Init, None);
         let mut state = self.state();
         if let Some(fault) = &state.init_fault {
             return Err(fault.clone());
@@ -310,7 +374,7 @@ impl ProviderClass for DummyClass {
     }
 
     fn deinit(&self) {
-        self.enter(Call::Deinit);
+        self.enter(Call::Deinit, None);
         let mut state = self.state();
         if !state.ports.is_empty() {
             state.violation("deinit while a port is bound".into());
@@ -321,7 +385,7 @@ impl ProviderClass for DummyClass {
     }
 
     fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
-        self.enter(Call::Bind);
+        self.enter(Call::Bind, Some(netdev.ifindex));
         let mut state = self.state();
         let why =
             state.decline.get(&Some(netdev.ifindex)).or_else(|| state.decline.get(&None)).cloned();

@@ -30,18 +30,19 @@ impl Dummy {
 
 impl Provider for Dummy {
     fn can_offload(&self, _flow: &Flow) -> Result<(), Rejection> {
-        self.class.enter(Call::CanOffload);
+        self.class.enter(Call::CanOffload, Some(self.ifindex));
         self.class.state().shape_refusal.clone().map_or(Ok(()), Err)
     }
 
     fn submit(&self, batch: Vec<Operation>) {
-        self.class.enter(Call::Submit);
+        self.class.enter(Call::Submit, Some(self.ifindex));
         let decided = self.class.state().submit(self.ifindex, self.generation, batch);
+        self.class.come_back(Call::Submit, self.ifindex);
         complete(decided);
     }
 
     fn observe(&self) -> Result<Observed, Fault> {
-        self.class.enter(Call::Observe);
+        self.class.enter(Call::Observe, Some(self.ifindex));
         let mut state = self.class.state();
         self.check_bound(&mut state, Call::Observe);
         let foreign = state.foreign;
@@ -59,7 +60,7 @@ impl Provider for Dummy {
     }
 
     fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault> {
-        self.class.enter(Call::Usage);
+        self.class.enter(Call::Usage, Some(self.ifindex));
         let (reports, fault) = {
             let mut state = self.class.state();
             self.check_bound(&mut state, Call::Usage);
@@ -72,13 +73,14 @@ impl Provider for Dummy {
                 .collect();
             (reports, fault)
         };
+        self.class.come_back(Call::Usage, self.ifindex);
         let n = if fault.is_some() { reports.len() / 2 } else { reports.len() };
         reports.into_iter().take(n).for_each(report);
         fault.map_or(Ok(()), Err)
     }
 
     fn flush(&self) -> Result<u64, Fault> {
-        self.class.enter(Call::Flush);
+        self.class.enter(Call::Flush, Some(self.ifindex));
         let mut state = self.class.state();
         if !self.check_bound(&mut state, Call::Flush) {
             return Ok(0);
@@ -93,7 +95,7 @@ impl Provider for Dummy {
     }
 
     fn release(&self) -> Result<(), Fault> {
-        self.class.enter(Call::Release);
+        self.class.enter(Call::Release, Some(self.ifindex));
         let mut state = self.class.state();
         if self.check_bound(&mut state, Call::Release) {
             state.ports.remove(&self.ifindex);
@@ -102,7 +104,7 @@ impl Provider for Dummy {
     }
 
     fn describe(&self) -> String {
-        self.class.enter(Call::Describe);
+        self.class.enter(Call::Describe, Some(self.ifindex));
         "in memory".into()
     }
 }
@@ -213,6 +215,58 @@ mod tests {
         assert_eq!(class.advance(Duration::from_millis(1)), 1);
         assert_eq!(results.recv().unwrap().0, 0);
         assert_eq!(class.rules(Ifindex::new(3).unwrap()).len(), 2);
+    }
+
+    #[test]
+    fn a_slow_netdev_takes_its_time_for_each_operation_and_others_do_not_wait_for_it() {
+        let (class, p) = bound(3);
+        let fast = class.bind(&netdev(4), INSTANCE).unwrap();
+        let slow = Ifindex::new(3).unwrap();
+        class.set_service_time(slow, Some(Duration::from_millis(4)));
+        let results = submit(&*p, vec![add(1), add(2), add(3)]);
+        assert_eq!(submit(&*fast, vec![add(1)]).try_iter().count(), 1);
+        assert_eq!(results.try_iter().count(), 0);
+        assert_eq!(class.advance(Duration::from_millis(9)), 2);
+        assert_eq!(results.try_iter().count(), 2);
+        class.set_service_time(slow, None);
+        assert_eq!(results.try_iter().count(), 1, "what waited for its turn is done");
+    }
+
+    #[test]
+    fn the_name_of_a_rule_that_is_gone_is_the_next_ones() {
+        let (class, p) = bound(3);
+        let rule_of = |n| match submit(&*p, vec![add(n)]).recv().unwrap().1.unwrap() {
+            Done::Added { rule, .. } => rule,
+            other => panic!("{other:?}"),
+        };
+        let (first, second) = (rule_of(1), rule_of(2));
+        for (rule, n) in [(first, 1), (second, 2)] {
+            let cookie = add(n).cookie();
+            submit(&*p, vec![Request::Delete { rule, cookie }]);
+        }
+        assert_eq!((rule_of(3), rule_of(4)), (second, first), "last in, first out");
+        assert!(class.violations().is_empty(), "{:?}", class.violations());
+    }
+
+    #[test]
+    fn a_late_call_comes_back_with_what_was_true_when_it_began() {
+        let (class, p) = bound(3);
+        submit(&*p, vec![add(1)]);
+        class.be_late(Call::Usage, Ifindex::new(3));
+        let sweep = std::thread::spawn({
+            let p = Arc::clone(&p);
+            move || {
+                let mut reports = Vec::new();
+                p.usage(&mut |r| reports.push(r)).unwrap();
+                reports.len()
+            }
+        });
+        while class.held() == 0 {
+            std::thread::yield_now();
+        }
+        submit(&*p, vec![add(2)]);
+        class.let_go();
+        assert_eq!(sweep.join().unwrap(), 1);
     }
 
     #[test]

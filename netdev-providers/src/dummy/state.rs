@@ -71,6 +71,11 @@ pub(super) struct Port {
     by_match: HashMap<FlowMatch, u64>,
     by_cookie: HashMap<Cookie, u64>,
     next_rule: u64,
+    /// Names of rules that are gone: the one that went last is given first, so that whoever takes a
+    /// name for a rule is found out.
+    free: Vec<u64>,
+    /// When the operations that it was given are done, as far as it takes its time for each.
+    busy_until: Duration,
     pub(super) unplugged: bool,
 }
 
@@ -90,6 +95,8 @@ impl Port {
             by_cookie: HashMap::new(),
             next_rule: 1 + left.len() as u64,
             left,
+            free: Vec::new(),
+            busy_until: Duration::ZERO,
             unplugged: false,
         }
     }
@@ -124,20 +131,24 @@ impl Port {
 
     pub(super) fn remove(&mut self, rule: RuleId) -> bool {
         if self.left.remove(&rule.0).is_some() {
+            self.free.push(rule.0);
             return true;
         }
         let Some(r) = self.rules.remove(&rule.0) else { return false };
         self.by_match.remove(&r.flow.matches);
         self.by_cookie.remove(&r.cookie);
+        self.free.push(rule.0);
         true
     }
 
     /// Removes every rule and returns how many there were.
     pub(super) fn clear(&mut self) -> u64 {
-        self.left.clear();
+        let left = std::mem::take(&mut self.left);
         self.by_match.clear();
         self.by_cookie.clear();
-        std::mem::take(&mut self.rules).len() as u64
+        let rules = std::mem::take(&mut self.rules);
+        self.free.extend(left.into_keys().chain(rules.keys().copied()));
+        rules.len() as u64
     }
 
     fn add(&mut self, cookie: Cookie, flow: Flow, capacity: usize) -> Result<RuleId, Rejection> {
@@ -149,8 +160,8 @@ impl Port {
         if self.rules.len() + self.left.len() >= capacity {
             return Err(Reason::TableFull.into());
         }
-        let rule = RuleId(self.next_rule);
-        self.next_rule += 1;
+        let rule = RuleId(self.free.pop().unwrap_or(self.next_rule));
+        self.next_rule = self.next_rule.max(rule.0 + 1);
         self.by_match.insert(flow.matches, rule.0);
         self.by_cookie.insert(cookie, rule.0);
         let counters = Counters::default();
@@ -168,6 +179,8 @@ pub(super) struct Waiting {
 pub(super) struct State {
     pub(super) now: Duration,
     pub(super) latency: Option<Duration>,
+    /// How long each operation of a netdev takes.
+    pub(super) service: BTreeMap<Ifindex, Duration>,
     pub(super) capacity: usize,
     pub(super) in_hw: Option<bool>,
     pub(super) nic_said: Option<Box<str>>,
@@ -181,7 +194,10 @@ pub(super) struct State {
     /// How many completions are still to succeed before the next failure, and the failure.
     pub(super) failures: VecDeque<(u64, Rejection)>,
     pub(super) panics: Vec<(Call, u64)>,
-    pub(super) hanging: HashSet<Call>,
+    pub(super) hanging: HashSet<(Call, Option<Ifindex>)>,
+    pub(super) late: HashSet<(Call, Option<Ifindex>)>,
+    /// How many calls are being held.
+    pub(super) held: usize,
     pub(super) shape_refusal: Option<Rejection>,
     pub(super) decline: BTreeMap<Option<Ifindex>, String>,
     pub(super) bind_fault: Option<Fault>,
@@ -198,6 +214,7 @@ impl Default for State {
         Self {
             now: Duration::ZERO,
             latency: None,
+            service: BTreeMap::new(),
             capacity: usize::MAX,
             in_hw: Some(true),
             nic_said: None,
@@ -209,6 +226,8 @@ impl Default for State {
             failures: VecDeque::new(),
             panics: Vec::new(),
             hanging: HashSet::new(),
+            late: HashSet::new(),
+            held: 0,
             shape_refusal: None,
             decline: BTreeMap::new(),
             bind_fault: None,
@@ -259,12 +278,25 @@ impl State {
             self.violation(format!("submit on {ifindex} after release"));
         }
         for Operation { request, ticket } in batch {
-            let due = self.now.saturating_add(self.latency.unwrap_or_default());
+            let due = self.due(ifindex, generation);
             let pending = Pending { ifindex, request, due };
             self.check_promises(&pending);
             self.waiting.push_back(Waiting { pending, generation, ticket });
         }
         if self.latency.is_none() { self.decide_due() } else { Vec::new() }
+    }
+
+    /// When an operation that is submitted now completes.
+    fn due(&mut self, ifindex: Ifindex, generation: Generation) -> Duration {
+        let (now, latency) = (self.now, self.latency.unwrap_or_default());
+        let service = self.service.get(&ifindex).copied();
+        match (service, self.port(ifindex, generation)) {
+            (Some(service), Some(port)) => {
+                port.busy_until = port.busy_until.max(now).saturating_add(service);
+                port.busy_until.saturating_add(latency)
+            }
+            _ => now.saturating_add(latency),
+        }
     }
 
     fn check_promises(&mut self, new: &Pending) {
@@ -299,6 +331,18 @@ impl State {
         }
         self.waiting = later;
         decided
+    }
+
+    /// What waits on this netdev for nothing but its turn is due now, and decided.
+    pub(super) fn hurry(&mut self, ifindex: Ifindex) -> Vec<Decided> {
+        if let Some(port) = self.ports.get_mut(&ifindex) {
+            port.busy_until = Duration::ZERO;
+        }
+        let now = self.now;
+        for w in self.waiting.iter_mut().filter(|w| w.pending.ifindex == ifindex) {
+            w.pending.due = w.pending.due.min(now);
+        }
+        self.decide_due()
     }
 
     /// Takes the operation at this place out, without a result.
