@@ -33,14 +33,15 @@ pub enum Request {
         flow: Box<Flow>,
     },
     /// Remove a rule that an `Add` of this provider installed, or one that was observed. That it is not there any more
-    /// (ENOENT), or that the netdev is not (ENODEV), is success: [`Done::Deleted`].
+    /// (ENOENT), or that the netdev is not (ENODEV), is success: [`Done::Deleted`]. A rule of the same
+    /// name and another cookie is another one, and stays.
     Delete {
         /// The rule, as the `Add` named it.
         rule: RuleId,
         /// The cookie it was marked with.
         cookie: Cookie,
     },
-    /// The connection's first reply has been seen (delivered at most once per rule, after it is
+    /// A reply of the connection has been seen (delivered at most once per rule, after it is
     /// installed). A provider for which this means nothing answers [`Done::Noted`].
     Established {
         /// The rule, as the `Add` named it.

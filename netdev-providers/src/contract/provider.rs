@@ -21,6 +21,8 @@
 //!   tuple is reused, the delete of the old rule comes before the add of the new one.
 //! * A cookie is never used for two rules of one port at the same time.
 //! * After [`flush`](Provider::flush) returned, no delete follows for the rules it removed.
+//! * [`release`](Provider::release) is the last call. Operations that have not completed by then, for
+//!   longer than the limit, are the only thing that it can come before.
 //!
 //! # Duties of the provider
 //! * Complete every operation exactly once ([`Operation`] sees to that), in any order, on any
@@ -29,8 +31,9 @@
 //!   provider were not there. A rule is installed whole or not at all.
 //! * Take effect in submission order for operations of one match.
 //! * Touch only rules it installed itself, recognised by [`Cookie`].
-//! * Come back. Whoever does not, from a `submit`, a `flush` or a `usage`, within the engine's limit
-//!   has its port marked faulty: offers stop, and others go on.
+//! * Come back, in whatever time it takes. While nothing has for longer than the engine's limit, the
+//!   port counts as slow: it gets no offers, and others go on; it goes on by itself when something
+//!   comes back. A `usage` that takes long should report what it has as it goes.
 //! * Install nothing after [`release`](Provider::release): an add that completes behind it completes
 //!   with [`NetdevGone`](super::reason::Reason::NetdevGone).
 //! * Do not panic. A panic is contained: the port is marked faulty and offers stop.

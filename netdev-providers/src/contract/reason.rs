@@ -97,6 +97,8 @@ reasons! {
     ConnTableFull = 21, "conn-table-full", Transient;
     /// The admission policy of the configuration keeps the connection on the slow path.
     NotAdmitted = 22, "not-admitted", Permanent;
+    /// The provider is slow: something that it was given has not come back yet.
+    ProviderSlow = 24, "provider-slow", Transient;
     /// The NIC said that it had the rule, and software went on seeing the packets: the NIC lost the rule, or never acted on it.
     NoEffect = 25, "no-effect", Transient;
 }

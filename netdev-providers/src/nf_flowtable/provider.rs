@@ -36,6 +36,8 @@ pub(super) struct NfFlowtable {
     netdev: Netdev,
     rules: Mutex<HashMap<RuleId, Rule>>,
     broken: Mutex<Broken>,
+    /// What [`describe`](Provider::describe) said last.
+    about: Mutex<String>,
 }
 
 /// What is to be put in order when there is an occasion.
@@ -68,7 +70,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl NfFlowtable {
     pub(super) fn new(shared: Arc<Shared>, netdev: Netdev) -> Self {
-        Self { shared, netdev, rules: Mutex::default(), broken: Mutex::default() }
+        Self {
+            shared,
+            netdev,
+            rules: Mutex::default(),
+            broken: Mutex::default(),
+            about: Mutex::default(),
+        }
     }
 
     /// The change that an operation asks for; what needs none is completed.
@@ -415,7 +423,8 @@ impl Provider for NfFlowtable {
     }
 
     fn describe(&self) -> String {
-        let state = self.shared.state();
+        // Whoever has it may wait for the kernel; whoever only wants to know does not.
+        let Some(state) = self.shared.try_state() else { return lock(&self.about).clone() };
         let Some(table) = &state.table else { return String::new() };
         let place = if table.is_hardware() { "in hardware and software" } else { "in software" };
         let mut text = format!(
@@ -426,6 +435,7 @@ impl Provider for NfFlowtable {
         if is_accounting() == Some(false) {
             text += "; no counters: net.netfilter.nf_conntrack_acct is 0";
         }
+        lock(&self.about).clone_from(&text);
         text
     }
 }

@@ -3,8 +3,7 @@
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use super::bpf::NatPrograms;
 use super::handles::MAX_LANES;
@@ -14,6 +13,7 @@ use super::plan::Plan;
 use super::prios::Prios;
 use super::probe;
 use super::provider::{Sockets, TcFlower};
+use super::threads::Threads;
 use crate::contract::class::{BindError, ProviderClass};
 use crate::contract::provider::{Fault, Provider};
 use crate::contract::types::{Ifindex, Instance, Netdev};
@@ -66,7 +66,7 @@ pub struct TcFlowerClass {
     /// Loaded at the first bind that succeeds in it.
     nat: Mutex<Option<Arc<NatPrograms>>>,
     /// Where writers run that are not alone. Made at the first bind.
-    pool: OnceLock<Option<Arc<ThreadPool>>>,
+    threads: OnceLock<Arc<Threads>>,
 }
 
 impl TcFlowerClass {
@@ -76,23 +76,9 @@ impl TcFlowerClass {
         Self { config, ..Self::default() }
     }
 
-    fn pool(&self) -> Option<Arc<ThreadPool>> {
-        let make = || {
-            let writers = self.config.writers();
-            if writers == 1 {
-                return None;
-            }
-            let name = |n| format!("tc-flower-{n}");
-            ThreadPoolBuilder::new()
-                // One of them is the thread that submits.
-                .num_threads(writers - 1)
-                .thread_name(name)
-                .build()
-                .inspect_err(|e| warn!("rules are written one by one: no threads: {e}"))
-                .ok()
-                .map(Arc::new)
-        };
-        self.pool.get_or_init(make).clone()
+    fn threads(&self) -> Arc<Threads> {
+        let make = || Arc::new(Threads::new(self.config.writers()));
+        Arc::clone(self.threads.get_or_init(make))
     }
 
     fn nat_programs(&self) -> Result<Arc<NatPrograms>, String> {
@@ -132,8 +118,8 @@ impl ProviderClass for TcFlowerClass {
     }
 
     fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
-        let pool = self.pool();
-        let lanes = pool.as_ref().map_or(1, |pool| pool.current_num_threads() + 1);
+        let threads = self.threads();
+        let lanes = threads.lanes();
         let mut sockets = Sockets::open(netdev.ifindex, lanes)
             .map_err(|e| BindError::Failed(e.into_fault("opening netlink sockets")))?;
         let found = probe::bind(
@@ -148,7 +134,7 @@ impl ProviderClass for TcFlowerClass {
         )
         .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
         let plan = Plan { instance, found, batch: self.config.batch, nic_said: Mutex::default() };
-        let provider = TcFlower::new(plan, sockets, pool);
+        let provider = TcFlower::new(Arc::new(plan), sockets, threads);
         info!(%netdev, "tc-flower bound: {}", provider.describe());
         Ok(Arc::new(provider))
     }

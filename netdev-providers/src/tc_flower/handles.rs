@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::num::NonZeroU32;
 
 use super::uapi::Handle;
+use crate::contract::types::Cookie;
 
 /// The highest handle that can be taken over. Handles are given from 1 on: an engine that died with
 /// a higher one had more rules than that.
@@ -31,6 +32,19 @@ impl LaneNumber {
     }
 }
 
+/// The cookie of a rule, but for the instance, which is this provider's: it comes to a word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Owner(u64);
+
+impl Owner {
+    /// Epochs begin at 1.
+    const NOBODY: Self = Self(0);
+
+    const fn of(cookie: Cookie) -> Self {
+        Self(cookie.epoch.0 << 1 | cookie.direction as u64)
+    }
+}
+
 /// The handles of one prio.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
@@ -41,6 +55,8 @@ pub(super) struct Handles {
     /// How many have ever been in use: handles 1 to `used`.
     used: u32,
     free: VecDeque<u32>,
+    /// Whose rule has handle `index + 1`; nobody's in particular until it is given to one.
+    owners: Vec<Owner>,
     live: u32,
 }
 
@@ -87,6 +103,25 @@ impl Handles {
         true
     }
 
+    /// The rule with this handle has this cookie.
+    pub(super) fn give_to(&mut self, handle: Handle, cookie: Cookie) {
+        let index = handle.0.get() as usize - 1;
+        if index < self.used as usize {
+            if self.owners.len() <= index {
+                self.owners.resize(index + 1, Owner::NOBODY);
+            }
+            if let Some(owner) = self.owners.get_mut(index) {
+                *owner = Owner::of(cookie);
+            }
+        }
+    }
+
+    /// Whether the handle is in use for the rule of this cookie, or for one of which that is not known.
+    pub(super) fn is_of(&self, handle: Handle, cookie: Cookie) -> bool {
+        let owner = self.owners.get(handle.0.get() as usize - 1).copied().unwrap_or_default();
+        self.is_taken(handle) && (owner == Owner::NOBODY || owner == Owner::of(cookie))
+    }
+
     /// Whether the handle is in use.
     pub(super) fn is_taken(&self, handle: Handle) -> bool {
         let index = handle.0.get() - 1;
@@ -112,6 +147,9 @@ impl Handles {
         match self.word(index) {
             Some(word) if *word & bit != 0 => *word &= !bit,
             _ => return,
+        }
+        if let Some(owner) = self.owners.get_mut(index as usize) {
+            *owner = Owner::NOBODY;
         }
         self.live -= 1;
         self.free.push_back(index);
@@ -141,6 +179,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::collections::HashSet;
+
+    use crate::contract::types::{Direction, Epoch, Instance};
 
     proptest! {
         #[test]
@@ -206,6 +246,27 @@ mod tests {
         handles.assign(far, third);
         assert_eq!(handles.lane_of(far), third);
         assert_eq!(handles.lane_of(Handle(NonZeroU32::MAX)), first);
+    }
+
+    #[test]
+    fn a_handle_is_of_whom_it_was_given_to_last() {
+        let cookie = |n, direction| Cookie {
+            instance: Instance(NonZeroU32::MIN),
+            epoch: Epoch(n),
+            direction,
+        };
+        let (a, b) = (cookie(1, Direction::Original), cookie(1, Direction::Reply));
+        let mut handles = Handles::default();
+        let h = handles.take(LaneNumber::default()).unwrap();
+        assert!(handles.is_of(h, a) && handles.is_of(h, b), "a dead engine's may be anybody's");
+        handles.give_to(h, a);
+        assert!(handles.is_of(h, a) && !handles.is_of(h, b));
+        handles.give_back(h);
+        assert!(!handles.is_of(h, a), "the rule is gone");
+        assert_eq!(handles.take(LaneNumber::default()), Some(h));
+        assert!(handles.is_of(h, b), "whose it is will be known");
+        handles.give_to(h, b);
+        assert!(!handles.is_of(h, a) && handles.is_of(h, b));
     }
 
     #[test]

@@ -70,6 +70,7 @@ mod provider;
 mod rule;
 mod same;
 mod template;
+mod threads;
 mod uapi;
 mod upkeep;
 mod writer;

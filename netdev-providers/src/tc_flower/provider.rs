@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
-use rayon::ThreadPool;
 
 use super::guard;
 use super::hook::Hook;
@@ -13,6 +12,7 @@ use super::plan::{Plan, lock};
 use super::prios::Use;
 use super::probe::{self, Mode};
 use super::rule::rule_id;
+use super::threads::Threads;
 use super::uapi::*;
 use super::writer::{Adopted, Writer};
 use crate::contract::flow::Flow;
@@ -25,7 +25,7 @@ use crate::netlink::error::NetlinkError;
 /// The provider of one netdev.
 #[derive(Debug)]
 pub(super) struct TcFlower {
-    plan: Plan,
+    plan: Arc<Plan>,
     /// Set by a sweep that did not find the guards: somebody removed the qdisc.
     guards_lost: AtomicBool,
     /// Set when the NIC may have lost what it was given: the guards in it too.
@@ -57,10 +57,10 @@ impl Sockets {
 }
 
 impl TcFlower {
-    pub(super) fn new(plan: Plan, sockets: Sockets, pool: Option<Arc<ThreadPool>>) -> Self {
+    pub(super) fn new(plan: Arc<Plan>, sockets: Sockets, threads: Arc<Threads>) -> Self {
         let Sockets { hook, reader, lanes } = sockets;
         let adopted = Adopted::default();
-        let writer = Writer::new(&plan, hook, lanes, pool, Arc::clone(&adopted));
+        let writer = Writer::new(&plan, hook, lanes, threads, Arc::clone(&adopted));
         Self {
             plan,
             guards_lost: AtomicBool::new(false),

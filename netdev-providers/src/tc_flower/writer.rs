@@ -4,7 +4,7 @@
 //! of one netdev in parallel (`cls_flower` takes no RTNL). Which lane an operation goes through
 //! is told by the tuple that the rule matches, so operations of one match stay in order: the lane of a
 //! rule is remembered with its handle, for its delete. A batch is dealt out, its lanes run side by side
-//! on the threads of the class, and the batch is over when the last of them is: so nobody but the
+//! on this thread and on such of the class as are there, and the batch is over when the last of them is: so nobody but the
 //! thread that submits ever has to do with anything but one lane.
 //!
 //! The deletes of a batch go first, and its adds when they are done: a NIC that is full has room for a rule
@@ -15,7 +15,6 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
-use rayon::ThreadPool;
 use tracing::warn;
 
 use super::handles::{Handles, LaneNumber};
@@ -25,6 +24,7 @@ use super::plan::{Plan, lock};
 use super::prios::Use;
 use super::rule::{Place, rule_id, split_rule_id};
 use super::same::Signature;
+use super::threads::{Helpers, Threads};
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
@@ -57,17 +57,18 @@ pub(super) struct Writer {
     lanes: Vec<Lane>,
     /// Those of the batch, which wait for its deletes.
     adds: Vec<Pending>,
-    /// Where lanes run, if there are several.
-    pool: Option<Arc<ThreadPool>>,
+    /// Who helps to run lanes, if there are several, and by what plan.
+    helpers: Helpers,
+    plan: Arc<Plan>,
 }
 
 impl Writer {
     /// A lane for each of the sockets; `hook` is for all else.
     pub(super) fn new(
-        plan: &Plan,
+        plan: &Arc<Plan>,
         hook: Hook,
         lanes: Vec<Hook>,
-        pool: Option<Arc<ThreadPool>>,
+        threads: Arc<Threads>,
         adopted: Adopted,
     ) -> Self {
         let mut handles: [Handles; 4] = std::array::from_fn(|_| Handles::default());
@@ -81,7 +82,8 @@ impl Writer {
         Self {
             lanes: lanes.into_iter().map(Lane::new).collect(),
             adds: Vec::new(),
-            pool,
+            helpers: Helpers::new(threads),
+            plan: Arc::clone(plan),
             hook,
             made_qdisc: plan.found.made_qdisc,
             handles,
@@ -113,7 +115,7 @@ impl Writer {
         let Operation { request, ticket } = op;
         let (place, handle, what) = match request {
             Request::Established { .. } => return ticket.complete(Ok(Done::Noted)),
-            Request::Delete { rule, .. } => {
+            Request::Delete { rule, cookie } => {
                 let Some((prio, handle)) = split_rule_id(rule) else {
                     return ticket.complete(Ok(Done::Deleted));
                 };
@@ -121,6 +123,10 @@ impl Writer {
                     // No rule of this port.
                     return ticket.complete(Ok(Done::Deleted));
                 };
+                // Its handle may be another's by now: that of the cookie is gone, as asked for.
+                if !self.handles(family).is_of(handle, cookie) {
+                    return ticket.complete(Ok(Done::Deleted));
+                }
                 self.left.remove(&rule);
                 self.observed.remove(&rule);
                 (self.place(plan, family), handle, What::Delete)
@@ -135,6 +141,9 @@ impl Writer {
                     && self.would_be(plan, &flow, cookie, stands)
                 {
                     lock(&self.adopted).insert(found, cookie);
+                    if let Some((_, handle)) = split_rule_id(found) {
+                        self.handles(Family::of(&flow.matches)).give_to(handle, cookie);
+                    }
                     return ticket.complete(Ok(Done::added(found, in_hw)));
                 }
                 let different = Ticket::new(Box::new(move |deleted: Outcome| {
@@ -166,6 +175,7 @@ impl Writer {
         let family = Family::of(&flow.matches);
         let lane = self.lane_of(&flow.matches.tuple);
         let handle = self.handles(family).take(lane).ok_or(Reason::TableFull)?;
+        self.handles(family).give_to(handle, cookie);
         let software = plan.is_for_software(&flow);
         let what = What::Add { cookie, flow, software, nic_said: None, again: false };
         Ok((self.place(plan, family), handle, what))
@@ -240,17 +250,19 @@ impl Writer {
     }
 
     fn run_lanes(&mut self, plan: &Plan) {
-        let mut busy: Vec<&mut Lane> = self.lanes.iter_mut().filter(|l| l.waiting() > 0).collect();
-        let worth = busy.iter().map(|lane| lane.waiting()).sum::<usize>() >= WORTH_SHARING;
-        match (&self.pool, busy.pop()) {
-            (Some(pool), Some(mine)) if worth => pool.in_place_scope(|scope| {
-                for lane in busy {
-                    scope.spawn(|_| lane.run(plan));
-                }
-                mine.run(plan);
-            }),
-            (_, last) => busy.into_iter().chain(last).for_each(|lane| lane.run(plan)),
+        let waiting = self.lanes.iter().map(Lane::waiting);
+        let (busy, all) = waiting.fold((0, 0), |(n, sum), w| (n + usize::from(w > 0), sum + w));
+        if busy < 2 || all < WORTH_SHARING {
+            self.lanes.iter_mut().filter(|l| l.waiting() > 0).for_each(|lane| lane.run(plan));
+            return;
         }
+        let plan = Arc::clone(&self.plan);
+        let lanes = std::mem::take(&mut self.lanes);
+        self.lanes = self.helpers.on_each(lanes, move |lane| {
+            if lane.waiting() > 0 {
+                lane.run(&plan);
+            }
+        });
     }
 
     /// No rule has it any more: it can be another's.
