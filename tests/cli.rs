@@ -52,6 +52,8 @@ fn port(name: &str) -> PortInfo {
         offload: "both".into(),
         state: "bound".into(),
         fault: None,
+        slow: None,
+        undeleted: 0,
         refusals: vec![],
         pending: 2,
         installed: 1200,

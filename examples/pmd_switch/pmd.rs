@@ -346,10 +346,6 @@ fn offer(
         false => port.conn_seen(handle, direction, path),
     };
     match offer {
-        // An add forgets the answers that an earlier rule of the slot was told of.
-        Offer::Queued if conn.state() == State::Answered => {
-            port.conn_established(handle, direction);
-        }
         // Refused for now (the queue is full): the slot is empty still, a later packet tries again.
         Offer::Queued | Offer::Decided | Offer::Refused(_) | Offer::Unbound => {}
     }

@@ -116,6 +116,13 @@ pub(super) fn ports(out: &mut String, ports: &[PortInfo], detail: bool) {
         if let Some(fault) = &p.fault {
             let _ = writeln!(out, "{}: faulty: {fault}", p.name);
         }
+        if let Some(slow) = &p.slow {
+            let _ = writeln!(out, "{}: {slow}", p.name);
+        }
+        if p.undeleted > 0 {
+            let _ =
+                writeln!(out, "{}: {} to be deleted", p.name, count(p.undeleted, "rule", "rules"));
+        }
         if p.provider.is_none() {
             for r in &p.refusals {
                 let _ = writeln!(out, "{}: {} declined: {}", p.name, r.class, r.why);
@@ -141,6 +148,11 @@ fn port(out: &mut String, p: &PortInfo) {
     };
     line("about", &p.about);
     line("fault", p.fault.as_deref().unwrap_or(""));
+    line("slow", p.slow.as_deref().unwrap_or(""));
+    if p.undeleted > 0 {
+        let rules = count(p.undeleted, "rule", "rules");
+        line("undeleted", &format!("{rules} could not be deleted so far, and are tried again"));
+    }
     for r in &p.refusals {
         line("declined", &format!("{}: {}", r.class, r.why));
     }

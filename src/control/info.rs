@@ -25,10 +25,14 @@ pub struct PortInfo {
     pub capabilities: Vec<CapabilityInfo>,
     /// Where rules may live: `both`, `skip_sw`, `skip_hw`.
     pub offload: String,
-    /// `bound`, `unbound`, `draining`, `faulty`.
+    /// `bound`, `unbound`, `draining`, `slow`, `faulty`.
     pub state: String,
     /// What made it faulty.
     pub fault: Option<String>,
+    /// What has not come back, and since when: nothing is offered meanwhile.
+    pub slow: Option<String>,
+    /// Rules that could not be deleted so far.
+    pub undeleted: u64,
     /// Why classes that were asked earlier did not bind it.
     pub refusals: Vec<Refusal>,
     /// Slots with an operation in flight or queued.
@@ -496,7 +500,7 @@ attributes! {
         fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
         sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
         latency = 20, capacity = 21, capacity_learnt = 22, evictions = 23,
-        capabilities = 24,
+        capabilities = 24, slow = 25, undeleted = 26,
     }
     CapabilityInfo {
         name = 1, software = 2, software_why = 3, hardware = 4, hardware_why = 5,

@@ -93,9 +93,9 @@ impl Handler {
         Self { engine, backend, datapath: Mutex::new(datapath), config }
     }
 
-    /// Ends the datapath: nothing of ours is left in the kernel.
-    pub(super) fn stop(&self) {
-        self.datapath.lock().unwrap_or_else(PoisonError::into_inner).stop();
+    /// Ends the datapath; returns what may be left in the kernel, in words.
+    pub(super) fn stop(&self) -> Vec<String> {
+        self.datapath.lock().unwrap_or_else(PoisonError::into_inner).stop()
     }
 
     fn links(&self) -> &Links {
@@ -103,27 +103,25 @@ impl Handler {
     }
 
     fn port_view(&self, name: &str) -> Result<PortView, ControlError> {
-        self.engine
-            .ports()
-            .into_iter()
-            .find(|p| self.links().name(p.netdev.ifindex) == name || p.netdev.name == name)
+        let is_meant = |n: &Netdev| self.links().name(n.ifindex) == name || n.name == name;
+        let netdev = self.engine.netdevs().into_iter().find(is_meant);
+        netdev
+            .and_then(|netdev| self.engine.port_view(netdev.ifindex))
             .ok_or_else(|| ControlError::not_found(format!("there is no port '{name}'")))
     }
 
     fn find_conn(&self, tuple: &Tuple, zone: Option<Zone>) -> Option<ConnHandle> {
-        self.engine.conns().into_iter().find(|c| {
-            zone.is_none_or(|z| z == c.key().zone)
-                && (c.key().original == *tuple || c.reply() == tuple)
-        })
+        self.engine.conns_of(Some(tuple), zone).into_iter().next()
     }
 }
 
 fn port_info(links: &Links, v: PortView) -> PortInfo {
-    let state = match (&v.fault, v.draining, v.provider) {
-        (_, true, _) => "draining",
-        (Some(_), ..) => "faulty",
-        (None, false, Some(_)) => "bound",
-        (None, false, None) => "unbound",
+    let state = match (v.draining, &v.fault, &v.slow, v.provider) {
+        (true, ..) => "draining",
+        (false, Some(_), ..) => "faulty",
+        (false, None, Some(_), _) => "slow",
+        (false, None, None, Some(_)) => "bound",
+        (false, None, None, None) => "unbound",
     };
     PortInfo {
         ifindex: v.netdev.ifindex.get(),
@@ -135,6 +133,8 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         offload: v.netdev.hw_flags.to_string(),
         state: state.to_owned(),
         fault: v.fault,
+        slow: v.slow.map(|s| s.to_string()),
+        undeleted: v.undeleted,
         refusals: v
             .refusals
             .into_iter()
@@ -278,6 +278,9 @@ fn help_for(reason: Reason) -> Option<&'static str> {
             "see `ip -d link show` of the netdev, and what stands above and below it"
         }
         Reason::ProviderFault => "delete the port and add it again; see the daemon's log",
+        Reason::ProviderSlow => {
+            "it goes on by itself when the NIC or the kernel has done what it was given; see `ctoffload port show`"
+        }
         Reason::ConnTableFull => "raise limits.connections",
         Reason::NoEffect => {
             "see whether the NIC was reset, and what its driver says in the kernel log"
@@ -329,7 +332,12 @@ fn verdict(slot: &SlotView, links: &Links) -> (String, Option<String>) {
             )
         }
         SlotState::Pending => ("an add is queued or in flight".to_owned(), None),
-        SlotState::Deleting => ("the rule is being deleted".to_owned(), None),
+        SlotState::Deleting => match &slot.rejection {
+            Some(why) => {
+                (format!("the rule could not be deleted so far, and is tried again: {why}"), None)
+            }
+            None => ("the rule is being deleted".to_owned(), None),
+        },
         SlotState::Empty => ("not offloaded".to_owned(), None),
         SlotState::Rejected => {
             let Some(r) = &slot.rejection else { return ("rejected".to_owned(), None) };
@@ -524,6 +532,7 @@ impl ControlHandler for Handler {
             let kind = match e {
                 AttachError::NotAPort(_) => ErrorKind::Unsupported,
                 AttachError::Engine(PortAddError::AlreadyBound { .. }) => ErrorKind::AlreadyBound,
+                AttachError::Engine(PortAddError::Busy(_)) => ErrorKind::Busy,
                 AttachError::Engine(PortAddError::Registry(_)) => ErrorKind::InvalidArgument,
                 AttachError::Engine(PortAddError::Thread(_)) => ErrorKind::Internal,
             };

@@ -247,8 +247,15 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         waker.wake();
         serving.join()
     });
-    handler.stop();
-    tracing::info!("stopped, nothing left behind");
+    let left = handler.stop();
+    for what in &left {
+        tracing::error!("something may be left behind: {what}");
+    }
+    if left.is_empty() {
+        tracing::info!("stopped, nothing left behind");
+    } else {
+        tracing::error!("stopped; what is left is adopted or removed at the next start");
+    }
     match served {
         Ok(result) => Ok(result?),
         Err(_) => Err(DaemonError::Os(

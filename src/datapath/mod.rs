@@ -179,7 +179,9 @@ impl KernelDatapath {
             move || keepalive::Keeper::new(backend, engine, sweeps).run(&stop)
         })?;
         if first_sync.recv_timeout(FIRST_SYNC).is_err() {
-            datapath.stop();
+            for left in datapath.stop() {
+                tracing::warn!("while closing: {left}");
+            }
             return Err(DatapathError::Links);
         }
         Ok(datapath)
@@ -208,10 +210,10 @@ impl KernelDatapath {
     }
 
     /// Ends sighting, removes every rule and everything else of ours from the kernel, and ends the
-    /// threads. Idempotent.
-    pub fn stop(&mut self) {
+    /// threads. Returns what may be left, in words. Idempotent.
+    pub fn stop(&mut self) -> Vec<String> {
         if self.stop.swap(true, Ordering::SeqCst) {
-            return;
+            return Vec::new();
         }
         // First the ledger: what is flushed below must not be sighted again.
         self.backend.remove_ledger();
@@ -223,11 +225,8 @@ impl KernelDatapath {
                 tracing::error!("a datapath thread panicked");
             }
         }
-        for deleted in self.engine.close() {
-            for fault in deleted.faults {
-                tracing::warn!("while closing: {fault}");
-            }
-        }
+        let faults = self.engine.close().into_iter().flat_map(|deleted| deleted.faults);
+        faults.map(|fault| fault.to_string()).collect()
     }
 }
 
@@ -280,6 +279,8 @@ fn detach(backend: &Backend, engine: &Engine, ifindex: Ifindex) -> Result<PortDe
 
 impl Drop for KernelDatapath {
     fn drop(&mut self) {
-        self.stop();
+        for left in self.stop() {
+            tracing::warn!("while closing: {left}");
+        }
     }
 }

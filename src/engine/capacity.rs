@@ -3,7 +3,9 @@
 //! # The limit
 //! Configured ([`NewPort::capacity`](super::NewPort)), or learnt: when the provider says that its
 //! table is full, the limit is what the port has then. Behind a learnt limit one add every
-//! [`PROBE_EVERY_MS`] is let through, so that a table that has become larger is noticed.
+//! [`PROBE_EVERY_MS`] is let through, so that a table that has room again (several ports may share it)
+//! is noticed. Each that succeeds doubles how many are, so that the limit follows at the speed at which
+//! places become free; the next refusal ends that. A flush forgets what was learnt.
 //!
 //! # Who gives way
 //! Every sweep measures the **pace** of each rule, in packets per second on a logarithmic scale. A
@@ -33,7 +35,7 @@ use super::conn::ConnHandle;
 pub const CANDIDATES: usize = 256;
 /// A rule that has carried nothing for so long gives way to anybody.
 pub const IDLE_MS: u64 = 10_000;
-/// One add in so many milliseconds is let through although the provider has said that it is full.
+/// In so many milliseconds one add (at first) is let through although the provider has said that it is full.
 pub const PROBE_EVERY_MS: u64 = 100;
 
 /// Packets per second, as four times the binary logarithm of 1 + 16 times that many; so that a rule
@@ -140,6 +142,9 @@ struct State {
     /// What the provider said when its table was full, for those that are not even tried.
     words: Option<Box<str>>,
     probed_ms: u64,
+    /// How many are let through in a time, and how many have been in this one.
+    probes: u64,
+    probed: u64,
     candidates: Vec<Candidate>,
 }
 
@@ -191,9 +196,14 @@ impl Capacity {
         if let Some(at) = state.candidates.iter().rposition(gives_way) {
             return Place::Of(state.candidates.remove(at));
         }
-        if learnt && now_ms >= state.probed_ms.saturating_add(PROBE_EVERY_MS) {
-            state.probed_ms = now_ms;
-            return Place::Free;
+        if learnt {
+            if now_ms >= state.probed_ms.saturating_add(PROBE_EVERY_MS) {
+                (state.probed_ms, state.probed) = (now_ms, 0);
+            }
+            if state.probed < state.probes.max(1) {
+                state.probed += 1;
+                return Place::Free;
+            }
         }
         let how = match &state.words {
             Some(words) if learnt => format!("learnt from the provider: {words}"),
@@ -216,7 +226,13 @@ impl Capacity {
         let mut state = self.state();
         state.learnt = Some(rules);
         state.words = words.map(Into::into);
-        state.probed_ms = now_ms;
+        // It has just been tried.
+        (state.probed_ms, state.probes, state.probed) = (now_ms, 1, 1);
+    }
+
+    /// Everything may be tried again.
+    pub(super) fn forget_learnt(&self) {
+        *self.state() = State::default();
     }
 
     /// The provider took a rule; the port has so many now.
@@ -224,6 +240,7 @@ impl Capacity {
         let mut state = self.state();
         if state.learnt.is_some_and(|learnt| rules > learnt) {
             state.learnt = Some(rules);
+            state.probes = state.probes.saturating_mul(2).max(2);
         }
     }
 }
@@ -257,6 +274,35 @@ mod tests {
             let got: Vec<_> = slowest.into_stack().iter().map(|c| (c.pace.0, c.used_ms)).collect();
             prop_assert_eq!(got, want);
         }
+    }
+
+    #[test]
+    fn a_learnt_limit_follows_the_places_that_become_free() {
+        let capacity = Capacity::new(None);
+        capacity.refused(10, None, 0);
+        let (mut rules, mut rounds) = (10, 0);
+        while rules < 100_010 {
+            rounds += 1;
+            let now = rounds * PROBE_EVERY_MS;
+            // The adds of a batch are decided about before the first of them completes.
+            let batch = (0..256)
+                .filter(|_| matches!(capacity.place(rules, Pace::UNKNOWN, now), Place::Free))
+                .count() as u64;
+            for _ in 0..batch {
+                rules += 1;
+                capacity.took(rules);
+            }
+        }
+        assert!(rounds < 500, "{rounds} tenths of a second");
+        capacity.refused(rules, None, rounds * PROBE_EVERY_MS);
+        let now = (rounds + 1) * PROBE_EVERY_MS;
+        assert!(matches!(capacity.place(rules, Pace::UNKNOWN, now), Place::Free));
+        assert!(
+            matches!(capacity.place(rules, Pace::UNKNOWN, now), Place::None(_)),
+            "one at a time"
+        );
+        capacity.forget_learnt();
+        assert_eq!(capacity.limit(), None);
     }
 
     #[test]

@@ -20,8 +20,8 @@ use super::capacity::Pace;
 use super::slot::{Claim, SlotWord};
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceLock, fence};
 
-/// How many ports one direction of one connection can have been seen on in its life. A bound on
-/// memory: beyond it offers are rejected with `too-many-ports`.
+/// How many ports one direction of one connection can be seen on. A bound on memory: beyond it offers
+/// are rejected with `too-many-ports`. Slots of ports that are gone are used again.
 const MAX_PORTS: usize = 16;
 
 /// What identifies a connection among the living.
@@ -103,6 +103,8 @@ pub(super) struct Detail {
 pub(super) enum Said {
     /// Why it is rejected, or will be when its rule is gone.
     Rejected(Rejection),
+    /// Why its rule is still there though it is to go.
+    Undeleted(Rejection),
     /// Why the NIC did not take its rule, in the driver's words.
     ByNic(Box<str>),
 }
@@ -158,6 +160,8 @@ pub struct Conn {
     tag: u64,
     created_ms: u64,
     dead: AtomicBool,
+    /// A reply has been seen, anywhere: for the connection's whole life.
+    replied: AtomicBool,
     past: Past,
     /// The first slot of each direction; further ports hang on it.
     slots: [Slot; 2],
@@ -195,6 +199,7 @@ impl ConnHandle {
             tag,
             created_ms,
             dead: AtomicBool::new(false),
+            replied: AtomicBool::new(false),
             past: Past::default(),
             slots: Default::default(),
         }))
@@ -246,6 +251,28 @@ impl Conn {
     #[must_use]
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Acquire)
+    }
+
+    /// True when a reply has been seen on any port.
+    #[must_use]
+    pub fn has_replied(&self) -> bool {
+        self.replied.load(Ordering::Acquire)
+    }
+
+    /// A reply was seen. Whoever calls this looks at the slot then; whoever has installed a rule looks
+    /// at [`replied_by_now`](Self::replied_by_now) then: with a fence between the two on both sides, one of
+    /// them sees the other.
+    pub(super) fn note_reply(&self) {
+        if !self.has_replied() {
+            self.replied.store(true, Ordering::Release);
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    /// The same question, of one who has just installed a rule.
+    pub(super) fn replied_by_now(&self) -> bool {
+        fence(Ordering::SeqCst); // see `note_reply`
+        self.has_replied()
     }
 
     /// A rule of it is gone, or its counters have begun anew. Called with the slot's detail locked,
@@ -324,11 +351,17 @@ impl Conn {
         false
     }
 
-    /// Claims the slot of (port, direction), making one where there is none.
-    pub(super) fn claim(&self, port: Generation, d: Direction) -> ConnClaim<'_> {
+    /// Claims the slot of (port, direction), making one where there is none. Slots of ports that were
+    /// `gone` when this one was added are taken over.
+    pub(super) fn claim(
+        &self,
+        port: Generation,
+        d: Direction,
+        gone: impl Fn(Generation) -> bool,
+    ) -> ConnClaim<'_> {
         let mut slot = &self.slots[d.index()];
-        for _ in 0..MAX_PORTS {
-            match slot.word.claim(port) {
+        for more in (0..MAX_PORTS).rev() {
+            match slot.word.claim(port, &gone) {
                 Claim::Won => {
                     // `end` sets `dead`, and its caller then unwinds every slot that it finds; a claim
                     // is made and then looks at `dead`. With a fence between the two on both sides
@@ -336,13 +369,14 @@ impl Conn {
                     // finding a slot is an acquiring load.)
                     fence(Ordering::SeqCst);
                     if self.is_dead() {
-                        slot.word.unclaim();
+                        slot.word.unclaim(port);
                         return ConnClaim::Dead;
                     }
                     return ConnClaim::Won(slot);
                 }
                 Claim::Decided => return ConnClaim::Decided,
-                Claim::Other => slot = slot.next.get_or_init(Box::default),
+                Claim::Other if more > 0 => slot = slot.next.get_or_init(Box::default),
+                Claim::Other => break,
             }
         }
         ConnClaim::Full
@@ -383,6 +417,23 @@ pub(super) mod tests {
         ConnHandle::new(ConnKey { zone: Zone(0), original }, reply, Epoch(1), 0, 0)
     }
 
+    /// No port is gone.
+    fn nobody(_: Generation) -> bool {
+        false
+    }
+
+    #[test]
+    fn a_port_that_comes_back_again_and_again_has_the_first_slot_each_time() {
+        let c = conn();
+        let d = Direction::Original;
+        for n in 1..100 {
+            let g = Generation::new(n).unwrap();
+            assert!(matches!(c.claim(g, d, |old| old < g), ConnClaim::Won(_)));
+            assert!(c.slots[d.index()].word.load().is_decided(g));
+        }
+        assert_eq!(c.all_slots().count(), 1);
+    }
+
     #[test]
     fn tuples_of_both_directions_follow_the_nat() {
         let c = conn();
@@ -400,14 +451,15 @@ pub(super) mod tests {
             for n in (1u32..).take(MAX_PORTS) {
                 let g = Generation::new(n).unwrap();
                 assert!(!c.is_decided(g, d));
-                assert!(matches!(c.claim(g, d), ConnClaim::Won(_)));
-                assert!(matches!(c.claim(g, d), ConnClaim::Decided));
+                assert!(matches!(c.claim(g, d, nobody), ConnClaim::Won(_)));
+                assert!(matches!(c.claim(g, d, nobody), ConnClaim::Decided));
                 assert!(c.is_decided(g, d));
             }
             let one_more = Generation::new(1000).unwrap();
-            assert!(matches!(c.claim(one_more, d), ConnClaim::Full));
+            assert!(matches!(c.claim(one_more, d, nobody), ConnClaim::Full));
         }
         assert_eq!(c.all_slots().count(), 2 * MAX_PORTS);
+        assert_eq!(Direction::BOTH.map(|d| c.slots_of(d).count()), [MAX_PORTS; 2]);
     }
 
     #[test]
@@ -416,7 +468,7 @@ pub(super) mod tests {
         assert!(c.end());
         assert!(!c.end());
         let g = Generation::new(1).unwrap();
-        assert!(matches!(c.claim(g, Direction::Reply), ConnClaim::Dead));
+        assert!(matches!(c.claim(g, Direction::Reply, nobody), ConnClaim::Dead));
         let slot = c.slot(g, Direction::Reply).unwrap();
         assert_eq!(slot.word.load().state(), SlotState::Empty);
     }

@@ -11,6 +11,8 @@
 //! * [`conn`]: connections, and the slots on them;
 //! * [`worker`]: packet threads and their view of the ports;
 //! * `port`, `queue`, `writer`: a port, what is asked of it, the thread that does it;
+//! * `ports`, `flush`: ports that come and go, and what takes rules away from them;
+//! * [`progress`]: whether a port's provider goes on;
 //! * [`registry`]: provider classes;
 //! * [`datapath`]: what the engine asks of the datapath;
 //! * [`capacity`]: how many rules a port may have, and which give way;
@@ -33,7 +35,7 @@
 //! | [`Engine::conn_create`], [`conn`](Engine::conn), [`conn_del`](Engine::conn_del), [`conn_retract`](Engine::conn_retract), [`slot_retract`](Engine::slot_retract) | any | a lock of one shard of the index, one of each slot that holds something; never waits for a provider |
 //! | [`Engine::conn_update`], [`slots`](Engine::slots) | any, not on the way of packets | a lock of each slot |
 //! | [`Engine::ports`], [`conns`](Engine::conns), [`classes`](Engine::classes) | any, not on the way of packets | as much as there is to tell of |
-//! | [`Engine::port_add`], [`port_del`](Engine::port_del), [`register`](Engine::register), [`unregister`](Engine::unregister), [`close`](Engine::close) | administration: one at a time, others wait | **blocks**, bounded by [`Limits`] where it waits for workers and providers |
+//! | [`Engine::port_add`], [`port_del`](Engine::port_del), [`register`](Engine::register), [`unregister`](Engine::unregister), [`close`](Engine::close) | administration: one change of the ports at a time, but what they wait for | **blocks**, bounded by [`Limits`] where it waits for workers and providers |
 //! | [`Engine::flush`], [`retract_egress`](Engine::retract_egress), [`sweep`](Engine::sweep) | administration | **blocks**, bounded by [`Limits`] |
 //!
 //! Nothing that blocks may be called by a worker that is online: it would wait for itself. Nor may
@@ -48,16 +50,21 @@
 //! # Errors
 //! An error means that nothing has changed. What a provider refuses is no error of a call: it is kept
 //! by the slot ([`view::SlotView::rejection`]), and packets take the slow path. What a provider does
-//! wrong is kept by the port ([`view::PortView::fault`]). No call panics.
+//! wrong (it panics, or breaks the contract) is kept by the port ([`view::PortView::fault`]); that it is
+//! slow passes ([`view::PortView::slow`]). No call panics.
 
+mod ask;
 pub mod capacity;
 pub mod clock;
 pub mod conn;
 mod contain;
 pub mod datapath;
 mod doubt;
+mod flush;
 pub mod latency;
 mod port;
+mod ports;
+pub mod progress;
 mod queue;
 pub mod reconcile;
 pub mod registry;
@@ -79,24 +86,22 @@ use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use netdev_providers::{
-    BindError, Cookie, Direction, Epoch, Fault, Generation, HwFlags, Ifindex, Instance, Netdev,
-    ProviderClass, Tuple, Zone,
+    Cookie, Direction, Epoch, Fault, Generation, HwFlags, Ifindex, Instance, ProviderClass, Tuple,
+    Zone,
 };
 
 use self::clock::Clock;
 use self::conn::{ConnHandle, ConnKey};
-use self::contain::contained;
 use self::datapath::Datapath;
-use self::port::{Binding, Port, Refusal};
-use self::queue::{Command, Stopped};
+use self::port::Port;
+use self::queue::Command;
 use self::registry::{Registry, RegistryError};
 use self::slot::Unwind;
 use self::worker::{Publication, Worker};
@@ -111,11 +116,11 @@ pub struct Limits {
     pub connections: usize,
     /// Offers waiting per port.
     pub queue: usize,
-    /// How long a port-delete waits for each of: the workers, the port's own flush, the deletes on
-    /// other ports.
+    /// How long administration waits for workers, and for a port that does not go on: counted from the
+    /// port's last progress. What was asked for is done when the port goes on.
     pub port_del: Duration,
-    /// How long a provider may take for what it was given, before a flush goes on without it and
-    /// the port is marked faulty.
+    /// How long nothing of what a provider was given may come back, before its port is
+    /// [slow](progress::Slow) and takes no offers until something does.
     pub complete: Duration,
 }
 
@@ -159,6 +164,10 @@ pub enum PortAddError {
     /// A class that was asked for does not exist.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// A port of this netdev is still being deleted, or its provider has not come back yet (EBUSY): it
+    /// would take the new one's rules for its own.
+    #[error("ifindex {0} was a port whose provider has not come back yet")]
+    Busy(Ifindex),
     /// The thread that would serve it could not be started.
     #[error("the port's thread could not be started")]
     Thread(#[source] std::io::Error),
@@ -204,6 +213,8 @@ pub(crate) struct Shared {
     next_epoch: AtomicU64,
     next_generation: AtomicU32,
     sweeps: AtomicU32,
+    /// The names of the registered classes, for those who only look.
+    classes: Mutex<Vec<&'static str>>,
     admin: Mutex<Admin>,
 }
 
@@ -218,6 +229,22 @@ impl Shared {
 struct Admin {
     registry: Registry,
     writers: HashMap<Generation, JoinHandle<()>>,
+    leaving: Vec<Leaving>,
+}
+
+/// A port that was deleted, and whose provider is still there.
+struct Leaving {
+    port: Arc<Port>,
+    thread: JoinHandle<()>,
+}
+
+impl Admin {
+    /// The ports that are on their way out: being deleted, or given up before their provider had come
+    /// back.
+    fn leaving(&mut self) -> &mut Vec<Leaving> {
+        self.leaving.retain(|l| !l.thread.is_finished());
+        &mut self.leaving
+    }
 }
 
 /// The engine. Clones are the same engine. Dropping the last clone closes nothing: the port threads
@@ -251,6 +278,7 @@ impl Engine {
             next_epoch: AtomicU64::new(1),
             next_generation: AtomicU32::new(1),
             sweeps: AtomicU32::new(0),
+            classes: Mutex::default(),
             admin: Mutex::default(),
         }))
     }
@@ -278,191 +306,34 @@ impl Engine {
     /// # Errors
     /// A duplicate name, or a failing `init`: then it is not registered.
     pub fn register(&self, class: Arc<dyn ProviderClass>) -> Result<(), RegistryError> {
-        self.admin().registry.register(class)
+        let mut admin = self.admin();
+        admin.registry.register(class)?;
+        *self.class_names() = admin.registry.names();
+        Ok(())
+    }
+
+    fn class_names(&self) -> MutexGuard<'_, Vec<&'static str>> {
+        self.0.classes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Unregisters a class and calls its `deinit`.
     ///
     /// # Errors
-    /// While a port is bound to it, and when there is no such class.
+    /// While a port is bound to it, or was and its provider has not come back yet, and when there is no such class.
     pub fn unregister(&self, name: &str) -> Result<(), RegistryError> {
         let mut admin = self.admin();
         let table = self.0.publication.table();
-        let user = table.iter().find(|p| p.binding.as_ref().is_some_and(|b| b.class == name));
-        if let Some(port) = user {
+        let uses = |p: &&Arc<Port>| p.binding.as_ref().is_some_and(|b| b.class == name);
+        let gone = admin.leaving().iter().map(|l| &l.port);
+        if let Some(port) = table.iter().chain(gone).find(uses) {
             return Err(RegistryError::InUse {
                 class: name.to_owned(),
                 port: port.netdev.name.clone(),
             });
         }
-        admin.registry.unregister(name)
-    }
-
-    // ---- ports ----
-
-    /// Attaches a netdev and binds it, for its whole life, to the first class that accepts it. When
-    /// none does, the port is attached without a provider and its refusals are kept.
-    ///
-    /// # Errors
-    /// [`PortAddError`]; nothing has changed then.
-    pub fn port_add(&self, new: NewPort) -> Result<Generation, PortAddError> {
-        let mut admin = self.admin();
-        let table = self.0.publication.table();
-        if let Some(port) = table.get(new.ifindex) {
-            let provider = port.binding.as_ref().map_or(NO_PROVIDER, |b| b.class);
-            return Err(PortAddError::AlreadyBound {
-                name: port.netdev.name.clone(),
-                provider: provider.to_owned(),
-            });
-        }
-        let classes = match &new.providers {
-            Some(names) if names.iter().any(|n| n == NO_PROVIDER) => Vec::new(),
-            names => admin.registry.select(names.as_deref())?,
-        };
-        // 2^32 port-adds without a restart do not happen; if they did, 0 would be skipped.
-        let generation = loop {
-            let n = self.0.next_generation.fetch_add(1, Ordering::Relaxed);
-            if let Some(g) = Generation::new(n) {
-                break g;
-            }
-        };
-        let netdev =
-            Netdev { ifindex: new.ifindex, generation, name: new.name, hw_flags: new.hw_flags };
-        let mut refusals = Vec::new();
-        let binding = classes.iter().find_map(|class| {
-            let why = match contained(|| class.bind(&netdev, self.0.instance)) {
-                Ok(Ok(provider)) => return Some(Binding { class: class.name(), provider }),
-                Ok(Err(BindError::Declined(why))) | Err(why) => why,
-                Ok(Err(BindError::Failed(fault))) => fault.to_string(),
-            };
-            tracing::info!(port = %netdev, class = class.name(), why, "not bound");
-            refusals.push(Refusal { class: class.name(), why });
-            None
-        });
-        let port =
-            Arc::new(Port::new(netdev, binding, refusals, self.0.limits.queue, new.capacity));
-        if let Some(binding) = &port.binding {
-            // Before any offer: what a dead engine left may have the same match.
-            port.queue.push(Command::Reconcile(None));
-            let writer = writer::Writer::new(
-                Arc::clone(&port),
-                Arc::clone(&binding.provider),
-                Arc::clone(&self.0),
-            );
-            let thread = std::thread::Builder::new()
-                .name(format!("port-{}", port.netdev.name))
-                .spawn(move || writer.run());
-            match thread {
-                Ok(handle) => admin.writers.insert(generation, handle),
-                Err(e) => {
-                    let released = contained(|| binding.provider.release());
-                    if let Ok(Err(fault)) | Err(fault) = released.map_err(Fault::new) {
-                        tracing::warn!(port = %port.netdev, "release: {fault}");
-                    }
-                    return Err(PortAddError::Thread(e));
-                }
-            };
-        }
-        tracing::info!(
-            port = %port.netdev,
-            provider = port.binding.as_ref().map_or(NO_PROVIDER, |b| b.class),
-            "port added"
-        );
-        self.0.publication.publish(table.with(port));
-        Ok(generation)
-    }
-
-    /// Removes what engines that died have left on a netdev that is not a port. Blocks.
-    pub fn clear_leftovers(&self, ifindex: Ifindex) {
-        let admin = self.admin();
-        if self.0.publication.table().get(ifindex).is_some() {
-            return;
-        }
-        for class in admin.registry.select(None).unwrap_or_default() {
-            let cleared = contained(|| class.clear_leftovers(ifindex));
-            match cleared.unwrap_or_else(|panicked| Err(Fault::new(panicked))) {
-                Ok(0) => {}
-                Ok(rules) => {
-                    tracing::info!(%ifindex, class = class.name(), rules, "left by a dead engine: removed");
-                }
-                Err(fault) => {
-                    tracing::warn!(%ifindex, class = class.name(), "leftovers of a dead engine: {fault}");
-                }
-            }
-        }
-    }
-
-    /// Deletes a port: no worker offers on it any more, rules on other ports that forward into it
-    /// go, its own rules go, the provider is released. Blocks, within the bounds of
-    /// [`Limits::port_del`]; touches no other connection's rules.
-    ///
-    /// The deletes on other ports are started before this port's own flush, because a rule that
-    /// redirects into a netdev that is gone drops packets, while the flushed port only slows them;
-    /// they are repeated once no worker can offer towards the netdev any more. A datapath that
-    /// gives paths itself ([`PathSpec::Known`](datapath::PathSpec::Known)) must have stopped to
-    /// choose this egress by the next quiescent state of each worker.
-    ///
-    /// # Errors
-    /// When there is no such port.
-    pub fn port_del(&self, ifindex: Ifindex) -> Result<PortDeleted, NoSuchPort> {
-        let mut admin = self.admin();
-        let table = self.0.publication.table();
-        let port = Arc::clone(table.get(ifindex).ok_or(NoSuchPort(ifindex))?);
-        port.draining.store(true, Ordering::SeqCst);
-        let rest = table.without(port.generation());
-        let others = start_retract(rest.iter(), ifindex);
-        let version = self.0.publication.publish(rest);
-        let at_most = self.0.limits.port_del;
-        let mut deleted = PortDeleted::default();
-        if !self.0.publication.wait(version, at_most) {
-            tracing::warn!(port = %port.netdev, "a worker has not passed a quiescent state in {at_most:?}");
-        }
-        // A worker that was in the middle of a batch may have offered towards this netdev behind
-        // the first retraction; none does any more.
-        let table = self.0.publication.table();
-        let late = start_retract(table.iter(), ifindex);
-        if let Some(handle) = admin.writers.remove(&port.generation()) {
-            let (tx, rx) = mpsc::channel();
-            port.queue.push(Command::Stop(tx));
-            match rx.recv_timeout(at_most + at_most) {
-                Ok(Stopped { flushed, faults }) => {
-                    deleted.flushed = flushed;
-                    deleted.faults = faults;
-                    let _ = handle.join();
-                }
-                Err(_) => deleted.faults.push(Fault::new(format!(
-                    "{}: the provider did not finish in time; it is abandoned",
-                    port.netdev
-                ))),
-            }
-        }
-        deleted.retracted = collect(others, at_most) + collect(late, at_most);
-        tracing::info!(
-            port = %port.netdev,
-            flushed = deleted.flushed,
-            retracted = deleted.retracted,
-            "port deleted"
-        );
-        Ok(deleted)
-    }
-
-    /// Deletes every port, and all connections.
-    pub fn close(&self) -> Vec<PortDeleted> {
-        let ports: Vec<_> = self.0.publication.table().iter().map(|p| p.ifindex()).collect();
-        let deleted = ports.into_iter().filter_map(|i| self.port_del(i).ok()).collect();
-        self.0.by_key.iter().for_each(|c| {
-            c.end();
-        });
-        self.0.by_key.clear();
-        self.0.conn_count.store(0, Ordering::Relaxed);
-        deleted
-    }
-
-    /// Removes the rules of all ports that forward into this netdev (a port or not), because it is
-    /// gone or down. Blocks until they are gone; returns how many there were.
-    pub fn retract_egress(&self, egress: Ifindex) -> u64 {
-        let table = self.0.publication.table();
-        collect(start_retract(table.iter(), egress), self.0.limits.port_del)
+        admin.registry.unregister(name)?;
+        *self.class_names() = admin.registry.names();
+        Ok(())
     }
 
     /// A view of the ports for one more packet thread.
@@ -527,6 +398,18 @@ impl Engine {
         self.0.conn_count.load(Ordering::Relaxed)
     }
 
+    /// Ends all connections.
+    fn end_all(&self) {
+        let mut ended = 0;
+        self.0.by_key.retain(|_, c| {
+            c.end();
+            ended += 1;
+            false
+        });
+        // Each is counted down by whoever took it out.
+        self.0.conn_count.fetch_sub(ended, Ordering::Relaxed);
+    }
+
     /// The connection has ended: deletes its rules, on the ports that hold something of it and no
     /// others. Does not wait for them; returns how many there were.
     pub fn conn_del(&self, conn: &ConnHandle) -> usize {
@@ -577,101 +460,4 @@ impl Engine {
             Unwind::Nothing => false,
         }
     }
-
-    // ---- flush ----
-
-    /// Removes rules; the connections live on in software, and come back when they are seen again.
-    /// Without a zone or a tuple, ports are flushed as a whole, in a few messages each. Blocks until
-    /// the rules are gone; returns how many there were on each port that had some.
-    ///
-    /// # Errors
-    /// When there is no such port.
-    pub fn flush(&self, filter: &FlushFilter) -> Result<Vec<(Netdev, u64)>, NoSuchPort> {
-        let table = self.0.publication.table();
-        let ports: Vec<&Arc<Port>> = match filter.port {
-            Some(ifindex) => vec![table.get(ifindex).ok_or(NoSuchPort(ifindex))?],
-            None => table.iter().collect(),
-        };
-        let ports = ports.into_iter().filter(|p| p.binding.is_some());
-        let at_most = self.0.limits.port_del * 2;
-        let counts: Vec<(Netdev, u64)> = if filter.zone.is_none() && filter.tuple.is_none() {
-            let asked: Vec<_> = ports
-                .inspect(|p| p.forget_refused_shapes())
-                .filter(|p| !p.is_empty())
-                .map(|p| (p, ask(p, Command::Flush)))
-                .collect();
-            asked
-                .into_iter()
-                .map(|(p, answer)| (p.netdev.clone(), collect(vec![answer], at_most)))
-                .collect()
-        } else {
-            let conns = self.conns();
-            let matching: Vec<_> = conns
-                .iter()
-                .filter(|c| filter.zone.is_none_or(|z| z == c.key().zone))
-                .filter(|c| filter.tuple.is_none_or(|t| t == c.key().original || t == *c.reply()))
-                .collect();
-            let unwound: Vec<_> = ports
-                .map(|p| {
-                    let slots = matching.iter().flat_map(|c| {
-                        Direction::BOTH.map(|d| self.unwind_slot(&table, c, d, p.generation()))
-                    });
-                    let count = slots.filter(|had| *had).count() as u64;
-                    (p, count, ask(p, Command::Barrier))
-                })
-                .collect();
-            // An add that was in flight is followed by its delete when it completes: once behind
-            // the first barrier, so that it is behind a second one that everything has gone.
-            let settled: Vec<_> = unwound
-                .into_iter()
-                .map(|(p, count, answer)| {
-                    collect(vec![answer], at_most);
-                    (p, count, ask(p, Command::Barrier))
-                })
-                .collect();
-            settled
-                .into_iter()
-                .map(|(p, count, answer)| {
-                    collect(vec![answer], at_most);
-                    (p.netdev.clone(), count)
-                })
-                .collect()
-        };
-        Ok(counts.into_iter().filter(|(_, n)| *n > 0).collect())
-    }
-}
-
-/// Of whom something was asked, and where the answer comes.
-type Answer = (Arc<Port>, Receiver<u64>);
-
-fn start_retract<'a>(ports: impl Iterator<Item = &'a Arc<Port>>, egress: Ifindex) -> Vec<Answer> {
-    ports
-        .filter(|p| p.binding.is_some())
-        .map(|p| ask(p, |tx| Command::Retract(egress, tx)))
-        .collect()
-}
-
-fn ask(port: &Arc<Port>, command: impl FnOnce(mpsc::Sender<u64>) -> Command) -> Answer {
-    let (tx, rx) = mpsc::channel();
-    port.queue.push(command(tx));
-    (Arc::clone(port), rx)
-}
-
-/// A port that does not answer within the time has a provider that does not come back: it is
-/// marked faulty.
-fn collect(answers: Vec<Answer>, at_most: Duration) -> u64 {
-    let deadline = Instant::now() + at_most;
-    let left = || deadline.saturating_duration_since(Instant::now());
-    answers
-        .into_iter()
-        .filter_map(|(port, rx)| match rx.recv_timeout(left()) {
-            Ok(n) => Some(n),
-            Err(RecvTimeoutError::Timeout) => {
-                port.set_fault(format!("the provider has not come back within {at_most:?}"));
-                None
-            }
-            // The port was deleted meanwhile, and everything with it.
-            Err(RecvTimeoutError::Disconnected) => None,
-        })
-        .sum()
 }

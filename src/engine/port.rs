@@ -5,15 +5,19 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::errno::Errno;
+
 use netdev_providers::{
-    Cookie, Direction, Epoch, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason,
-    Rejection, RuleId,
+    Cookie, Direction, Epoch, Fault, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason,
+    Rejection, RuleId, RuleReport,
 };
 
+use super::Limits;
 use super::capacity::Capacity;
 use super::conn::ConnHandle;
 use super::contain::contained;
 use super::latency::Latencies;
+use super::progress::{Progress, Slow};
 use super::queue::Queue;
 
 /// Why an earlier class did not bind a port.
@@ -148,10 +152,22 @@ impl Held {
         self.slots.iter().map(|(key, conn)| (conn.clone(), key.direction())).collect()
     }
 
+    fn leads_to(&self, egress: Ifindex) -> bool {
+        self.by_egress.contains_key(&egress)
+    }
+
     pub(super) fn towards(&self, egress: Ifindex) -> Vec<(ConnHandle, Direction)> {
         let keys = self.by_egress.get(&egress).into_iter().flatten();
         keys.filter_map(|key| Some((self.slots.get(key)?.clone(), key.direction()))).collect()
     }
+}
+
+/// What a provider reported of its rules.
+pub(super) struct Dump {
+    /// When it was asked.
+    pub(super) started_ms: u64,
+    pub(super) reports: Vec<RuleReport>,
+    pub(super) result: Result<(), Fault>,
 }
 
 /// What a flow needs of a backend, whatever its addresses are.
@@ -201,12 +217,18 @@ pub(super) struct Port {
     pub capacity: Capacity,
     /// When the sweep before began.
     pub swept_ms: AtomicU64,
-    /// Operations that are with the provider.
-    pub in_flight: AtomicUsize,
+    /// What is with the provider, and since when nothing has come back.
+    pub progress: Progress,
     /// Being deleted: nothing new is taken.
     pub draining: AtomicBool,
     /// A sweep has asked the provider and has no answer yet.
     pub swept: AtomicBool,
+    /// What came back to a sweep that did not wait for it any more: for the next one.
+    late_dump: Mutex<Option<Dump>>,
+    /// Calls of the provider that are neither the port's thread's nor a sweep's.
+    guests: AtomicUsize,
+    /// The ports that lived when this one was added, sorted.
+    contemporaries: Box<[Generation]>,
     held: Mutex<Held>,
     fault: Mutex<Option<String>>,
     /// The marks that adopted rules have in the backend.
@@ -220,21 +242,27 @@ impl Port {
         netdev: Netdev,
         binding: Option<Binding>,
         refusals: Vec<Refusal>,
-        queue_limit: usize,
+        contemporaries: &PortTable,
+        limits: &Limits,
         capacity: Option<u32>,
     ) -> Self {
+        let mut contemporaries: Box<[_]> = contemporaries.iter().map(|p| p.generation()).collect();
+        contemporaries.sort_unstable();
         Self {
             netdev,
             binding,
             refusals,
-            queue: Queue::new(queue_limit),
+            queue: Queue::new(limits.queue),
             counters: PortCounters::default(),
             rules: AtomicU64::new(0),
             capacity: Capacity::new(capacity),
             swept_ms: AtomicU64::new(0),
-            in_flight: AtomicUsize::new(0),
+            progress: Progress::new(limits.complete),
             draining: AtomicBool::new(false),
             swept: AtomicBool::new(false),
+            late_dump: Mutex::default(),
+            guests: AtomicUsize::new(0),
+            contemporaries,
             held: Mutex::default(),
             fault: Mutex::default(),
             adopted: Mutex::default(),
@@ -248,6 +276,62 @@ impl Port {
 
     pub(super) fn generation(&self) -> Generation {
         self.netdev.generation
+    }
+
+    pub(super) fn late_dump(&self) -> MutexGuard<'_, Option<Dump>> {
+        self.late_dump.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the port of this generation was gone when this one was added.
+    pub(super) fn outlives(&self, other: Generation) -> bool {
+        other < self.generation() && self.contemporaries.binary_search(&other).is_err()
+    }
+
+    /// What the port is slow with, if it is.
+    pub(super) fn slow(&self) -> Option<Slow> {
+        let (slow, changed) = self.progress.look();
+        if changed {
+            match &slow {
+                Some(slow) => {
+                    tracing::warn!(port = %self.netdev, "{slow}; nothing is offered meanwhile")
+                }
+                None => tracing::info!(port = %self.netdev, "the provider has come back"),
+            }
+        }
+        slow
+    }
+
+    /// The same where nobody may look at the time for nothing.
+    pub(super) fn is_slow(&self) -> bool {
+        self.progress.hint() && self.slow().is_some()
+    }
+
+    /// Calls the provider from elsewhere than the port's thread or a sweep. `None` when the port is
+    /// being deleted, or has none; what it panicked with, if it did.
+    pub(super) fn visit<R>(
+        &self,
+        call: impl FnOnce(&dyn Provider) -> R,
+    ) -> Option<Result<R, String>> {
+        let provider = &self.binding.as_ref()?.provider;
+        // Whoever releases the provider has set `draining` and then waits for guests: one of the two
+        // sees the other.
+        self.guests.fetch_add(1, Ordering::SeqCst);
+        let result =
+            (!self.draining.load(Ordering::SeqCst)).then(|| contained(|| call(&**provider)));
+        self.guests.fetch_sub(1, Ordering::SeqCst);
+        result
+    }
+
+    /// Whether somebody else than the port's thread is calling the provider.
+    pub(super) fn is_visited(&self) -> bool {
+        self.guests.load(Ordering::SeqCst) > 0 || self.swept.load(Ordering::SeqCst)
+    }
+
+    /// Whether rules may forward into this netdev, or are about to.
+    pub(super) fn may_lead_to(&self, egress: Ifindex) -> bool {
+        // In the order of `is_empty`.
+        let idle = || self.progress.operations.out() == 0;
+        !(idle() && self.queue.is_finished() && idle()) || self.held().leads_to(egress)
     }
 
     pub(super) fn adopted(&self) -> MutexGuard<'_, HashMap<RuleId, Cookie>> {
@@ -268,7 +352,7 @@ impl Port {
     pub(super) fn is_empty(&self) -> bool {
         // A slot moves from the queue to `held`, and a rule without a slot between the provider
         // and the queue: looked at in this order, neither is missed on its way.
-        let idle = || self.in_flight.load(Ordering::SeqCst) == 0;
+        let idle = || self.progress.operations.out() == 0;
         idle() && self.queue.is_finished() && idle() && self.held().is_empty() && !self.is_faulty()
     }
 
@@ -277,8 +361,13 @@ impl Port {
         if self.draining.load(Ordering::SeqCst) {
             return Err(Reason::Cancelled.into());
         }
-        self.fault()
-            .map_or(Ok(()), |fault| Err(Rejection::with_detail(Reason::ProviderFault, fault)))
+        if let Some(fault) = self.fault() {
+            return Err(Rejection::with_detail(Reason::ProviderFault, fault));
+        }
+        match self.slow() {
+            Some(slow) => Err(Rejection::with_detail(Reason::ProviderSlow, slow.to_string())),
+            None => Ok(()),
+        }
     }
 
     /// Whether an add of this flow would be handed to the provider: the policy check.
@@ -312,12 +401,19 @@ impl Port {
 
     /// Remembers a refusal that is about the shape, and not about this one flow.
     pub(super) fn note_refused_shape(&self, shape: Shape, rejection: &Rejection) {
-        if matches!(rejection.reason, Reason::Unsupported | Reason::NotInHardware) {
+        // An error of the firmware's (EIO, EINVAL) may be about this one rule, or this moment.
+        let lasting = matches!(rejection.errno, None | Some(Errno::EOPNOTSUPP));
+        if lasting && matches!(rejection.reason, Reason::Unsupported | Reason::NotInHardware) {
             let mut shapes = self.shapes();
             if shapes.len() < MAX_SHAPES {
                 shapes.insert(shape, rejection.clone());
             }
         }
+    }
+
+    /// The netdev is gone or down, and may be another's when it comes back.
+    pub(super) fn forget_shapes_towards(&self, egress: Ifindex) {
+        self.shapes().retain(|shape, _| shape.egress != egress);
     }
 
     /// Everything may be tried again.
@@ -347,16 +443,25 @@ impl fmt::Debug for Port {
 pub(super) struct PortTable {
     /// Sorted by ifindex.
     ports: Vec<Arc<Port>>,
+    /// Theirs, apart, so that a search touches nothing but them.
+    ifindexes: Vec<Ifindex>,
+    /// Where each of them is.
+    generations: HashMap<Generation, usize, ahash::RandomState>,
 }
 
 impl PortTable {
+    fn new(ports: Vec<Arc<Port>>) -> Self {
+        let ifindexes = ports.iter().map(|p| p.ifindex()).collect();
+        let generations = ports.iter().enumerate().map(|(at, p)| (p.generation(), at)).collect();
+        Self { ports, ifindexes, generations }
+    }
+
     pub(super) fn get(&self, ifindex: Ifindex) -> Option<&Arc<Port>> {
-        let at = self.ports.binary_search_by_key(&ifindex, |p| p.ifindex()).ok()?;
-        self.ports.get(at)
+        self.ports.get(self.ifindexes.binary_search(&ifindex).ok()?)
     }
 
     pub(super) fn by_generation(&self, generation: Generation) -> Option<&Arc<Port>> {
-        self.ports.iter().find(|p| p.generation() == generation)
+        self.ports.get(*self.generations.get(&generation)?)
     }
 
     pub(super) fn iter(&self) -> std::slice::Iter<'_, Arc<Port>> {
@@ -367,11 +472,10 @@ impl PortTable {
         let mut ports = self.ports.clone();
         let at = ports.partition_point(|p| p.ifindex() < port.ifindex());
         ports.insert(at, port);
-        Self { ports }
+        Self::new(ports)
     }
 
     pub(super) fn without(&self, generation: Generation) -> Self {
-        let ports = self.ports.iter().filter(|p| p.generation() != generation).cloned().collect();
-        Self { ports }
+        Self::new(self.ports.iter().filter(|p| p.generation() != generation).cloned().collect())
     }
 }

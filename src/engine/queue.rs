@@ -35,12 +35,43 @@ pub(super) enum Command {
     Repair,
     /// What engines that died have left is adopted or removed; tells what was done, if asked.
     Reconcile(Option<Sender<Reconciled>>),
-    /// Answers when everything queued before has been carried out.
+    /// The adds that were queued before a [`Retract`](Self::Retract) of this netdev are through.
+    Retracted(Ifindex),
+    /// Answers when everything queued before has been carried out: for tests, since nobody else
+    /// waits for adds.
+    #[cfg(test)]
     Barrier(Sender<u64>),
-    /// Everything goes; answers with how many.
+    /// Answers when the removals queued before have been, and those that follow from them.
+    Settle(Sender<u64>),
+    /// Everything goes, what waits is taken back; answers with how many.
     Flush(Sender<u64>),
     /// Everything goes, the provider is released, the thread ends.
     Stop(Sender<Stopped>),
+}
+
+impl Command {
+    /// Whether it takes away, or says that something is gone, and does not wait for what is to be
+    /// added: the slot of a delete was Installed, so an add of the same match can only have been queued
+    /// behind it.
+    const fn overtakes(&self) -> bool {
+        match self {
+            Self::Delete(..)
+            | Self::DeleteRule(..)
+            | Self::Rearm(..)
+            | Self::Retract(..)
+            | Self::Settle(_)
+            | Self::Flush(_)
+            | Self::Stop(_) => true,
+            Self::Add(..)
+            | Self::Established(..)
+            | Self::Rejected(..)
+            | Self::Repair
+            | Self::Reconcile(_)
+            | Self::Retracted(_) => false,
+            #[cfg(test)]
+            Self::Barrier(_) => false,
+        }
+    }
 }
 
 /// How a port ended.
@@ -52,8 +83,8 @@ pub(super) struct Stopped {
 
 pub(super) struct Queue {
     commands: SegQueue<Command>,
-    /// What follows up an operation that has just completed: it comes before all that waits.
-    follow_ups: SegQueue<Command>,
+    /// Removals: they come before all that waits.
+    removals: SegQueue<Command>,
     adds: AtomicUsize,
     /// Commands that were pushed and have not been carried out.
     unfinished: AtomicUsize,
@@ -66,7 +97,7 @@ impl Queue {
     pub(super) fn new(limit: usize) -> Self {
         Self {
             commands: SegQueue::new(),
-            follow_ups: SegQueue::new(),
+            removals: SegQueue::new(),
             adds: AtomicUsize::new(0),
             unfinished: AtomicUsize::new(0),
             limit,
@@ -95,18 +126,14 @@ impl Queue {
         true
     }
 
-    /// Queues anything else.
+    /// Queues anything else; removals before all that waits, and in order among themselves.
     pub(super) fn push(&self, command: Command) {
         self.unfinished.fetch_add(1, Ordering::Relaxed);
-        self.commands.push(command);
-        self.wake();
-    }
-
-    /// Queues the delete of a rule whose add was cancelled too late, before all that waits: the add of
-    /// a successor with the same match may be there already, and must find the match free.
-    pub(super) fn push_first(&self, command: Command) {
-        self.unfinished.fetch_add(1, Ordering::Relaxed);
-        self.follow_ups.push(command);
+        if command.overtakes() {
+            self.removals.push(command);
+        } else {
+            self.commands.push(command);
+        }
         self.wake();
     }
 
@@ -127,9 +154,22 @@ impl Queue {
     }
 
     pub(super) fn pop(&self) -> Option<Command> {
-        if let Some(command) = self.follow_ups.pop() {
-            return Some(command);
-        }
+        self.pop_removal().or_else(|| self.pop_waiting())
+    }
+
+    /// How many removals wait.
+    #[cfg(all(test, not(ctoffload_loom)))]
+    pub(super) fn removals(&self) -> usize {
+        self.removals.len()
+    }
+
+    /// The next of the removals.
+    pub(super) fn pop_removal(&self) -> Option<Command> {
+        self.removals.pop()
+    }
+
+    /// The next of what waits for its turn.
+    pub(super) fn pop_waiting(&self) -> Option<Command> {
         let command = self.commands.pop()?;
         if matches!(command, Command::Add(..)) {
             self.adds.fetch_sub(1, Ordering::Relaxed);
@@ -157,7 +197,7 @@ impl Queue {
         // before, and then nothing else tells.)
         self.sleeping.store(true, Ordering::Release);
         fence(Ordering::SeqCst);
-        if self.commands.is_empty() && self.follow_ups.is_empty() {
+        if self.commands.is_empty() && self.removals.is_empty() {
             park_timeout(at_most);
         }
         self.sleeping.store(false, Ordering::Relaxed);

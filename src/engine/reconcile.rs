@@ -15,17 +15,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use netdev_providers::{
-    Cookie, Direction, Done, Fault, Leftover, Netdev, Operation, Outcome, Reason, Rejection,
-    Request, RuleId,
+    Cookie, Direction, Done, Fault, Leftover, Operation, Outcome, Reason, Rejection, Request,
+    RuleId,
 };
 
+use super::Shared;
 use super::conn::ConnHandle;
 use super::datapath::{PathSpec, SlotChange};
 use super::port::Port;
 use super::queue::Command;
 use super::slot::{OpNumber, SlotState};
-use super::{Engine, NoSuchPort, Shared};
-use netdev_providers::Ifindex;
 
 /// What a reconciliation did on one port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -104,7 +103,7 @@ impl Found {
         let Some(slot) = conn.slot(port.generation(), d) else { return };
         let mut detail = slot.detail();
         if slot.word.refused(op, why.reason) {
-            slot.word.retry();
+            slot.word.retry(port.generation());
         }
         if slot.word.load().state() == SlotState::Empty {
             super::writer::forget(port, conn, d, &mut detail);
@@ -146,41 +145,4 @@ pub(super) fn removal(
             }
         }),
     )
-}
-
-impl Engine {
-    /// Reconciles one port, or all, and returns what was done. Blocks until it is.
-    ///
-    /// # Errors
-    /// When there is no such port.
-    pub fn reconcile(
-        &self,
-        port: Option<Ifindex>,
-    ) -> Result<Vec<(Netdev, Reconciled)>, NoSuchPort> {
-        let table = self.0.publication.table();
-        let ports: Vec<_> = match port {
-            Some(ifindex) => vec![table.get(ifindex).ok_or(NoSuchPort(ifindex))?],
-            None => table.iter().collect(),
-        };
-        let asked: Vec<_> = ports
-            .into_iter()
-            .filter(|p| p.binding.is_some())
-            .map(|p| {
-                let (tx, rx) = std::sync::mpsc::channel();
-                p.queue.push(Command::Reconcile(Some(tx)));
-                (p, rx)
-            })
-            .collect();
-        // Each rule is looked at once; a provider that hangs is found out by `settle`.
-        Ok(asked
-            .into_iter()
-            .map(|(p, rx)| {
-                let reconciled = rx.recv().unwrap_or_else(|_| Reconciled {
-                    fault: Some(Fault::new("the port was deleted meanwhile")),
-                    ..Reconciled::default()
-                });
-                (p.netdev.clone(), reconciled)
-            })
-            .collect())
-    }
 }

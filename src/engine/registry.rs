@@ -77,8 +77,12 @@ impl Registry {
             .collect()
     }
 
+    pub(super) fn names(&self) -> Vec<&'static str> {
+        self.0.iter().map(|c| c.name()).collect()
+    }
+
     fn unknown(&self, name: &str) -> RegistryError {
-        let known: Vec<_> = self.0.iter().map(|c| c.name()).collect();
+        let known = self.names();
         RegistryError::Unknown { name: name.to_owned(), known: known.join(", ") }
     }
 }

@@ -11,9 +11,13 @@
 //!     +----------------------------------------------+  delete acknowledged
 //! ```
 //!
-//! A slot is **keyed** once, by the first claim, with the generation of its port, and keeps that
-//! key as long as the connection lives, in every state: walkers of a connection's slots therefore
-//! always agree on which slot is theirs, and one compare-and-exchange decides who makes the rule.
+//! A slot is **keyed** by a claim with the generation of its port, and keeps that key as long as the
+//! connection or the port lives, in every state. A claim takes over the slot of a port that was gone
+//! when its own was added: so all workers of a port agree on which slot is theirs (what may be taken
+//! over is fixed when a port is added, and keys only ever give way to later ones), one
+//! compare-and-exchange decides who makes the rule, and a port that is added again and again costs a
+//! connection one slot. Whatever found a slot before it was taken over finds, with its transition,
+//! another's key, and changes nothing.
 //!
 //! All transitions are methods of [`SlotWord`]; each says what the caller has to do next, and none
 //! can be made from a state that it does not fit.
@@ -54,7 +58,7 @@ impl SlotState {
     }
 }
 
-// Layout of the word, from bit 0: generation 32, state 3, flags 5, reason 8, operation 16.
+// Layout of the word, from bit 0: generation 32, state 3, flags 3, 2 not used, reason 8, operation 16.
 const GENERATION: u64 = 0xffff_ffff;
 const STATE_SHIFT: u32 = 32;
 const STATE: u64 = 0x7 << STATE_SHIFT;
@@ -62,10 +66,8 @@ const STATE: u64 = 0x7 << STATE_SHIFT;
 const IN_FLIGHT: u64 = 1 << 35;
 /// A delete was asked for while the add was pending.
 const CANCEL: u64 = 1 << 36;
-/// A reply has been seen.
-const REPLY: u64 = 1 << 37;
 /// The provider has been told of the reply.
-const REPLY_SENT: u64 = 1 << 38;
+const REPLY_SENT: u64 = 1 << 37;
 const REASON_SHIFT: u32 = 40;
 const REASON: u64 = 0xff << REASON_SHIFT;
 const OP_SHIFT: u32 = 48;
@@ -136,16 +138,14 @@ impl Snapshot {
         OpNumber((self.0 >> OP_SHIFT) as u16)
     }
     const fn empty(self) -> Self {
-        self.with_state(SlotState::Empty).clear(IN_FLIGHT | CANCEL | REPLY | REPLY_SENT | REASON)
+        self.with_state(SlotState::Empty).clear(IN_FLIGHT | CANCEL | REPLY_SENT | REASON)
     }
 }
 
 impl std::fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:?}", self.state())?;
-        for (bit, name) in
-            [(IN_FLIGHT, "in-flight"), (CANCEL, "cancel"), (REPLY, "reply"), (REPLY_SENT, "sent")]
-        {
+        for (bit, name) in [(IN_FLIGHT, "in-flight"), (CANCEL, "cancel"), (REPLY_SENT, "sent")] {
             if self.has(bit) {
                 write!(f, "+{name}")?;
             }
@@ -185,10 +185,8 @@ pub enum Unwind {
 /// What a finished add leaves to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterAdd {
-    /// Nothing.
+    /// The rule is there; if the reply was seen meanwhile the provider is to be told.
     Settled,
-    /// The reply was latched meanwhile: tell the provider, once.
-    TellReply,
     /// The add was cancelled while it was in flight: the slot is Deleting, queue the delete.
     Delete,
     /// The slot has moved on: this completion is of a dead operation. What it installed must go.
@@ -219,27 +217,41 @@ impl SlotWord {
         }
     }
 
-    /// Claims the slot for the port: Empty (or never keyed) becomes Pending for exactly one caller.
-    pub fn claim(&self, port: Generation) -> Claim {
+    /// The same, of a slot that is this port's.
+    fn update_of<R>(
+        &self,
+        port: Generation,
+        other: R,
+        mut f: impl FnMut(Snapshot) -> (Option<Snapshot>, R),
+    ) -> R
+    where
+        R: Copy,
+    {
+        self.update(|s| if s.generation() == Some(port) { f(s) } else { (None, other) })
+    }
+
+    /// Claims the slot for the port: Empty (or never keyed, or of a port that is `gone`) becomes
+    /// Pending for exactly one caller.
+    pub fn claim(&self, port: Generation, gone: impl Fn(Generation) -> bool) -> Claim {
         let key = u64::from(port.get());
         self.update(|s| {
-            let generation = s.0 & GENERATION;
-            if generation != 0 && generation != key {
-                return (None, Claim::Other);
-            }
-            if s.state() != SlotState::Empty {
-                return (None, Claim::Decided);
+            match s.generation() {
+                Some(other) if other != port && !gone(other) => return (None, Claim::Other),
+                Some(own) if own == port && s.state() != SlotState::Empty => {
+                    return (None, Claim::Decided);
+                }
+                _ => {}
             }
             // The operation number wraps into nothing: it is the topmost field.
-            let next = Snapshot((s.empty().0 | key).wrapping_add(OP_ONE));
+            let next = Snapshot(((s.empty().0 & !GENERATION) | key).wrapping_add(OP_ONE));
             (Some(next.with_state(SlotState::Pending)), Claim::Won)
         })
     }
 
     /// The holder of a queued add asks to hand it to the provider. `None`: it was cancelled, the
     /// slot is Empty again.
-    pub fn dispatch_add(&self) -> Option<OpNumber> {
-        self.update(|s| {
+    pub fn dispatch_add(&self, port: Generation) -> Option<OpNumber> {
+        self.update_of(port, None, |s| {
             if s.state() != SlotState::Pending || s.has(IN_FLIGHT) {
                 (None, None)
             } else if s.has(CANCEL) {
@@ -260,12 +272,7 @@ impl SlotWord {
                 let next = s.with_state(SlotState::Deleting).clear(IN_FLIGHT | CANCEL);
                 return (Some(next), AfterAdd::Delete);
             }
-            let next = s.with_state(SlotState::Installed).clear(IN_FLIGHT);
-            if s.has(REPLY) && !s.has(REPLY_SENT) {
-                (Some(next.set(REPLY_SENT)), AfterAdd::TellReply)
-            } else {
-                (Some(next), AfterAdd::Settled)
-            }
+            (Some(s.with_state(SlotState::Installed).clear(IN_FLIGHT)), AfterAdd::Settled)
         })
     }
 
@@ -285,16 +292,16 @@ impl SlotWord {
     }
 
     /// A queue was full: the caller of a won claim takes it back.
-    pub fn unclaim(&self) {
-        self.update(|s| {
+    pub fn unclaim(&self, port: Generation) {
+        self.update_of(port, (), |s| {
             let queued = s.state() == SlotState::Pending && !s.has(IN_FLIGHT);
             (queued.then(|| s.empty()), ())
         });
     }
 
     /// A delete is wanted: by the connection's end, a flush, or a change of the path.
-    pub fn unwind(&self) -> Unwind {
-        self.update(|s| match s.state() {
+    pub fn unwind(&self, port: Generation) -> Unwind {
+        self.update_of(port, Unwind::Nothing, |s| match s.state() {
             SlotState::Empty | SlotState::Deleting => (None, Unwind::Nothing),
             SlotState::Rejected => (Some(s.empty()), Unwind::Reopened),
             SlotState::Pending => (Some(s.set(CANCEL)), Unwind::Cancelling),
@@ -305,8 +312,8 @@ impl SlotWord {
     }
 
     /// The holder of a queued delete hands it to the provider. `None`: the slot has moved on.
-    pub fn dispatch_delete(&self) -> Option<OpNumber> {
-        self.update(|s| {
+    pub fn dispatch_delete(&self, port: Generation) -> Option<OpNumber> {
+        self.update_of(port, None, |s| {
             if s.state() != SlotState::Deleting || s.has(IN_FLIGHT) {
                 (None, None)
             } else {
@@ -342,26 +349,27 @@ impl SlotWord {
     }
 
     /// A rejected slot may be tried again. True when it was Rejected and is Empty now.
-    pub fn retry(&self) -> bool {
-        self.update(|s| {
+    pub fn retry(&self, port: Generation) -> bool {
+        self.update_of(port, false, |s| {
             let ok = s.state() == SlotState::Rejected;
             (ok.then(|| s.empty()), ok)
         })
     }
 
     /// The backend has lost everything of this port (flush, release): whatever the state, the slot
-    /// is Empty, and completions still to come are late. Returns the state before.
-    pub fn reset(&self) -> SlotState {
-        self.update(|s| {
+    /// is Empty, and completions still to come are late. Returns the state before; none when the slot
+    /// is another port's by now.
+    pub fn reset(&self, port: Generation) -> Option<SlotState> {
+        self.update_of(port, None, |s| {
             let before = s.state();
-            ((before != SlotState::Empty).then(|| s.empty()), before)
+            ((before != SlotState::Empty).then(|| s.empty()), Some(before))
         })
     }
 
     /// The holder of a queued message about the reply hands it to the provider. `None`: the slot
     /// has moved on.
-    pub fn dispatch_established(&self) -> Option<OpNumber> {
-        self.update(|s| {
+    pub fn dispatch_established(&self, port: Generation) -> Option<OpNumber> {
+        self.update_of(port, None, |s| {
             if s.state() != SlotState::Installed || s.has(IN_FLIGHT) {
                 (None, None)
             } else {
@@ -386,12 +394,11 @@ impl SlotWord {
     }
 
     /// A reply was seen. True when the provider must be told now: the slot is Installed and it was
-    /// not told before. While the add is pending the reply is latched.
-    pub fn reply_seen(&self) -> bool {
-        self.update(|s| match s.state() {
-            SlotState::Pending if !s.has(REPLY) => (Some(s.set(REPLY)), false),
-            SlotState::Installed if !s.has(REPLY_SENT) => (Some(s.set(REPLY | REPLY_SENT)), true),
-            _ => (None, false),
+    /// not told before. That it was seen is the connection's to remember.
+    pub fn reply_seen(&self, port: Generation) -> bool {
+        self.update_of(port, false, |s| {
+            let tell = s.state() == SlotState::Installed && !s.has(REPLY_SENT);
+            (tell.then(|| s.set(REPLY_SENT)), tell)
         })
     }
 }
@@ -408,37 +415,65 @@ mod tests {
         Generation::new(n).unwrap()
     }
 
+    /// No port is gone.
+    fn nobody(_: Generation) -> bool {
+        false
+    }
+
     #[test]
-    fn a_claim_is_won_once_and_keys_the_slot_for_good() {
+    fn a_claim_is_won_once_and_keys_the_slot() {
         let s = SlotWord::default();
-        assert_eq!(s.claim(generation(7)), Claim::Won);
-        assert_eq!(s.claim(generation(7)), Claim::Decided);
-        assert_eq!(s.claim(generation(8)), Claim::Other);
-        s.reset();
-        assert_eq!(s.claim(generation(8)), Claim::Other, "keyed even when empty");
-        assert_eq!(s.claim(generation(7)), Claim::Won);
+        assert_eq!(s.claim(generation(7), nobody), Claim::Won);
+        assert_eq!(s.claim(generation(7), nobody), Claim::Decided);
+        assert_eq!(s.claim(generation(8), nobody), Claim::Other);
+        s.reset(generation(7));
+        assert_eq!(s.claim(generation(8), nobody), Claim::Other, "keyed even when empty");
+        assert_eq!(s.claim(generation(7), nobody), Claim::Won);
+    }
+
+    #[test]
+    fn the_slot_of_a_port_that_is_gone_is_taken_over_in_any_state_and_no_more_its_own() {
+        for installed in [false, true] {
+            let s = SlotWord::default();
+            s.claim(generation(7), nobody);
+            let old = s.dispatch_add(generation(7)).unwrap();
+            if installed {
+                s.added(old);
+            }
+            assert_eq!(s.claim(generation(9), |g| g == generation(7)), Claim::Won);
+            assert_eq!(s.claim(generation(9), |g| g == generation(7)), Claim::Decided);
+            assert_eq!(s.claim(generation(7), nobody), Claim::Other);
+            assert_eq!(s.added(old), AfterAdd::Late);
+            assert_eq!(s.unwind(generation(7)), Unwind::Nothing);
+            assert_eq!(s.reset(generation(7)), None);
+            assert_eq!(s.dispatch_add(generation(7)), None);
+            s.unclaim(generation(7));
+            assert!(!s.retry(generation(7)) && !s.reply_seen(generation(7)));
+            let op = s.dispatch_add(generation(9)).unwrap();
+            assert_eq!(s.added(op), AfterAdd::Settled);
+        }
     }
 
     #[test]
     fn a_delete_before_dispatch_cancels_the_add() {
         let s = SlotWord::default();
-        s.claim(generation(1));
-        assert_eq!(s.unwind(), Unwind::Cancelling);
-        assert_eq!(s.dispatch_add(), None);
+        s.claim(generation(1), nobody);
+        assert_eq!(s.unwind(generation(1)), Unwind::Cancelling);
+        assert_eq!(s.dispatch_add(generation(1)), None);
         assert_eq!(s.load().state(), SlotState::Empty);
     }
 
     #[test]
     fn a_delete_in_flight_follows_the_add() {
         let s = SlotWord::default();
-        s.claim(generation(1));
-        let op = s.dispatch_add().unwrap();
-        assert_eq!(s.unwind(), Unwind::Cancelling);
+        s.claim(generation(1), nobody);
+        let op = s.dispatch_add(generation(1)).unwrap();
+        assert_eq!(s.unwind(generation(1)), Unwind::Cancelling);
         assert_eq!(s.added(op), AfterAdd::Delete);
         assert_eq!(s.load().state(), SlotState::Deleting);
-        let op = s.dispatch_delete().unwrap();
+        let op = s.dispatch_delete(generation(1)).unwrap();
         assert!(s.delete_failed(op));
-        let op = s.dispatch_delete().unwrap();
+        let op = s.dispatch_delete(generation(1)).unwrap();
         assert!(s.deleted(op));
         assert_eq!(s.load().state(), SlotState::Empty);
     }
@@ -446,12 +481,12 @@ mod tests {
     #[test]
     fn a_completion_of_an_older_operation_is_late() {
         let s = SlotWord::default();
-        s.claim(generation(1));
-        let old = s.dispatch_add().unwrap();
-        s.reset();
+        s.claim(generation(1), nobody);
+        let old = s.dispatch_add(generation(1)).unwrap();
+        s.reset(generation(1));
         assert_eq!(s.added(old), AfterAdd::Late);
-        s.claim(generation(1));
-        let new = s.dispatch_add().unwrap();
+        s.claim(generation(1), nobody);
+        let new = s.dispatch_add(generation(1)).unwrap();
         assert_eq!(s.added(old), AfterAdd::Late);
         assert!(!s.refused(old, Reason::Busy));
         assert_eq!(s.added(new), AfterAdd::Settled);
@@ -460,43 +495,40 @@ mod tests {
     #[test]
     fn a_reply_is_told_at_most_once_and_only_after_installation() {
         let s = SlotWord::default();
-        s.claim(generation(1));
-        assert!(!s.reply_seen(), "latched");
-        assert!(!s.reply_seen());
-        let op = s.dispatch_add().unwrap();
-        assert_eq!(s.added(op), AfterAdd::TellReply);
-        assert!(!s.reply_seen());
-        s.reset();
-        s.claim(generation(1));
-        let op = s.dispatch_add().unwrap();
-        assert_eq!(s.added(op), AfterAdd::Settled);
-        assert!(s.reply_seen());
-        assert!(!s.reply_seen());
+        for _ in 0..2 {
+            s.claim(generation(1), nobody);
+            assert!(!s.reply_seen(generation(1)), "nothing is installed");
+            let op = s.dispatch_add(generation(1)).unwrap();
+            assert_eq!(s.added(op), AfterAdd::Settled);
+            assert!(s.reply_seen(generation(1)));
+            assert!(!s.reply_seen(generation(1)));
+            s.reset(generation(1));
+        }
     }
 
     #[test]
     fn a_delete_waits_for_the_message_about_the_reply() {
         let s = SlotWord::default();
-        s.claim(generation(1));
-        let op = s.dispatch_add().unwrap();
+        s.claim(generation(1), nobody);
+        let op = s.dispatch_add(generation(1)).unwrap();
         assert_eq!(s.added(op), AfterAdd::Settled);
-        assert!(s.reply_seen());
-        let op = s.dispatch_established().unwrap();
-        assert_eq!(s.unwind(), Unwind::Cancelling);
-        assert_eq!(s.dispatch_delete(), None);
+        assert!(s.reply_seen(generation(1)));
+        let op = s.dispatch_established(generation(1)).unwrap();
+        assert_eq!(s.unwind(generation(1)), Unwind::Cancelling);
+        assert_eq!(s.dispatch_delete(generation(1)), None);
         assert!(s.established(op));
-        assert!(s.dispatch_delete().is_some());
+        assert!(s.dispatch_delete(generation(1)).is_some());
     }
 
     #[test]
     fn a_rejection_keeps_its_reason_until_the_retry() {
         let s = SlotWord::default();
-        s.claim(generation(1));
-        let op = s.dispatch_add().unwrap();
+        s.claim(generation(1), nobody);
+        let op = s.dispatch_add(generation(1)).unwrap();
         assert!(s.refused(op, Reason::TableFull));
         assert_eq!(s.load().reason(), Some(Reason::TableFull));
         assert!(s.load().is_decided(generation(1)));
-        assert!(s.retry());
+        assert!(s.retry(generation(1)));
         assert!(!s.load().is_decided(generation(1)));
         assert_eq!(s.load().reason(), None);
     }
@@ -510,8 +542,8 @@ mod tests {
             let (mut ops, mut rules, mut deletes) = (Vec::new(), 0i32, 0i32);
             for e in events {
                 match e {
-                    0 => { s.claim(generation(1)); }
-                    1 => if let Some(op) = s.dispatch_add() {
+                    0 => { s.claim(generation(1), nobody); }
+                    1 => if let Some(op) = s.dispatch_add(generation(1)) {
                         prop_assert!(ops.is_empty(), "two adds in flight");
                         ops.push(op);
                     },
@@ -519,18 +551,18 @@ mod tests {
                         rules += 1;
                         match s.added(op) {
                             AfterAdd::Delete | AfterAdd::Late => deletes += 1,
-                            AfterAdd::Settled | AfterAdd::TellReply => {}
+                            AfterAdd::Settled => {}
                         }
                     },
                     3 => if let Some(op) = ops.pop() { s.refused(op, Reason::Busy); },
-                    4 => if s.unwind() == Unwind::Delete { deletes += 1; },
-                    5 => if let Some(op) = s.dispatch_delete() {
+                    4 => if s.unwind(generation(1)) == Unwind::Delete { deletes += 1; },
+                    5 => if let Some(op) = s.dispatch_delete(generation(1)) {
                         prop_assert!(deletes == 1 && s.deleted(op));
                         deletes -= 1;
                         rules -= 1;
                     },
-                    6 => { s.retry(); }
-                    _ => { s.reply_seen(); }
+                    6 => { s.retry(generation(1)); }
+                    _ => { s.reply_seen(generation(1)); }
                 }
                 let state = s.load().state();
                 prop_assert_eq!(rules, i32::from(matches!(state, SlotState::Installed | SlotState::Deleting)));

@@ -36,18 +36,19 @@ mod machine {
 
     /// How long somebody waits for what others do without telling.
     pub(in crate::engine) struct Patience {
-        deadline: Instant,
+        /// None: no clock goes as far.
+        deadline: Option<Instant>,
         pause: Duration,
     }
 
     impl Patience {
         pub(in crate::engine) fn new(at_most: Duration) -> Self {
-            Self { deadline: Instant::now() + at_most, pause: Duration::from_micros(20) }
+            Self { deadline: Instant::now().checked_add(at_most), pause: Duration::from_micros(20) }
         }
 
         /// Sleeps a while, longer each time. False, and no sleep, when the time is over.
         pub(in crate::engine) fn pause(&mut self) -> bool {
-            if Instant::now() >= self.deadline {
+            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return false;
             }
             std::thread::sleep(self.pause);

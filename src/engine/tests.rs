@@ -10,17 +10,20 @@ mod places;
 mod reconcile;
 mod rejections;
 mod removal;
+mod slow;
 mod sweeps;
 mod usage;
 
 use std::sync::Mutex as StdMutex;
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use netdev_providers::dummy::{Call, DummyClass, DummyRule};
 use netdev_providers::{
-    Forward, Leftover, MacAddr, MacRewrite, Permanence, Reason, Rejection, Request,
+    Forward, Leftover, MacAddr, MacRewrite, Netdev, Permanence, Reason, Rejection, Request,
 };
 
+use super::ask::Asked;
 use super::datapath::{Path, PathHint, PathSpec, Sight};
 use super::reconcile::{Recognised, Reconciled};
 use super::slot::SlotState;
@@ -45,10 +48,13 @@ struct TestDatapath {
     living: StdMutex<Vec<(Tuple, u16)>>,
     /// Packets of every slot that it has forwarded itself.
     forwarded: AtomicU64,
+    /// Whether it panics when it is asked for a path.
+    panics: AtomicBool,
 }
 
 impl Datapath for TestDatapath {
     fn resolve(&self, sight: &Sight, _: &PathHint) -> Result<Path, Rejection> {
+        assert!(!self.panics.load(Ordering::SeqCst), "resolve panics on demand");
         if let Some(r) = self.refuse.lock().unwrap().clone() {
             return Err(r);
         }
@@ -161,9 +167,16 @@ impl Bench {
         let table = self.engine.0.publication.table();
         for _ in 0..3 {
             for port in table.iter().filter(|p| p.binding.is_some()) {
-                collect(vec![ask(port, Command::Barrier)], PATIENCE);
+                Asked::of(port, Command::Barrier).wait(PATIENCE).unwrap();
             }
         }
+    }
+
+    /// The same of one port.
+    fn settle_one(&self, n: u32) {
+        let table = self.engine.0.publication.table();
+        let port = table.get(ifindex(n)).unwrap();
+        Asked::of(port, Command::Barrier).wait(PATIENCE).unwrap();
     }
 
     /// The same where operations stay with the provider: the queue is empty.

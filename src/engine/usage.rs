@@ -10,17 +10,19 @@
 //! does nothing (see `doubt`).
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError, SendError, Sender};
+use std::time::Duration;
 
-use netdev_providers::{Direction, Fault, Provider, RuleReport};
+use netdev_providers::{Cookie, Direction, Fault, Generation, Provider, RuleId, RuleReport};
 
 use super::Engine;
 use super::capacity::{Candidate, Pace, Slowest};
 use super::conn::ConnHandle;
 use super::contain::contained;
 use super::doubt::Doubts;
-use super::port::Port;
+use super::port::{Dump, Port};
 use super::queue::Command;
 use super::slot::SlotState;
 
@@ -78,57 +80,80 @@ pub struct Sweep {
 }
 
 impl Engine {
-    /// Sweeps all ports. One thread at a time; blocks, for [`Limits::complete`](super::Limits) per
-    /// provider that does not answer, the first time.
+    /// Sweeps all ports. One thread at a time; blocks, for [`Limits::complete`](super::Limits) beyond its
+    /// last report per provider that does not answer, the first time. What it reports when it
+    /// comes back is taken by the next sweep.
     pub fn sweep(&self, strays: &mut Strays) -> Sweep {
         // At one a second they last for a century.
         let id = self.0.sweeps.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let mut sweep = Sweep::default();
         let mut used = HashSet::new();
-        let before = std::mem::take(&mut strays.0);
+        let before = std::mem::take(&mut strays.seen);
         for port in self.0.publication.table().iter() {
             let Some(binding) = &port.binding else { continue };
-            let started = self.0.clock.now_ms();
-            let Some((reports, result)) = self.reports_of(port, &binding.provider) else {
-                continue;
+            let dump = match self.dump_of(port, &binding.provider, &mut strays.asker) {
+                Some(Ok(dump)) => dump,
+                Some(Err(fault)) => {
+                    // Of the rules nothing is known, so what was strange about them still is.
+                    let of_it = before.iter().filter(|s| s.port == port.generation());
+                    strays.seen.extend(of_it.copied());
+                    sweep.faults.push((port.netdev.name.clone(), fault));
+                    continue;
+                }
+                None => continue,
             };
+            let Dump { started_ms, reports, result } = dump;
             sweep.rules += reports.len() as u64;
-            let mut still = Vec::new();
+            let mut look = Look {
+                port,
+                id,
+                sweep: &mut sweep,
+                used: &mut used,
+                before: &before,
+                seen: &mut strays.seen,
+                doubts: &mut strays.doubts,
+                still: Vec::new(),
+            };
             for report in reports {
-                self.reported(port, id, report, &mut sweep, &mut used, &before, strays, &mut still);
+                self.reported(&mut look, report);
             }
+            let still = look.still;
             sweep.still.extend(still.iter().map(|(conn, _)| conn.clone()));
-            let without_effect = self.doubt(port, still, id, &mut strays.1);
+            let without_effect = self.doubt(port, still, id, &mut strays.doubts);
             if without_effect > 0 {
                 sweep.without_effect += without_effect;
-                if let Err(panicked) = contained(|| binding.provider.hardware_suspect()) {
+                if let Some(Err(panicked)) = port.visit(|provider| provider.hardware_suspect()) {
                     port.set_fault(panicked);
                 }
             }
             match result {
-                Ok(()) => sweep.lost += self.find_lost(port, id, started),
+                Ok(()) => sweep.lost += self.find_lost(port, id, started_ms),
                 Err(fault) => {
                     port.queue.push(Command::Repair);
                     sweep.faults.push((port.netdev.name.clone(), fault));
                 }
             }
         }
-        strays.1.settle(id);
+        strays.doubts.settle(id);
         sweep
     }
 
-    /// What the provider reports; `None` when its port is being deleted. It is asked on a thread of
-    /// its own: one that panics, or does not come back, makes its port faulty, and the others are
-    /// swept all the same.
-    fn reports_of(
+    /// What the provider reports; `None` when its port is being deleted. It is asked on another thread:
+    /// one that panics makes its port faulty, one that does not come back makes it slow, and the
+    /// others are swept all the same.
+    fn dump_of(
         &self,
         port: &Arc<Port>,
         provider: &Arc<dyn Provider>,
-    ) -> Option<(Vec<RuleReport>, Result<(), Fault>)> {
-        let at_most = self.0.limits.complete;
+        asker: &mut Asker,
+    ) -> Option<Result<Dump, Fault>> {
+        // That of an earlier sweep goes first: it says less than a new one, but in the right order.
+        if let Some(late) = port.late_dump().take() {
+            return Some(Ok(late));
+        }
         if port.swept.swap(true, Ordering::SeqCst) {
-            let fault = Fault::new("the provider has not come back from an earlier sweep");
-            return Some((Vec::new(), Err(fault)));
+            let why = "the provider has not come back from an earlier sweep";
+            return Some(Err(Fault::new(why)));
         }
         // Whoever releases the provider has set `draining` and then waits for `swept`: one of the two
         // sees the other.
@@ -137,45 +162,57 @@ impl Engine {
             return None;
         }
         let (tx, rx) = mpsc::channel();
-        let thread =
-            std::thread::Builder::new().name(format!("usage-{}", port.netdev.name)).spawn({
-                let (port, provider) = (Arc::clone(port), Arc::clone(provider));
-                move || {
-                    let mut reports = Vec::new();
-                    let result = contained(|| provider.usage(&mut |report| reports.push(report)));
-                    port.swept.store(false, Ordering::SeqCst);
-                    let result = result.unwrap_or_else(|panicked| {
-                        port.set_fault(panicked.clone());
-                        Err(Fault::new(panicked))
-                    });
-                    // Nobody listens any more when it took too long.
-                    let _ = tx.send((reports, result));
-                }
-            });
-        if let Err(e) = thread {
+        let started_ms = self.0.clock.now_ms();
+        port.progress.sweeps.allow(port.rules.load(Ordering::SeqCst));
+        port.progress.sweeps.begin();
+        let asked = asker.ask(Box::new({
+            let (port, provider) = (Arc::clone(port), Arc::clone(provider));
+            move || {
+                let mut reports = Vec::new();
+                let sweeps = &port.progress.sweeps;
+                let result = contained(|| {
+                    provider.usage(&mut |report| {
+                        // The clock is not looked at for each.
+                        if reports.len().is_multiple_of(256) {
+                            sweeps.step();
+                        }
+                        reports.push(report);
+                    })
+                });
+                let result = result.unwrap_or_else(|panicked| {
+                    port.set_fault(panicked.clone());
+                    Err(Fault::new(panicked))
+                });
+                *port.late_dump() = Some(Dump { started_ms, reports, result });
+                sweeps.end();
+                port.swept.store(false, Ordering::SeqCst);
+                // Nobody listens any more when it took too long.
+                let _ = tx.send(());
+            }
+        }));
+        if let Err(e) = asked {
+            port.progress.sweeps.end();
             port.swept.store(false, Ordering::SeqCst);
-            return Some((Vec::new(), Err(Fault::new(format!("a thread for the sweep: {e}")))));
+            return Some(Err(Fault::new(format!("a thread for the sweep: {e}"))));
         }
-        Some(rx.recv_timeout(at_most).unwrap_or_else(|_| {
-            let why = format!("the provider has not reported its rules within {at_most:?}");
-            port.set_fault(why.clone());
-            (Vec::new(), Err(Fault::new(why)))
-        }))
+        let at_most = port.progress.limit();
+        let look_every = at_most.min(Duration::from_millis(100));
+        while let Err(RecvTimeoutError::Timeout) = rx.recv_timeout(look_every) {
+            if port.progress.sweeps.is_stuck(at_most) {
+                break;
+            }
+        }
+        if let Some(dump) = port.late_dump().take() {
+            return Some(Ok(dump));
+        }
+        port.slow();
+        asker.give_up();
+        Some(Err(Fault::new(format!("the provider has not reported its rules within {at_most:?}"))))
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the state of one sweep")]
-    fn reported(
-        &self,
-        port: &Arc<Port>,
-        id: u32,
-        report: RuleReport,
-        sweep: &mut Sweep,
-        used: &mut HashSet<u64>,
-        before: &HashSet<(u32, u64)>,
-        strays: &mut Strays,
-        still: &mut Vec<(ConnHandle, Direction)>,
-    ) {
+    fn reported(&self, look: &mut Look<'_>, report: RuleReport) {
         let RuleReport { cookie, rule, counters, in_hw } = report;
+        let port = look.port;
         // A connection that is ending has slots until its deletes are acknowledged.
         let conn = port.held().get(cookie.epoch, cookie.direction);
         let slot = conn.as_ref().and_then(|c| c.slot(port.generation(), cookie.direction));
@@ -183,7 +220,7 @@ impl Engine {
             let mut detail = slot.detail();
             if detail.rule == Some(rule) {
                 let seen_before = detail.sweep != 0;
-                detail.sweep = id;
+                detail.sweep = look.id;
                 detail.in_hw = in_hw.or(detail.in_hw);
                 let now = self.0.clock.now_ms();
                 // Somebody replaced the rule, or the NIC was reset: they count from 0 again.
@@ -200,12 +237,12 @@ impl Engine {
                 }
                 if counters.packets > detail.packets {
                     detail.used_ms = now;
-                    if used.insert(conn.epoch().0) {
-                        sweep.used.push(conn.clone());
+                    if look.used.insert(conn.epoch().0) {
+                        look.sweep.used.push(conn.clone());
                     }
-                    strays.1.dispel(port.generation(), conn, cookie.direction);
+                    look.doubts.dispel(port.generation(), conn, cookie.direction);
                 } else if detail.in_hw == Some(true) {
-                    still.push((conn.clone(), cookie.direction));
+                    look.still.push((conn.clone(), cookie.direction));
                 }
                 detail.packets = counters.packets;
                 detail.bytes = counters.bytes;
@@ -215,13 +252,13 @@ impl Engine {
                 return; // an add whose completion is on its way
             }
         }
-        sweep.strays += 1;
-        let key = (port.generation().get(), rule.0);
-        if before.contains(&key) {
+        look.sweep.strays += 1;
+        let stray = Stray { port: port.generation(), rule, cookie };
+        if look.before.contains(&stray) {
             tracing::warn!(port = %port.netdev, %cookie, "a rule of ours that nobody holds is deleted");
             port.queue.push(Command::DeleteRule(rule, cookie));
         } else {
-            strays.0.insert(key);
+            look.seen.insert(stray);
         }
     }
 
@@ -264,8 +301,15 @@ impl Engine {
                 continue;
             }
             let detail = slot.detail();
-            match slot.word.load().state() {
-                SlotState::Installed => {
+            let word = slot.word.load();
+            if word.generation() != Some(generation) {
+                continue;
+            }
+            match word.state() {
+                // One that is to go and cannot be deleted carries packets as before.
+                state @ (SlotState::Installed | SlotState::Deleting)
+                    if state == SlotState::Installed || detail.attempts > 0 =>
+                {
                     let at = detail.used_ms.min(self.now_ms());
                     let (mut at_ms, mut packets, mut bytes) = (at, detail.packets, detail.bytes);
                     if let Usage::LastUsed { at_ms: a, packets: p, bytes: b } = usage {
@@ -294,10 +338,69 @@ impl Engine {
     }
 }
 
-/// What one sweep leaves for the next, kept by whoever sweeps: rules without a slot, and slots whose
-/// rule may do nothing.
+/// What one sweep leaves for the next, kept by whoever sweeps: rules without a slot, slots whose rule
+/// may do nothing, and the thread that asks providers.
 #[derive(Debug, Default)]
-pub struct Strays(HashSet<(u32, u64)>, Doubts);
+pub struct Strays {
+    seen: HashSet<Stray>,
+    doubts: Doubts,
+    asker: Asker,
+}
+
+/// A rule that no slot stands for. By its cookie too, which is never used twice, while a backend may give
+/// the name of a rule that is gone to the next: what two sweeps found under one name need not be one
+/// rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Stray {
+    port: Generation,
+    rule: RuleId,
+    cookie: Cookie,
+}
+
+/// What looking at one port's reports needs.
+struct Look<'a> {
+    port: &'a Arc<Port>,
+    id: u32,
+    sweep: &'a mut Sweep,
+    used: &'a mut HashSet<u64>,
+    before: &'a HashSet<Stray>,
+    seen: &'a mut HashSet<Stray>,
+    doubts: &'a mut Doubts,
+    still: Vec<(ConnHandle, Direction)>,
+}
+
+/// A call that may not come back.
+type Call = Box<dyn FnOnce() + Send>;
+
+/// The thread that asks providers, one after the other, for whoever sweeps; made when there is none,
+/// and left to itself when a provider does not come back.
+#[derive(Debug, Default)]
+struct Asker(Option<Sender<Call>>);
+
+impl Asker {
+    fn ask(&mut self, call: Call) -> std::io::Result<()> {
+        let call = match &self.0 {
+            Some(asker) => match asker.send(call) {
+                Ok(()) => return Ok(()),
+                Err(SendError(call)) => call,
+            },
+            None => call,
+        };
+        let (tx, rx) = mpsc::channel::<Call>();
+        std::thread::Builder::new()
+            .name("usage".into())
+            .spawn(move || rx.into_iter().for_each(|call| call()))?;
+        // It has just been made, and waits for this.
+        let _ = tx.send(call);
+        self.0 = Some(tx);
+        Ok(())
+    }
+
+    /// It ends by itself when the provider comes back.
+    fn give_up(&mut self) {
+        self.0 = None;
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -6,10 +6,10 @@ use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Reason, R
 
 use super::Engine;
 use super::conn::{ConnHandle, PathTaken, Said};
-use super::contain::contained;
 use super::latency::LatencyBucket;
 use super::port::Port;
 pub use super::port::Refusal;
+pub use super::progress::Slow;
 use super::slot::SlotState;
 
 /// A port.
@@ -27,6 +27,10 @@ pub struct PortView {
     pub refusals: Vec<Refusal>,
     /// Why nothing more is offloaded on it.
     pub fault: Option<String>,
+    /// What has not come back, and why nothing is offered meanwhile.
+    pub slow: Option<Slow>,
+    /// Rules that could not be deleted so far; each is tried until the port goes.
+    pub undeleted: u64,
     /// It is being deleted.
     pub draining: bool,
     /// Slots by state, as held: offers waiting, installed, rejected, deleting.
@@ -77,7 +81,7 @@ pub struct SlotView {
     pub direction: Direction,
     /// Its state.
     pub state: SlotState,
-    /// Why it is rejected.
+    /// Why it is rejected, or why its rule could not be deleted so far.
     pub rejection: Option<Rejection>,
     /// When it may be offered again, in milliseconds from now.
     pub retry_in_ms: Option<u64>,
@@ -115,6 +119,18 @@ impl Engine {
         Some((port.netdev.clone(), port.binding.as_ref().map(|b| b.class)))
     }
 
+    /// One port.
+    #[must_use]
+    pub fn port_view(&self, ifindex: Ifindex) -> Option<PortView> {
+        self.0.publication.table().get(ifindex).map(|p| port_view(p))
+    }
+
+    /// The netdevs of all ports, by ifindex. Cheap.
+    #[must_use]
+    pub fn netdevs(&self) -> Vec<Netdev> {
+        self.0.publication.table().iter().map(|p| p.netdev.clone()).collect()
+    }
+
     /// The slots of a connection that are not empty, on living ports.
     #[must_use]
     pub fn slots(&self, conn: &ConnHandle) -> Vec<SlotView> {
@@ -124,10 +140,17 @@ impl Engine {
             .filter_map(|(direction, generation, slot)| {
                 let port = table.by_generation(generation)?;
                 let detail = slot.detail();
-                let state = slot.word.load().state();
+                let word = slot.word.load();
+                if word.generation() != Some(generation) {
+                    return None;
+                }
+                let state = word.state();
                 let installed = state == SlotState::Installed;
                 let (rejection, nic_said) = match detail.said.as_deref() {
                     Some(Said::Rejected(why)) if state == SlotState::Rejected => {
+                        (Some(why.clone()), None)
+                    }
+                    Some(Said::Undeleted(why)) if state == SlotState::Deleting => {
                         (Some(why.clone()), None)
                     }
                     Some(Said::ByNic(words)) if installed && detail.in_hw != Some(true) => {
@@ -164,14 +187,13 @@ impl Engine {
         let bound = |name: &str| {
             table.iter().filter(|p| p.binding.as_ref().is_some_and(|b| b.class == name)).count()
         };
-        let classes = self.admin().registry.select(None).unwrap_or_default();
-        classes.iter().map(|c| (c.name(), bound(c.name()))).collect()
+        self.class_names().iter().map(|name| (*name, bound(name))).collect()
     }
 }
 
 fn port_view(port: &Port) -> PortView {
     let mut slots = SlotCounts { pending: port.queue.pending() as u64, ..SlotCounts::default() };
-    let (mut in_hw, c) = (0, &port.counters);
+    let (mut in_hw, mut undeleted, c) = (0, 0, &port.counters);
     let (mut packets, mut bytes) =
         (c.past_packets.load(Ordering::Relaxed), c.past_bytes.load(Ordering::Relaxed));
     let held = port.held().all();
@@ -187,7 +209,10 @@ fn port_view(port: &Port) -> PortView {
                 in_hw += u64::from(detail.in_hw == Some(true));
             }
             SlotState::Rejected => slots.rejected += 1,
-            SlotState::Deleting => slots.deleting += 1,
+            SlotState::Deleting => {
+                slots.deleting += 1;
+                undeleted += u64::from(detail.attempts > 0);
+            }
             SlotState::Empty => {}
         }
     }
@@ -195,17 +220,17 @@ fn port_view(port: &Port) -> PortView {
         netdev: port.netdev.clone(),
         provider: port.binding.as_ref().map(|b| b.class),
         about: port
-            .binding
-            .as_ref()
-            .map(|b| contained(|| b.provider.describe()).unwrap_or_else(|panicked| panicked))
+            .visit(|provider| provider.describe())
+            .map(|told| told.unwrap_or_else(|panicked| panicked))
             .unwrap_or_default(),
         capabilities: port
-            .binding
-            .as_ref()
-            .and_then(|b| contained(|| b.provider.capabilities()).ok())
+            .visit(|provider| provider.capabilities())
+            .and_then(Result::ok)
             .unwrap_or_default(),
         refusals: port.refusals.clone(),
         fault: port.fault(),
+        slow: port.slow(),
+        undeleted,
         draining: port.draining.load(Ordering::Relaxed),
         slots,
         in_hw,

@@ -104,7 +104,13 @@ pub struct Worker {
 impl Worker {
     pub(super) fn new(publication: Arc<Publication>) -> Self {
         let seen = Arc::new(Seen(AtomicU64::new(OFFLINE)));
-        publication.workers.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&seen));
+        {
+            let mut workers = publication.workers.lock().unwrap_or_else(PoisonError::into_inner);
+            // Whoever waits for workers takes this lock, so what those did that have gone comes
+            // before what it does next.
+            workers.retain(|w| w.0.load(Ordering::Acquire) != GONE);
+            workers.push(Arc::clone(&seen));
+        }
         let mut w = Self { publication, seen, version: 0, table: Arc::default() };
         w.online();
         w
@@ -213,11 +219,16 @@ impl PortRef<'_> {
         d: Direction,
         path: &Path,
     ) -> Result<(), Rejection> {
-        let Some(binding) = &self.port.binding else { return Err(Reason::NoProvider.into()) };
+        if self.port.binding.is_none() {
+            return Err(Reason::NoProvider.into());
+        }
         if conn.is_dead() {
             return Err(Reason::ConnState.into());
         }
-        self.port.takes(&flow(conn, d, path), &*binding.provider)
+        let flow = flow(conn, d, path);
+        let asked = self.port.visit(|provider| self.port.takes(&flow, provider));
+        // It is being deleted; or what panicked was none of the provider's.
+        asked.and_then(Result::ok).unwrap_or_else(|| Err(Reason::Cancelled.into()))
     }
 
     fn offer(&self, conn: &ConnHandle, d: Direction, path: PathSpec) -> Offer {
@@ -227,20 +238,34 @@ impl PortRef<'_> {
         if self.is_decided(conn, d) {
             return Offer::Decided;
         }
-        match conn.claim(self.generation, d) {
+        match conn.claim(self.generation, d, |g| self.port.outlives(g)) {
             ConnClaim::Decided => Offer::Decided,
             ConnClaim::Dead => Offer::Refused(Reason::ConnState),
             ConnClaim::Full => self.refuse(Reason::TooManyPorts),
             ConnClaim::Won(slot) => {
-                self.port.counters.sights.fetch_add(1, Ordering::Relaxed);
-                if self.port.queue.push_add(conn.clone(), d, path) {
-                    Offer::Queued
+                let refused = if self.is_slow() {
+                    Reason::ProviderSlow
+                } else if self.port.queue.push_add(conn.clone(), d, path) {
+                    self.port.counters.sights.fetch_add(1, Ordering::Relaxed);
+                    return Offer::Queued;
                 } else {
-                    slot.word.unclaim();
-                    self.refuse(Reason::QueueFull)
-                }
+                    Reason::QueueFull
+                };
+                slot.word.unclaim(self.generation);
+                self.refuse(refused)
             }
         }
+    }
+
+    /// Looks at the time for one in so many offers that find others waiting: somebody has to, and no
+    /// more than this of them may come behind what does not go on.
+    fn is_slow(&self) -> bool {
+        const EVERY: usize = 64;
+        let waiting = self.port.queue.pending();
+        if waiting > 0 && waiting.is_multiple_of(EVERY) {
+            return self.port.slow().is_some();
+        }
+        self.port.is_slow()
     }
 
     /// The datapath could not make a connection for a packet that was seen here
@@ -255,11 +280,13 @@ impl PortRef<'_> {
         Offer::Refused(reason)
     }
 
-    /// A reply of the connection was seen. Told to the provider at most once per slot, after the
-    /// rule of direction `d` on this port is installed.
+    /// A reply of the connection was seen. That is remembered for the connection's life, whatever
+    /// becomes of its rules, and told to providers at most once per rule, after it is installed: now,
+    /// where direction `d` on this port has one.
     pub fn conn_established(&self, conn: &ConnHandle, d: Direction) {
+        conn.note_reply();
         if let Some(slot) = conn.slot(self.generation, d)
-            && slot.word.reply_seen()
+            && slot.word.reply_seen(self.generation)
         {
             self.port.queue.push(Command::Established(conn.clone(), d));
         }

@@ -1,30 +1,33 @@
 //! The writer of one port: the thread that takes what workers queued, has it prepared and carried
 //! out by the provider, and follows up what completes.
 //!
-//! Order: commands are taken first in, first out, and operations are submitted in that order, so
-//! the delete of an old rule precedes the add of a new one with the same match.
+//! Order: removals are taken first, each lot first in, first out, and operations are submitted in that
+//! order. The delete of an old rule precedes the add of a new one with the same match, which cannot
+//! have been queued before it.
 //!
 //! `completion` is what completions do to slots, `flush` how the port is emptied, `adopt` what becomes
 //! of rules that engines that died have left.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use netdev_providers::{
-    Direction, Done, Flow, Operation, Outcome, Provider, Reason, Rejection, Request, Ticket,
+    Cookie, Direction, Done, Flow, Ifindex, Operation, Outcome, Provider, Reason, Rejection,
+    Request, RuleId, Ticket,
 };
 
 use super::Shared;
 use super::capacity::{Candidate, Pace, Place};
-use super::conn::{ConnHandle, Moment, PathTaken, Slot};
+use super::conn::{ConnHandle, Detail, Moment, PathTaken, Slot};
 use super::contain::contained;
-use super::datapath::{Path, PathSpec, Sight, flow};
+use super::datapath::{Datapath, Path, PathSpec, Sight, flow};
 use super::latency::OpKind;
 use super::port::{Port, Shape};
-use super::queue::Command;
+use super::queue::{Command, Stopped};
 use super::reconcile::{self, Found};
 use super::slot::{OpNumber, SlotState, Unwind};
 pub(super) use completion::{forget, refute, unwind};
@@ -43,6 +46,13 @@ pub(super) struct Writer {
     shared: Arc<Shared>,
     timers: BinaryHeap<Reverse<Timer>>,
     rearm: Vec<Sight>,
+    /// Taken from the queue before their turn came.
+    deferred: VecDeque<Command>,
+    /// Commands carried out in this round.
+    done: usize,
+    /// Netdevs that rules must not lead to, from a retraction until the adds that waited then are
+    /// through. (The end of it can overtake its beginning: then it is below 0.)
+    retracting: HashMap<Ifindex, i32>,
 }
 
 /// Something to be looked at again: a rejected slot, or a delete that failed.
@@ -77,96 +87,121 @@ enum Staged {
 
 impl Writer {
     pub(super) fn new(port: Arc<Port>, provider: Arc<dyn Provider>, shared: Arc<Shared>) -> Self {
-        Self { port, provider, shared, timers: BinaryHeap::new(), rearm: Vec::new() }
+        Self {
+            port,
+            provider,
+            shared,
+            timers: BinaryHeap::new(),
+            rearm: Vec::new(),
+            deferred: VecDeque::new(),
+            done: 0,
+            retracting: HashMap::new(),
+        }
     }
 
     /// Runs until [`Command::Stop`].
     pub(super) fn run(mut self) {
-        self.port.queue.set_writer();
+        let port = Arc::clone(&self.port);
+        port.queue.set_writer();
         let mut staged = Vec::new();
         loop {
+            // Should this thread end by a panic, it has begun for good, and is found not to go on.
+            port.progress.thread.begin();
             let mut taken = 0;
             while taken < BATCH
-                && let Some(command) = self.port.queue.pop()
+                && let Some(command) = self.next()
             {
                 taken += 1;
-                match command {
-                    Command::Stop(answer) => {
-                        self.submit(&mut staged);
-                        let _ = answer.send(self.stop());
-                        return;
-                    }
-                    Command::Flush(answer) => {
-                        self.submit(&mut staged);
-                        let flushed = self.flush();
-                        self.tell_rearm();
-                        let _ = answer.send(flushed);
-                    }
-                    Command::Repair => {
-                        self.submit(&mut staged);
-                        if let Err(panicked) = self.guarded(|p| p.submit(Vec::new())) {
-                            tracing::error!(port = %self.port.netdev, "repair: {panicked}");
-                        }
-                    }
-                    Command::Reconcile(answer) => {
-                        self.submit(&mut staged);
-                        let reconciled = self.reconcile(&mut staged);
-                        self.tell_rearm();
-                        if let Some(answer) = answer {
-                            let _ = answer.send(reconciled);
-                        }
-                    }
-                    Command::Barrier(answer) => {
-                        self.submit(&mut staged);
-                        self.settle();
-                        self.tell_rearm();
-                        let _ = answer.send(0);
-                    }
-                    Command::Retract(egress, answer) => {
-                        self.submit(&mut staged);
-                        let _ = answer.send(self.retract(egress, &mut staged));
-                    }
-                    other => self.stage(other, &mut staged),
+                port.progress.thread.step();
+                if let Some(answer) = self.carry_out(command, &mut staged) {
+                    let _ = answer.send(self.stop(&mut staged));
+                    port.progress.thread.end();
+                    return;
                 }
             }
             self.submit(&mut staged);
-            self.port.queue.finished(taken);
+            self.port.queue.finished(std::mem::take(&mut self.done));
             let next = self.run_timers(&mut staged);
             self.submit(&mut staged);
             self.tell_rearm();
+            port.progress.thread.end();
             if taken == 0 {
                 self.port.queue.park(next);
             }
         }
     }
 
-    fn stage(&mut self, command: Command, staged: &mut Vec<Staged>) {
+    fn next(&mut self) -> Option<Command> {
+        let command = self.deferred.pop_front().or_else(|| self.port.queue.pop())?;
+        self.done += 1;
+        Some(command)
+    }
+
+    /// Carries a command out, or stages it. Returns who wants to hear of the end, if this is it.
+    fn carry_out(&mut self, command: Command, staged: &mut Vec<Staged>) -> Option<Sender<Stopped>> {
         match command {
             Command::Add(conn, d, path) => self.stage_add(&conn, d, path, None, staged),
             Command::Delete(conn, d) => self.stage_delete(&conn, d, staged),
+            Command::DeleteRule(rule, cookie) => self.stage_delete_rule(rule, cookie, staged),
             Command::Established(conn, d) => self.stage_established(conn, d, staged),
             Command::Rejected(conn, d) => self.arm_retry(conn, d),
             Command::Rearm(conn, d) => self.push_rearm(conn, d),
-            Command::DeleteRule(rule, cookie) => {
-                let port = Arc::clone(&self.port);
-                staged.push(Staged::Other(self.operation(
-                    Request::Delete { rule, cookie },
-                    move |outcome| {
-                        if let Err(e) = outcome {
-                            tracing::warn!(port = %port.netdev, %cookie, "stray rule not deleted: {e}");
-                        }
-                    },
-                )));
+            Command::Retracted(egress) => self.count_retraction(egress, -1),
+            Command::Stop(answer) => return Some(answer),
+            Command::Flush(answer) => {
+                let flushed = self.flush(staged);
+                self.tell_rearm();
+                let _ = answer.send(flushed);
             }
-            Command::Barrier(_)
-            | Command::Reconcile(_)
-            | Command::Repair
-            | Command::Flush(_)
-            | Command::Retract(..)
-            | Command::Stop(_) => {
-                unreachable!("handled by run")
+            Command::Repair => {
+                self.submit(staged);
+                if let Err(panicked) = self.guarded(|p| p.submit(Vec::new())) {
+                    tracing::error!(port = %self.port.netdev, "repair: {panicked}");
+                }
+            }
+            Command::Reconcile(answer) => {
+                self.submit(staged);
+                let reconciled = self.reconcile(staged);
+                self.tell_rearm();
+                if let Some(answer) = answer {
+                    let _ = answer.send(reconciled);
+                }
+            }
+            #[cfg(test)]
+            Command::Barrier(answer) => {
+                self.submit(staged);
+                self.settle();
+                self.tell_rearm();
+                let _ = answer.send(0);
+            }
+            Command::Settle(answer) => {
+                self.finish_removals(staged);
+                self.tell_rearm();
+                let _ = answer.send(0);
+            }
+            Command::Retract(egress, answer) => {
+                let _ = answer.send(self.retract(egress, staged));
             }
         }
+        None
+    }
+
+    fn count_retraction(&mut self, egress: Ifindex, by: i32) {
+        let count = self.retracting.entry(egress).or_default();
+        *count += by;
+        if *count == 0 {
+            self.retracting.remove(&egress);
+        }
+    }
+
+    fn stage_delete_rule(&self, rule: RuleId, cookie: Cookie, staged: &mut Vec<Staged>) {
+        let port = Arc::clone(&self.port);
+        let then = move |outcome: Outcome| {
+            if let Err(e) = outcome {
+                tracing::warn!(port = %port.netdev, %cookie, "stray rule not deleted: {e}");
+            }
+        };
+        staged.push(Staged::Other(self.operation(Request::Delete { rule, cookie }, then)));
     }
 
     fn slot<'a>(&self, conn: &'a ConnHandle, d: Direction) -> Option<&'a Slot> {
@@ -195,8 +230,8 @@ impl Writer {
     ) {
         let Some(slot) = self.slot(conn, d) else { return };
         let op = {
-            let detail = slot.detail();
-            let Some(op) = slot.word.dispatch_add() else {
+            let mut detail = slot.detail();
+            let Some(op) = slot.word.dispatch_add(self.port.generation()) else {
                 drop(detail);
                 self.push_rearm(conn.clone(), d);
                 if let Some(found) = &found {
@@ -204,6 +239,11 @@ impl Writer {
                 }
                 return;
             };
+            // Of a port whose provider never came back: the slot was taken over, and this was not.
+            if detail.rule.is_some() || detail.said.is_some() || detail.path.is_some() {
+                conn.past_traffic(detail.packets, detail.bytes);
+                *detail = Detail::default();
+            }
             self.port.held().insert(conn.clone(), d);
             op
         };
@@ -278,9 +318,15 @@ impl Writer {
         self.port.takes_any()?;
         let path = match spec {
             PathSpec::Known(path) => *path,
-            PathSpec::Resolve(hint) => self.shared.datapath.resolve(sight, &hint)?,
+            PathSpec::Resolve(hint) => {
+                self.asked(|datapath| datapath.resolve(sight, &hint)).unwrap_or_else(Err)?
+            }
             PathSpec::Refused(rejection) => return Err(*rejection),
         };
+        if self.retracting.contains_key(&path.forward.egress) {
+            let why = "the netdev that the packets leave by went down or was deleted";
+            return Err(Rejection::with_detail(Reason::Cancelled, why));
+        }
         let flow = Box::new(flow(&sight.conn, sight.direction, &path));
         self.port.takes(&flow, &*self.provider)?;
         Ok((path, flow))
@@ -290,7 +336,9 @@ impl Writer {
         let Some(slot) = self.slot(conn, d) else { return };
         let (op, rule) = {
             let detail = slot.detail();
-            let Some(op) = slot.word.dispatch_delete() else { return };
+            let Some(op) = slot.word.dispatch_delete(self.port.generation()) else {
+                return;
+            };
             (op, detail.rule)
         };
         let Some(rule) = rule else {
@@ -317,7 +365,9 @@ impl Writer {
         let (op, rule) = {
             let detail = slot.detail();
             let Some(rule) = detail.rule else { return };
-            let Some(op) = slot.word.dispatch_established() else { return };
+            let Some(op) = slot.word.dispatch_established(self.port.generation()) else {
+                return;
+            };
             (op, rule)
         };
         let cookie = self.shared.cookie(&conn, d);
@@ -326,7 +376,7 @@ impl Writer {
         let then = move |_| {
             let must_go = conn.slot(port.generation(), d).is_some_and(|s| s.word.established(op));
             if must_go {
-                port.queue.push_first(Command::Delete(conn, d));
+                port.queue.push(Command::Delete(conn, d));
             }
         };
         let request = Request::Established { rule, cookie };
@@ -339,7 +389,7 @@ impl Writer {
         request: Request,
         then: impl FnOnce(Outcome) + Send + 'static,
     ) -> Operation {
-        self.port.in_flight.fetch_add(1, Ordering::SeqCst);
+        self.port.progress.operations.begin();
         let port = Arc::clone(&self.port);
         let (kind, started) = (OpKind::of(&request), Instant::now());
         let completion = move |outcome: Outcome| {
@@ -347,7 +397,7 @@ impl Writer {
                 port.counters.latencies.record(kind, started.elapsed());
             }
             then(outcome);
-            port.in_flight.fetch_sub(1, Ordering::SeqCst);
+            port.progress.operations.end();
             port.queue.wake();
         };
         Operation { request, ticket: Ticket::new(Box::new(completion)) }
@@ -364,9 +414,12 @@ impl Writer {
                 Staged::Other(_) => None,
             })
             .collect();
+        let prepare = |sights: &[Sight]| {
+            self.asked(|datapath| datapath.prepare(sights))
+                .unwrap_or_else(|why| vec![Err(why); sights.len()])
+        };
         let mut prepared =
-            if sights.is_empty() { Vec::new() } else { self.shared.datapath.prepare(&sights) }
-                .into_iter();
+            if sights.is_empty() { Vec::new() } else { prepare(&sights) }.into_iter();
         let mut batch = Vec::with_capacity(staged.len());
         for s in staged.drain(..) {
             match s {
@@ -443,6 +496,14 @@ impl Writer {
         contained(|| call(&*self.provider)).map_err(|why| self.port.panicked(why))
     }
 
+    /// Calls the datapath; its panic is contained in the same way.
+    fn asked<R>(&self, call: impl FnOnce(&dyn Datapath) -> R) -> Result<R, Rejection> {
+        contained(|| call(&*self.shared.datapath)).map_err(|why| {
+            let why = why.replacen("the provider", "the datapath", 1);
+            self.port.panicked(why)
+        })
+    }
+
     fn arm_retry(&mut self, conn: ConnHandle, d: Direction) {
         let at = self.slot(&conn, d).and_then(|s| s.detail().retry_at.ms());
         if let Some(at_ms) = at {
@@ -467,7 +528,7 @@ impl Writer {
             if slot.word.load().state() == SlotState::Deleting {
                 drop(detail);
                 self.stage_delete(&conn, d, staged);
-            } else if slot.word.retry() {
+            } else if slot.word.retry(self.port.generation()) {
                 // The number of attempts stays: the next pause is longer. How long the next packet
                 // takes from now on tells the connection's pace.
                 let (attempts, pace) = (detail.attempts, detail.pace);
@@ -477,12 +538,16 @@ impl Writer {
                 self.push_rearm(conn, d);
             }
         }
-        Duration::from_secs(1)
+        // Until somebody asks for something.
+        Duration::from_secs(3600)
     }
 
     fn tell_rearm(&mut self) {
         if !self.rearm.is_empty() {
-            self.shared.datapath.rearm(&std::mem::take(&mut self.rearm));
+            let rearm = std::mem::take(&mut self.rearm);
+            if let Err(panicked) = self.asked(|datapath| datapath.rearm(&rearm)) {
+                tracing::error!(port = %self.port.netdev, "rearm: {panicked}");
+            }
         }
     }
 }

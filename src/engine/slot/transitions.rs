@@ -11,7 +11,6 @@ struct Plain {
     state: SlotState,
     in_flight: bool,
     cancel: bool,
-    reply: bool,
     sent: bool,
     reason: Option<Reason>,
     op: u16,
@@ -19,9 +18,11 @@ struct Plain {
 
 /// What is asked of a slot. Completions come with the number of the present operation, or of one
 /// before.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ask {
     Claim(u32),
+    /// The same, where the port that has the slot is gone.
+    TakeOver(u32),
     DispatchAdd,
     Added(u16),
     Refused(u16, Reason),
@@ -45,7 +46,6 @@ impl Plain {
             state: s.state(),
             in_flight: s.in_flight(),
             cancel: s.is_cancelled(),
-            reply: s.has(REPLY),
             sent: s.has(REPLY_SENT),
             reason: s.reason(),
             op: s.op().0,
@@ -55,16 +55,7 @@ impl Plain {
     fn emptied(self) -> Self {
         let (key, op) = (self.key, self.op);
         let state = SlotState::Empty;
-        Self {
-            key,
-            op,
-            state,
-            in_flight: false,
-            cancel: false,
-            reply: false,
-            sent: false,
-            reason: None,
-        }
+        Self { key, op, state, in_flight: false, cancel: false, sent: false, reason: None }
     }
 
     fn rejected(self, reason: Reason) -> Self {
@@ -83,8 +74,13 @@ impl Plain {
         let answer = |ok: bool, becomes: Self| (if ok { becomes } else { self }, said(&ok));
         match ask {
             Ask::Claim(key) if self.key != 0 && self.key != key => (self, said(&Claim::Other)),
-            Ask::Claim(_) if self.state != Empty => (self, said(&Claim::Decided)),
-            Ask::Claim(key) => {
+            Ask::Claim(_) | Ask::TakeOver(_)
+                if self.state != Empty
+                    && [Ask::Claim(self.key), Ask::TakeOver(self.key)].contains(&ask) =>
+            {
+                (self, said(&Claim::Decided))
+            }
+            Ask::Claim(key) | Ask::TakeOver(key) => {
                 let won =
                     Self { key, state: Pending, op: self.op.wrapping_add(1), ..self.emptied() };
                 (won, said(&Claim::Won))
@@ -99,10 +95,7 @@ impl Plain {
                 (deleting, said(&AfterAdd::Delete))
             }
             Ask::Added(_) => {
-                let tell = self.reply && !self.sent;
-                let sent = self.sent || tell;
-                let what = if tell { AfterAdd::TellReply } else { AfterAdd::Settled };
-                (Self { state: Installed, in_flight: false, sent, ..self }, said(&what))
+                (Self { state: Installed, in_flight: false, ..self }, said(&AfterAdd::Settled))
             }
             Ask::Refused(op, _) if self.state != Pending || self.op != op => (self, said(&false)),
             Ask::Refused(..) if self.cancel => (self.emptied(), said(&false)),
@@ -129,7 +122,7 @@ impl Plain {
             }
             Ask::Retry => answer(self.state == Rejected, self.emptied()),
             Ask::Reset => {
-                (if self.state == Empty { self } else { self.emptied() }, said(&self.state))
+                (if self.state == Empty { self } else { self.emptied() }, said(&Some(self.state)))
             }
             Ask::DispatchEstablished => dispatched(self.state == Installed && !self.in_flight),
             Ask::Established(op) if !with_provider(Installed, op) => (self, said(&false)),
@@ -138,43 +131,61 @@ impl Plain {
                 (deleting, said(&true))
             }
             Ask::Established(_) => (Self { in_flight: false, ..self }, said(&false)),
-            Ask::ReplySeen => match self.state {
-                Pending => (Self { reply: true, ..self }, said(&false)),
-                Installed if !self.sent => (Self { reply: true, sent: true, ..self }, said(&true)),
-                _ => (self, said(&false)),
-            },
+            Ask::ReplySeen => {
+                answer(self.state == Installed && !self.sent, Self { sent: true, ..self })
+            }
         }
     }
 }
 
-fn ask_for(s: &SlotWord, ask: Ask) -> String {
+fn ask_for(s: &SlotWord, port: u32, ask: Ask) -> String {
     let g = |n| Generation::new(n).unwrap();
+    let port = g(port);
     match ask {
-        Ask::Claim(n) => format!("{:?}", s.claim(g(n))),
-        Ask::DispatchAdd => format!("{:?}", s.dispatch_add()),
+        Ask::Claim(n) => format!("{:?}", s.claim(g(n), |_| false)),
+        Ask::TakeOver(n) => format!("{:?}", s.claim(g(n), |_| true)),
+        Ask::DispatchAdd => format!("{:?}", s.dispatch_add(port)),
         Ask::Added(op) => format!("{:?}", s.added(OpNumber(op))),
         Ask::Refused(op, why) => format!("{:?}", s.refused(OpNumber(op), why)),
         Ask::Unclaim => {
-            s.unclaim();
+            s.unclaim(port);
             "()".to_owned()
         }
-        Ask::Unwind => format!("{:?}", s.unwind()),
-        Ask::DispatchDelete => format!("{:?}", s.dispatch_delete()),
+        Ask::Unwind => format!("{:?}", s.unwind(port)),
+        Ask::DispatchDelete => format!("{:?}", s.dispatch_delete(port)),
         Ask::DeleteFailed(op) => format!("{:?}", s.delete_failed(OpNumber(op))),
         Ask::Deleted(op) => format!("{:?}", s.deleted(OpNumber(op))),
         Ask::DeletedBecause(op, why) => format!("{:?}", s.deleted_because(OpNumber(op), why)),
-        Ask::Retry => format!("{:?}", s.retry()),
-        Ask::Reset => format!("{:?}", s.reset()),
-        Ask::DispatchEstablished => format!("{:?}", s.dispatch_established()),
+        Ask::Retry => format!("{:?}", s.retry(port)),
+        Ask::Reset => format!("{:?}", s.reset(port)),
+        Ask::DispatchEstablished => format!("{:?}", s.dispatch_established(port)),
         Ask::Established(op) => format!("{:?}", s.established(OpNumber(op))),
-        Ask::ReplySeen => format!("{:?}", s.reply_seen()),
+        Ask::ReplySeen => format!("{:?}", s.reply_seen(port)),
     }
+}
+
+/// Whether it comes from a port, and not with the number of an operation.
+fn by_port(ask: Ask) -> bool {
+    use Ask::{DispatchAdd, DispatchDelete, DispatchEstablished};
+    use Ask::{ReplySeen, Reset, Retry, Unclaim, Unwind};
+    let asks = [
+        DispatchAdd,
+        Unclaim,
+        Unwind,
+        DispatchDelete,
+        Retry,
+        Reset,
+        DispatchEstablished,
+        ReplySeen,
+    ];
+    asks.contains(&ask)
 }
 
 fn asks(op: u16) -> Vec<Ask> {
     let mut all = vec![
         Ask::Claim(5),
         Ask::Claim(6),
+        Ask::TakeOver(6),
         Ask::DispatchAdd,
         Ask::Unclaim,
         Ask::Unwind,
@@ -213,9 +224,19 @@ fn every_transition_of_every_word_is_the_one_that_the_rules_say() {
         }
         for ask in asks(plain.op) {
             let s = SlotWord(AtomicU64::new(word));
-            let answer = ask_for(&s, ask);
+            // One that was never claimed is nobody's, and does not answer.
+            if plain.key == 0 && !matches!(ask, Ask::Claim(_) | Ask::TakeOver(_)) {
+                continue;
+            }
+            let answer = ask_for(&s, plain.key.max(1), ask);
             assert_eq!((Plain::of(s.load()), answer), plain.after(ask), "{plain:?}, {ask:?}");
             next.push(s.load().0);
+            // Of another port it is not asked, whatever that found before.
+            if by_port(ask) {
+                let s = SlotWord(AtomicU64::new(word));
+                ask_for(&s, 7, ask);
+                assert_eq!(s.load().0, word, "{plain:?}, {ask:?}");
+            }
         }
     }
     // Both keys, three operations, and per operation what flags there can be.
@@ -226,7 +247,7 @@ fn every_transition_of_every_word_is_the_one_that_the_rules_say() {
 fn the_number_of_an_operation_wraps_into_nothing() {
     let last = Snapshot(u64::from(u16::MAX) << OP_SHIFT);
     let s = SlotWord(AtomicU64::new(last.0));
-    assert_eq!(s.claim(Generation::new(9).unwrap()), Claim::Won);
+    assert_eq!(s.claim(Generation::new(9).unwrap(), |_| false), Claim::Won);
     let now = Plain::of(s.load());
     assert_eq!((now.op, now.key, now.state), (0, 9, SlotState::Pending));
 }
@@ -238,15 +259,15 @@ fn states_and_words_are_shown_in_words() {
     assert_eq!(names, ["empty", "pending", "installed", "deleting", "rejected"]);
     let s = SlotWord::default();
     assert_eq!(format!("{:?}", s.load()), "Empty");
-    s.claim(Generation::new(1).unwrap());
-    let op = s.dispatch_add().unwrap();
-    s.reply_seen();
-    s.unwind();
-    assert_eq!(format!("{:?}", s.load()), "Pending+in-flight+cancel+reply");
-    s.reset();
-    s.claim(Generation::new(1).unwrap());
-    s.reply_seen();
+    let port = Generation::new(1).unwrap();
+    s.claim(port, |_| false);
+    let op = s.dispatch_add(port).unwrap();
+    s.unwind(port);
+    assert_eq!(format!("{:?}", s.load()), "Pending+in-flight+cancel");
+    s.reset(port);
+    s.claim(port, |_| false);
     assert_eq!(s.added(op), AfterAdd::Late);
-    s.dispatch_add().map(|op| s.added(op));
-    assert_eq!(format!("{:?}", s.load()), "Installed+reply+sent");
+    s.dispatch_add(port).map(|op| s.added(op));
+    s.reply_seen(port);
+    assert_eq!(format!("{:?}", s.load()), "Installed+sent");
 }

@@ -39,6 +39,15 @@ enum Step {
     /// Packets on the rule of port and connection.
     Carry(u32, u16, bool),
     Sweep,
+    /// A sweep reads the rules of this port, and is not done with them until the other step.
+    SweepBegins(u32),
+    SweepEnds,
+    /// The port is deleted and added again, so many times, and sees a connection each time.
+    PortAgain(u32, u32, u16),
+    /// Operations of this port take their time, or do no more.
+    Slow(u32, bool),
+    /// Paths lead into this port from now on.
+    Towards(u32),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -52,8 +61,13 @@ fn step() -> impl Strategy<Value = Step> {
         1 => worker.clone().prop_map(Step::Offline),
         1 => worker.prop_map(Step::Online),
         2 => conn.clone().prop_map(Step::End),
-        1 => conn.prop_map(Step::Retract),
+        1 => conn.clone().prop_map(Step::Retract),
         1 => port.clone().prop_map(Step::FlushPort),
+        2 => port.clone().prop_map(Step::SweepBegins),
+        2 => Just(Step::SweepEnds),
+        1 => (port.clone(), prop_oneof![Just(2u32), Just(20)], conn.clone()).prop_map(|(p, n, c)| Step::PortAgain(p, n, c)),
+        2 => (port.clone(), any::<bool>()).prop_map(|(p, on)| Step::Slow(p, on)),
+        1 => port.clone().prop_map(Step::Towards),
         1 => (port.clone(), [sight.clone(), sight.clone()]).prop_map(|(p, s)| Step::PortDel(p, s)),
         2 => port.prop_map(Step::PortAdd),
         3 => (provider.clone(), 0usize..4).prop_map(|(c, n)| Step::Release(c, n)),
@@ -73,6 +87,8 @@ struct Model {
     providers: [DummyClass; PROVIDERS],
     workers: Vec<(Worker, bool)>,
     strays: Strays,
+    /// A sweep that is under way.
+    sweep: Option<std::thread::JoinHandle<Strays>>,
     /// When each rule last carried a packet.
     carried: StdHashMap<(u32, [u8; 16]), u64>,
     /// Every slot that an offer was queued for: port, its generation, epoch, reply.
@@ -96,6 +112,7 @@ impl Model {
             providers,
             workers,
             strays: Strays::default(),
+            sweep: None,
             carried: StdHashMap::new(),
             sighted: HashSet::new(),
             rearmed: HashSet::new(),
@@ -131,9 +148,72 @@ impl Model {
     /// A flush waits for what is with the providers: let it come back.
     fn undelay(&self) {
         for p in &self.providers {
+            p.let_go();
+            for port in 1..4 {
+                p.set_service_time(ifindex(port), None);
+            }
             p.set_latency(None);
             p.release_pending();
         }
+    }
+
+    fn begin_sweep(&mut self, p: u32) {
+        self.end_sweep();
+        if self.b.engine.port(ifindex(p)).is_none() {
+            return;
+        }
+        self.provider(p).be_late(Call::Usage, Some(ifindex(p)));
+        let (engine, mut strays) = (self.b.engine.clone(), std::mem::take(&mut self.strays));
+        let sweep = std::thread::spawn(move || {
+            engine.sweep(&mut strays);
+            strays
+        });
+        wait_for(|| self.provider(p).held() == 1 || sweep.is_finished());
+        self.sweep = Some(sweep);
+    }
+
+    fn end_sweep(&mut self) {
+        self.providers.iter().for_each(|p| p.let_go());
+        if let Some(sweep) = self.sweep.take() {
+            self.strays = sweep.join().unwrap();
+        }
+    }
+
+    /// Deletes a port while the workers go on offering what they see.
+    fn del_port(
+        &mut self,
+        p: u32,
+        sights: [(u32, u16, bool); WORKERS],
+    ) -> Result<(), TestCaseError> {
+        self.undelay();
+        let engine = self.b.engine.clone();
+        if *self.b.datapath.egress.lock().unwrap() == Some(ifindex(p)) {
+            *self.b.datapath.egress.lock().unwrap() = None;
+        }
+        let deleting = std::thread::spawn(move || engine.port_del(ifindex(p)));
+        for (w, (p, c, reply)) in sights.into_iter().enumerate() {
+            self.offer(w, p, c, reply);
+        }
+        while !deleting.is_finished() {
+            for (worker, online) in &mut self.workers {
+                if *online {
+                    worker.quiescent();
+                }
+            }
+            self.undelay();
+            std::thread::yield_now();
+        }
+        if let Ok(deleted) = deleting.join().unwrap() {
+            prop_assert!(deleted.faults.is_empty(), "{:?}", deleted.faults);
+            prop_assert!(self.rules(p).is_empty(), "I1: rules of a port that is gone");
+            prop_assert!(self.workers.iter().all(|(w, _)| w.port(ifindex(p)).is_none()));
+            let into: Vec<_> = (1..4)
+                .flat_map(|other| self.rules(other))
+                .filter(|rule| rule.flow.forward.egress == ifindex(p))
+                .collect();
+            prop_assert!(into.is_empty(), "I1: rules into a port that is gone: {into:?}");
+        }
+        Ok(())
     }
 
     /// I1, at any moment: a rule stands for a sight on this very port, of a tuple of this very
@@ -186,32 +266,32 @@ impl Model {
                 let port = FlushFilter { port: Some(ifindex(p)), ..Default::default() };
                 let _ = engine.flush(&port);
             }
-            Step::PortDel(p, sights) => {
-                self.undelay();
-                let deleting = std::thread::spawn(move || engine.port_del(ifindex(p)));
-                for (w, (p, c, reply)) in sights.into_iter().enumerate() {
-                    self.offer(w, p, c, reply);
-                }
-                for (worker, online) in &mut self.workers {
-                    if *online {
-                        worker.quiescent();
+            Step::PortDel(p, sights) => self.del_port(p, sights)?,
+            Step::PortAgain(p, times, c) => {
+                for _ in 0..times {
+                    self.del_port(p, [(p, c, false), (p, c, true)])?;
+                    let _ = engine.port_add(new_port(p));
+                    self.workers[0].0.online();
+                    self.workers[0].1 = true;
+                    self.offer(0, p, c, false);
+                    let conn = self.b.conn(c);
+                    for d in Direction::BOTH {
+                        let slots = conn.slots_of(d).count();
+                        prop_assert!(slots <= 3, "{slots} slots of a direction on three ports");
                     }
                 }
-                while !deleting.is_finished() {
-                    for (worker, online) in &mut self.workers {
-                        if *online {
-                            worker.quiescent();
-                        }
-                    }
-                    self.undelay();
-                    std::thread::yield_now();
-                }
-                if let Ok(deleted) = deleting.join().unwrap() {
-                    prop_assert!(deleted.faults.is_empty(), "{:?}", deleted.faults);
-                }
-                prop_assert!(self.rules(p).is_empty(), "I1: rules of a port that is gone");
-                prop_assert!(self.workers.iter().all(|(w, _)| w.port(ifindex(p)).is_none()));
             }
+            Step::Slow(p, on) => {
+                let each = on.then_some(Duration::from_millis(5000));
+                self.provider(p).set_service_time(ifindex(p), each);
+            }
+            Step::Towards(p) => {
+                if engine.port(ifindex(p)).is_some() {
+                    *self.b.datapath.egress.lock().unwrap() = Some(ifindex(p));
+                }
+            }
+            Step::SweepBegins(p) => self.begin_sweep(p),
+            Step::SweepEnds => self.end_sweep(),
             Step::PortAdd(p) => {
                 let _ = engine.port_add(new_port(p));
             }
@@ -229,6 +309,9 @@ impl Model {
             Step::Delay(c, on) => self.providers[c].set_latency(on.then_some(Duration::MAX)),
             Step::Tick(ms) => {
                 self.b.clock.fetch_add(ms, Ordering::SeqCst);
+                for p in &self.providers {
+                    p.advance(Duration::from_millis(ms));
+                }
             }
             Step::Carry(p, c, reply) => {
                 let epoch = self.b.conn(c).epoch();
@@ -243,6 +326,7 @@ impl Model {
                 }
             }
             Step::Sweep => {
+                self.end_sweep();
                 engine.sweep(&mut self.strays);
                 self.check_usage()?;
             }
@@ -277,6 +361,7 @@ impl Model {
 
     /// Nothing delayed, nothing failing, every retry due.
     fn quiet(&mut self) {
+        self.end_sweep();
         for (worker, online) in &mut self.workers {
             worker.online();
             *online = true;

@@ -310,9 +310,9 @@ fn a_port_is_empty_when_nothing_is_held_queued_or_with_the_provider_and_nothing_
     // No thread of its own: what is queued stays there.
     let port = table.get(ifindex(1)).unwrap();
     assert!(port.is_empty());
-    port.in_flight.store(1, Ordering::SeqCst);
+    port.progress.operations.begin();
     assert!(!port.is_empty());
-    port.in_flight.store(0, Ordering::SeqCst);
+    port.progress.operations.end();
     let conn = b.conn(1);
     port.held().insert(conn.clone(), Original);
     assert!(!port.is_empty());

@@ -117,7 +117,7 @@ fn no_rule_into_a_port_outlives_it_however_late_it_was_offered() {
     wait_for(|| b.engine.port(ifindex(2)).is_none());
     let table = b.engine.0.publication.table();
     let port = table.get(ifindex(1)).unwrap();
-    collect(vec![ask(port, Command::Barrier)], PATIENCE);
+    Asked::of(port, Command::Barrier).wait(PATIENCE).unwrap();
     let conn = b.conn(1);
     let offer = worker.port(ifindex(1)).unwrap().conn_seen(
         &conn,

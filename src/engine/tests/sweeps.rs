@@ -94,7 +94,7 @@ fn a_rule_that_nobody_holds_is_deleted_when_two_sweeps_have_seen_it() {
     // The slot forgets, the backend does not.
     let generation = b.engine.ports()[0].netdev.generation;
     let slot = conn.slot(generation, Original).unwrap();
-    slot.word.reset();
+    slot.word.reset(generation);
     slot.detail().rule = None;
     let mut strays = Strays::default();
     let found = |strays: &mut Strays| {

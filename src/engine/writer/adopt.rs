@@ -36,14 +36,18 @@ impl Writer {
         let recognised = if leftovers.is_empty() {
             Vec::new()
         } else {
-            self.shared.datapath.recognise(&self.port.netdev, &leftovers, &create)
+            match self.asked(|d| d.recognise(&self.port.netdev, &leftovers, &create)) {
+                Ok(recognised) => recognised,
+                Err(panicked) => return fault(Fault::new(panicked.to_string())),
+            }
         };
         let mut recognised = recognised.into_iter();
         let tally = Arc::new(Tally::default());
         for leftover in leftovers {
             let claimed = recognised.next().flatten().filter(|r| {
                 // Another rule may be there or on its way already, or this one twice.
-                matches!(r.conn.claim(self.port.generation(), r.direction), ConnClaim::Won(_))
+                let (generation, gone) = (self.port.generation(), |g| self.port.outlives(g));
+                matches!(r.conn.claim(generation, r.direction, gone), ConnClaim::Won(_))
             });
             match claimed {
                 Some(Recognised { conn, direction, path }) => {

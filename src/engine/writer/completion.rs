@@ -16,8 +16,6 @@ use crate::engine::slot::{AfterAdd, OpNumber, SlotState, Unwind};
 /// First pause after a transient refusal; doubles with each, up to [`RETRY_MAX_MS`].
 const RETRY_MIN_MS: u64 = 100;
 const RETRY_MAX_MS: u64 = 30_000;
-/// Deletes that fail are repeated this often before the port is called faulty.
-const DELETE_ATTEMPTS: u16 = 6;
 
 /// The slot is empty: its detail is cleared, its traffic goes to the port's past and the
 /// connection's.
@@ -47,7 +45,9 @@ pub(in crate::engine) fn refute(
 ) -> bool {
     let Some(slot) = conn.slot(port.generation(), d) else { return false };
     let mut detail = slot.detail();
-    if slot.word.load().state() != SlotState::Installed || slot.word.unwind() != Unwind::Delete {
+    if slot.word.load().state() != SlotState::Installed
+        || slot.word.unwind(port.generation()) != Unwind::Delete
+    {
         return false;
     }
     detail.said = Some(Box::new(Said::Rejected(rejection)));
@@ -60,7 +60,7 @@ pub(in crate::engine) fn refute(
 pub(in crate::engine) fn unwind(port: &Port, conn: &ConnHandle, d: Direction) -> Unwind {
     let Some(slot) = conn.slot(port.generation(), d) else { return Unwind::Nothing };
     let mut detail = slot.detail();
-    let left = slot.word.unwind();
+    let left = slot.word.unwind(port.generation());
     if left == Unwind::Reopened {
         forget(port, conn, d, &mut detail);
     }
@@ -143,10 +143,10 @@ pub(super) fn settle_added(
     detail.used_ms = shared.clock.now_ms();
     detail.attempts = 0;
     detail.pace = Pace::UNKNOWN;
-    match after {
-        AfterAdd::TellReply => port.queue.push(Command::Established(conn.clone(), d)),
-        AfterAdd::Delete => port.queue.push_first(Command::Delete(conn.clone(), d)),
-        AfterAdd::Settled | AfterAdd::Late => {}
+    if after == AfterAdd::Delete {
+        port.queue.push(Command::Delete(conn.clone(), d));
+    } else if conn.replied_by_now() && slot.word.reply_seen(port.generation()) {
+        port.queue.push(Command::Established(conn.clone(), d));
     }
 }
 
@@ -218,9 +218,14 @@ pub(super) fn settle_undeleted(
         return;
     }
     detail.attempts = detail.attempts.saturating_add(1);
-    if detail.attempts >= DELETE_ATTEMPTS {
-        port.set_fault(format!("a rule cannot be deleted: {rejection}"));
-        return;
+    // It is tried until the port goes. Not every time is news.
+    if detail.attempts.is_power_of_two() {
+        let attempts = detail.attempts;
+        tracing::warn!(port = %port.netdev, %conn, %d, attempts, "a rule is not deleted: {rejection}");
+    }
+    // Of one that did nothing, the reason of that stays.
+    if !matches!(detail.said.as_deref(), Some(Said::Rejected(_))) {
+        detail.said = Some(Box::new(Said::Undeleted(rejection.clone())));
     }
     detail.retry_at = Moment::at(shared.clock.now_ms() + backoff_ms(detail.attempts));
     port.queue.push(Command::Rejected(conn.clone(), d));

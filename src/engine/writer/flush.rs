@@ -3,24 +3,47 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use netdev_providers::{Fault, Ifindex};
+use netdev_providers::{Direction, Fault, Ifindex};
 
 use super::completion::{forget, unwind};
-use super::{Staged, Writer};
+use super::{BATCH, Staged, Writer};
+use crate::engine::conn::ConnHandle;
 use crate::engine::queue::{Command, Stopped};
 use crate::engine::slot::Unwind;
 
+/// Rounds of deletes that follow from what was in flight: the add comes back, and its delete is
+/// queued; the message about the reply, and the same.
+const ROUNDS: usize = 4;
+
 impl Writer {
-    /// Waits for what is with the provider. False when it takes too long.
+    /// Waits for what is with the provider. False when nothing of it has come back for too long:
+    /// what is out then follows when it does.
     pub(super) fn settle(&self) -> bool {
-        let at_most = self.shared.limits.complete;
-        let deadline = Instant::now() + at_most;
-        while self.port.in_flight.load(Ordering::SeqCst) > 0 {
-            if Instant::now() >= deadline {
-                self.port.set_fault(format!(
-                    "{} operations without a result after {at_most:?}",
-                    self.port.in_flight.load(Ordering::SeqCst),
-                ));
+        let progress = &self.port.progress;
+        let mut left = progress.operations.out();
+        while left > 0 {
+            if progress.operations.is_stuck(progress.limit()) {
+                self.port.slow();
+                return false;
+            }
+            std::thread::park_timeout(Duration::from_millis(1));
+            let now = progress.operations.out();
+            if now < left {
+                progress.thread.step();
+            }
+            left = now;
+        }
+        true
+    }
+
+    /// Waits for who else is calling the provider. False when it takes too long.
+    fn is_alone(&self) -> bool {
+        let began = Instant::now();
+        while self.port.is_visited() {
+            let sweeps = &self.port.progress.sweeps;
+            if began.elapsed() > self.port.progress.limit()
+                && (sweeps.out() == 0 || sweeps.is_stuck(self.port.progress.limit()))
+            {
                 return false;
             }
             std::thread::park_timeout(Duration::from_millis(1));
@@ -28,94 +51,189 @@ impl Writer {
         true
     }
 
-    /// Waits for a sweep that is asking the provider. False when it takes too long.
-    fn swept(&self) -> bool {
-        let deadline = Instant::now() + self.shared.limits.complete;
-        while self.port.swept.load(Ordering::SeqCst) {
-            if Instant::now() >= deadline {
-                return false;
+    /// Carries out the removals that are queued, and those that follow from them.
+    pub(super) fn finish_removals(&mut self, staged: &mut Vec<Staged>) {
+        for _ in 0..ROUNDS {
+            self.submit(staged);
+            if !self.settle() {
+                return;
             }
-            std::thread::park_timeout(Duration::from_millis(1));
+            let mut any = false;
+            while let Some(command) = self.port.queue.pop_removal() {
+                match command {
+                    Command::Delete(conn, d) => self.stage_delete(&conn, d, staged),
+                    Command::DeleteRule(rule, cookie) => {
+                        self.stage_delete_rule(rule, cookie, staged);
+                    }
+                    Command::Rearm(conn, d) => {
+                        self.push_rearm(conn, d);
+                        self.done += 1;
+                        continue;
+                    }
+                    other => {
+                        self.deferred.push_back(other);
+                        continue;
+                    }
+                }
+                any = true;
+                self.done += 1;
+                self.submit_full(staged);
+            }
+            if !any {
+                return;
+            }
         }
-        true
+        self.submit(staged);
+    }
+
+    fn submit_full(&mut self, staged: &mut Vec<Staged>) {
+        if staged.len() >= BATCH {
+            self.submit(staged);
+            self.port.progress.thread.step();
+        }
     }
 
     pub(super) fn retract(&mut self, egress: Ifindex, staged: &mut Vec<Staged>) -> u64 {
-        let mut n = 0;
+        // What is staged leads somewhere already.
+        self.submit(staged);
+        self.count_retraction(egress, 1);
+        self.port.forget_shapes_towards(egress);
         let towards = self.port.held().towards(egress);
-        for (conn, d) in towards {
+        let n = self.delete_each(towards, staged, true);
+        self.finish_removals(staged);
+        n
+    }
+
+    /// Deletes the rules of these slots one by one; returns how many there were, with those that are
+    /// being added if they count.
+    fn delete_each(
+        &mut self,
+        slots: Vec<(ConnHandle, Direction)>,
+        staged: &mut Vec<Staged>,
+        cancelled_count: bool,
+    ) -> u64 {
+        let mut n = 0;
+        for (conn, d) in slots {
             match unwind(&self.port, &conn, d) {
                 Unwind::Delete => {
                     n += 1;
                     self.stage_delete(&conn, d, staged);
+                    self.submit_full(staged);
                 }
-                Unwind::Cancelling => n += 1,
-                Unwind::Reopened | Unwind::Nothing => self.push_rearm(conn, d),
-            }
-        }
-        self.submit(staged);
-        self.settle();
-        n
-    }
-
-    pub(super) fn flush(&mut self) -> u64 {
-        self.settle();
-        self.port.forget_refused_shapes();
-        let flushed = match self.guarded(|p| p.flush()) {
-            Ok(Ok(n)) => n,
-            Ok(Err(fault)) => {
-                tracing::warn!(port = %self.port.netdev, "flush: {fault}");
-                return self.flush_one_by_one();
-            }
-            Err(_) => return self.flush_one_by_one(),
-        };
-        self.port.rules.store(0, Ordering::SeqCst);
-        let held = self.port.held().take_all();
-        for (conn, d) in held {
-            if let Some(slot) = self.slot(&conn, d) {
-                let mut detail = slot.detail();
-                slot.word.reset();
-                forget(&self.port, &conn, d, &mut detail);
-            }
-            self.push_rearm(conn, d);
-        }
-        flushed
-    }
-
-    /// The backend could not flush: every rule is deleted by itself.
-    fn flush_one_by_one(&mut self) -> u64 {
-        let (mut n, mut staged) = (0, Vec::new());
-        let held = self.port.held().all();
-        for (conn, d) in held {
-            match unwind(&self.port, &conn, d) {
-                Unwind::Delete => {
-                    n += 1;
-                    self.stage_delete(&conn, d, &mut staged);
-                }
-                // Its add did not complete in time: the delete follows it.
-                Unwind::Cancelling => {}
+                // The delete follows the add.
+                Unwind::Cancelling => n += u64::from(cancelled_count),
                 // It was rejected, and may be offered again like all others.
                 Unwind::Reopened | Unwind::Nothing => self.push_rearm(conn, d),
             }
         }
-        self.submit(&mut staged);
-        self.settle();
         n
     }
 
-    pub(super) fn stop(mut self) -> Stopped {
-        let mut stopped = Stopped { flushed: self.flush(), faults: Vec::new() };
-        // What was queued behind: offers of workers that were late, deletes of what is flushed.
-        while let Some(command) = self.port.queue.pop() {
+    /// The adds that wait are taken back: they may be offered again. What else waits among them has
+    /// its turn next.
+    fn cancel_waiting(&mut self) {
+        let mut adds = self.port.queue.pending();
+        while adds > 0
+            && let Some(command) = self.port.queue.pop_waiting()
+        {
             match command {
-                Command::Add(conn, d, _) | Command::Delete(conn, d) => {
-                    if let Some(slot) = self.slot(&conn, d) {
-                        let mut detail = slot.detail();
-                        slot.word.reset();
-                        forget(&self.port, &conn, d, &mut detail);
-                    }
+                Command::Add(conn, d, _) => {
+                    adds -= 1;
+                    self.done += 1;
+                    self.reset(&conn, d);
+                    self.push_rearm(conn, d);
                 }
-                Command::Barrier(answer) | Command::Flush(answer) | Command::Retract(_, answer) => {
+                other => self.deferred.push_back(other),
+            }
+        }
+    }
+
+    /// The slot is empty, whatever it was, if it is this port's.
+    fn reset(&self, conn: &ConnHandle, d: Direction) {
+        if let Some(slot) = self.slot(conn, d) {
+            let mut detail = slot.detail();
+            if slot.word.reset(self.port.generation()).is_some() {
+                forget(&self.port, conn, d, &mut detail);
+            }
+        }
+    }
+
+    pub(super) fn flush(&mut self, staged: &mut Vec<Staged>) -> u64 {
+        self.submit(staged);
+        self.cancel_waiting();
+        self.port.forget_refused_shapes();
+        self.port.capacity.forget_learnt();
+        // The provider is not to be asked for it while it has operations.
+        let flushed = self.settle().then(|| self.flush_at_once()).flatten();
+        flushed.unwrap_or_else(|| {
+            let held = self.port.held().all();
+            let n = self.delete_each(held, staged, false);
+            self.finish_removals(staged);
+            n
+        })
+    }
+
+    /// `None`: the backend cannot.
+    fn flush_at_once(&mut self) -> Option<u64> {
+        self.port.progress.thread.allow(self.port.rules.load(Ordering::SeqCst));
+        let flushed = self.guarded(|p| p.flush());
+        self.port.progress.thread.step();
+        self.port.progress.thread.allow(0);
+        let flushed = match flushed {
+            Ok(Ok(n)) => n,
+            Ok(Err(fault)) => {
+                tracing::warn!(port = %self.port.netdev, "flush: {fault}");
+                return None;
+            }
+            Err(_) => return None,
+        };
+        self.empty();
+        Some(flushed)
+    }
+
+    /// The provider has no rules any more.
+    fn empty(&mut self) {
+        self.port.rules.store(0, Ordering::SeqCst);
+        let held = self.port.held().take_all();
+        for (conn, d) in held {
+            self.reset(&conn, d);
+            self.push_rearm(conn, d);
+        }
+    }
+
+    pub(super) fn stop(&mut self, staged: &mut Vec<Staged>) -> Stopped {
+        self.submit(staged);
+        let mut stopped = Stopped::default();
+        if self.settle() {
+            stopped.flushed = match self.flush_at_once() {
+                Some(n) => n,
+                None => {
+                    let held = self.port.held().all();
+                    let n = self.delete_each(held, staged, false);
+                    self.finish_removals(staged);
+                    n
+                }
+            };
+        } else {
+            // It removes what is left when it is released, and installs nothing after that.
+            let out = self.port.progress.operations.out();
+            let why =
+                format!("{out} operations have no result: the provider is released under them");
+            stopped.faults.push(Fault::new(why));
+        }
+        // What was queued behind: offers of workers that were late, deletes of what is flushed.
+        while let Some(command) = self.deferred.pop_front().or_else(|| self.port.queue.pop()) {
+            match command {
+                Command::Add(conn, d, _) => {
+                    self.reset(&conn, d);
+                    self.push_rearm(conn, d);
+                }
+                Command::Delete(conn, d) => self.reset(&conn, d),
+                #[cfg(test)]
+                Command::Barrier(answer) => {
+                    let _ = answer.send(0);
+                }
+                Command::Settle(answer) | Command::Flush(answer) | Command::Retract(_, answer) => {
                     let _ = answer.send(0);
                 }
                 Command::Stop(answer) => {
@@ -125,12 +243,13 @@ impl Writer {
                 | Command::Rejected(..)
                 | Command::Rearm(..)
                 | Command::Repair
+                | Command::Retracted(_)
                 | Command::Reconcile(_)
                 | Command::DeleteRule(..) => {}
             }
         }
-        // The last call: a sweep that is under way comes to its end first.
-        if !self.swept() {
+        // The last call: whoever else is calling it comes to an end first.
+        if !self.is_alone() {
             let why = "a sweep has not come back: the provider is released under it";
             stopped.faults.push(Fault::new(why));
         }
@@ -139,6 +258,7 @@ impl Writer {
             Ok(Err(fault)) => stopped.faults.push(fault),
             Err(rejection) => stopped.faults.push(Fault::new(rejection.to_string())),
         }
+        self.empty();
         // Slots of this port are rearmed too: the kernel's ledger must forget the netdev.
         self.tell_rearm();
         stopped

@@ -1,0 +1,262 @@
+//! Ports that come and go.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use netdev_providers::{BindError, Fault, Generation, Ifindex, Netdev};
+
+use super::ask::{Asked, NoAnswer};
+use super::contain::contained;
+use super::port::{Binding, Port, PortTable, Refusal};
+use super::queue::{Command, Stopped};
+use super::writer::Writer;
+use super::{Admin, Engine, Leaving, NO_PROVIDER, NewPort, NoSuchPort, PortAddError, PortDeleted};
+
+impl Engine {
+    /// Attaches a netdev and binds it, for its whole life, to the first class that accepts it. When
+    /// none does, the port is attached without a provider and its refusals are kept.
+    ///
+    /// # Errors
+    /// [`PortAddError`]; nothing has changed then.
+    pub fn port_add(&self, new: NewPort) -> Result<Generation, PortAddError> {
+        let mut admin = self.admin();
+        let table = self.0.publication.table();
+        if let Some(port) = table.get(new.ifindex) {
+            let provider = port.binding.as_ref().map_or(NO_PROVIDER, |b| b.class);
+            return Err(PortAddError::AlreadyBound {
+                name: port.netdev.name.clone(),
+                provider: provider.to_owned(),
+            });
+        }
+        if admin.leaving().iter().any(|l| l.port.ifindex() == new.ifindex) {
+            return Err(PortAddError::Busy(new.ifindex));
+        }
+        // Behind "none" nothing is tried.
+        let names = new.providers.as_ref().map(|names| {
+            let tried = names.iter().position(|n| n == NO_PROVIDER).unwrap_or(names.len());
+            &names[..tried]
+        });
+        let classes = admin.registry.select(names)?;
+        // 2^32 port-adds without a restart do not happen; if they did, 0 would be skipped.
+        let generation = loop {
+            let n = self.0.next_generation.fetch_add(1, Ordering::Relaxed);
+            if let Some(g) = Generation::new(n) {
+                break g;
+            }
+        };
+        let netdev =
+            Netdev { ifindex: new.ifindex, generation, name: new.name, hw_flags: new.hw_flags };
+        let mut refusals = Vec::new();
+        let binding = classes.iter().find_map(|class| {
+            let why = match contained(|| class.bind(&netdev, self.0.instance)) {
+                Ok(Ok(provider)) => return Some(Binding { class: class.name(), provider }),
+                Ok(Err(BindError::Declined(why))) | Err(why) => why,
+                Ok(Err(BindError::Failed(fault))) => fault.to_string(),
+            };
+            tracing::info!(port = %netdev, class = class.name(), why, "not bound");
+            refusals.push(Refusal { class: class.name(), why });
+            None
+        });
+        let limits = &self.0.limits;
+        let port = Arc::new(Port::new(netdev, binding, refusals, &table, limits, new.capacity));
+        if let Some(binding) = &port.binding {
+            // Before any offer: what a dead engine left may have the same match.
+            port.queue.push(Command::Reconcile(None));
+            let writer =
+                Writer::new(Arc::clone(&port), Arc::clone(&binding.provider), Arc::clone(&self.0));
+            let thread = std::thread::Builder::new()
+                .name(format!("port-{}", port.netdev.name))
+                .spawn(move || writer.run());
+            match thread {
+                Ok(handle) => admin.writers.insert(generation, handle),
+                Err(e) => {
+                    let released = contained(|| binding.provider.release());
+                    if let Ok(Err(fault)) | Err(fault) = released.map_err(Fault::new) {
+                        tracing::warn!(port = %port.netdev, "release: {fault}");
+                    }
+                    return Err(PortAddError::Thread(e));
+                }
+            };
+        }
+        tracing::info!(
+            port = %port.netdev,
+            provider = port.binding.as_ref().map_or(NO_PROVIDER, |b| b.class),
+            "port added"
+        );
+        self.0.publication.publish(table.with(port));
+        Ok(generation)
+    }
+
+    /// Removes what engines that died have left on a netdev that is not a port. Blocks.
+    pub fn clear_leftovers(&self, ifindex: Ifindex) {
+        let admin = self.admin();
+        if self.0.publication.table().get(ifindex).is_some() {
+            return;
+        }
+        for class in admin.registry.select(None).unwrap_or_default() {
+            let cleared = contained(|| class.clear_leftovers(ifindex));
+            match cleared.unwrap_or_else(|panicked| Err(Fault::new(panicked))) {
+                Ok(0) => {}
+                Ok(rules) => {
+                    tracing::info!(%ifindex, class = class.name(), rules, "left by a dead engine: removed");
+                }
+                Err(fault) => {
+                    tracing::warn!(%ifindex, class = class.name(), "leftovers of a dead engine: {fault}");
+                }
+            }
+        }
+    }
+
+    /// Deletes a port: no worker offers on it any more, rules on other ports that forward into it
+    /// go, its own rules go, the provider is released. Blocks, within the bounds of
+    /// [`Limits::port_del`](super::Limits::port_del); touches no other connection's rules.
+    ///
+    /// The deletes on other ports are started before this port's own flush, because a rule that
+    /// redirects into a netdev that is gone drops packets, while the flushed port only slows them;
+    /// they are repeated once no worker can offer towards the netdev any more. A datapath that
+    /// gives paths itself ([`PathSpec::Known`](super::datapath::PathSpec::Known)) must have stopped to
+    /// choose this egress by the next quiescent state of each worker.
+    ///
+    /// A provider that has not come back by then is abandoned: it does what it was asked for when it
+    /// does, and the netdev cannot be added again before ([`PortAddError::Busy`]).
+    ///
+    /// # Errors
+    /// When there is no such port.
+    pub fn port_del(&self, ifindex: Ifindex) -> Result<PortDeleted, NoSuchPort> {
+        let (port, mut retracting, version) = {
+            let mut admin = self.admin();
+            let table = self.0.publication.table();
+            let port = Arc::clone(table.get(ifindex).ok_or(NoSuchPort(ifindex))?);
+            port.draining.store(true, Ordering::SeqCst);
+            admin.leave(&port);
+            let rest = table.without(port.generation());
+            let retracting = start_retract(rest.iter(), ifindex);
+            (port, retracting, self.0.publication.publish(rest))
+        };
+        // From here on nobody who adds or deletes another port has to wait for this one.
+        self.wait_for_workers(version);
+        // A worker that was in the middle of a batch may have offered towards this netdev behind
+        // the first retraction; none does any more.
+        retracting.extend(start_retract(self.0.publication.table().iter(), ifindex));
+        let mut deleted = self.stopped(&port, stop(&port));
+        deleted.retracted = self.retracted(retracting);
+        tracing::info!(
+            port = %port.netdev,
+            flushed = deleted.flushed,
+            retracted = deleted.retracted,
+            "port deleted"
+        );
+        Ok(deleted)
+    }
+
+    /// Deletes every port, all at once, and all connections. Nothing is retracted one by one: the ports
+    /// that rules forward into go together with those that have the rules.
+    pub fn close(&self) -> Vec<PortDeleted> {
+        let (table, version) = {
+            let mut admin = self.admin();
+            let table = self.0.publication.table();
+            for port in table.iter() {
+                port.draining.store(true, Ordering::SeqCst);
+                admin.leave(port);
+            }
+            (table, self.0.publication.publish(PortTable::default()))
+        };
+        self.wait_for_workers(version);
+        let stopping: Vec<_> = table.iter().map(|port| (port, stop(port))).collect();
+        let deleted =
+            stopping.into_iter().map(|(port, stopping)| self.stopped(port, stopping)).collect();
+        self.end_all();
+        deleted
+    }
+
+    /// Waits until no worker sees an older table.
+    fn wait_for_workers(&self, version: u64) {
+        let at_most = self.0.limits.port_del;
+        if !self.0.publication.wait(version, at_most) {
+            tracing::warn!("a worker has not passed a quiescent state in {at_most:?}");
+        }
+    }
+
+    /// Waits for the end of a port that was told to stop.
+    fn stopped(&self, port: &Arc<Port>, stopping: Option<Asked<Stopped>>) -> PortDeleted {
+        let mut deleted = PortDeleted::default();
+        let Some(stopping) = stopping else { return deleted };
+        match stopping.wait(self.0.limits.port_del) {
+            Ok(Stopped { flushed, faults }) => {
+                deleted.flushed = flushed;
+                deleted.faults = faults;
+                let thread = self.admin().gone(port);
+                // Its answer was the last that it had to do.
+                let _ = thread.map(JoinHandle::join);
+            }
+            Err(why) => {
+                let rules = port.rules.load(Ordering::SeqCst);
+                let port = &port.netdev;
+                deleted.faults.push(Fault::new(match why {
+                    NoAnswer::Slow => format!(
+                        "{port}: the provider has not come back; it is abandoned, and up to {rules} rules are left until it does"
+                    ),
+                    NoAnswer::Gone => {
+                        format!("{port}: its thread has ended; up to {rules} rules are left")
+                    }
+                }));
+            }
+        }
+        deleted
+    }
+
+    /// Removes the rules of all ports that forward into this netdev (a port or not), because it is
+    /// gone or down. Blocks until they are gone; returns how many there were. A port that does not go
+    /// on is not waited for, and does it when it does.
+    pub fn retract_egress(&self, egress: Ifindex) -> u64 {
+        self.retracted(start_retract(self.0.publication.table().iter(), egress))
+    }
+
+    fn retracted(&self, retracting: Vec<Asked<u64>>) -> u64 {
+        let at_most: Duration = self.0.limits.port_del;
+        retracting.into_iter().filter_map(|asked| asked.wait(at_most).ok()).sum()
+    }
+}
+
+impl Admin {
+    fn leave(&mut self, port: &Arc<Port>) {
+        if let Some(thread) = self.writers.remove(&port.generation()) {
+            self.leaving.push(Leaving { port: Arc::clone(port), thread });
+        }
+    }
+
+    /// The port has come to its end: its thread, to be joined.
+    fn gone(&mut self, port: &Port) -> Option<JoinHandle<()>> {
+        let at = self.leaving.iter().position(|l| l.port.generation() == port.generation())?;
+        Some(self.leaving.swap_remove(at).thread)
+    }
+}
+
+fn stop(port: &Arc<Port>) -> Option<Asked<Stopped>> {
+    port.binding.as_ref()?;
+    // Its flush is one call, which may take long: it is waited for accordingly.
+    port.progress.thread.allow(port.rules.load(Ordering::SeqCst));
+    Some(Asked::of(port, Command::Stop))
+}
+
+/// Only of ports that can have something.
+fn start_retract<'a>(
+    ports: impl Iterator<Item = &'a Arc<Port>>,
+    egress: Ifindex,
+) -> Vec<Asked<u64>> {
+    ports
+        .filter(|p| p.binding.is_some())
+        .filter(|p| {
+            p.forget_shapes_towards(egress);
+            p.may_lead_to(egress)
+        })
+        .map(|p| {
+            let asked = Asked::of(p, |tx| Command::Retract(egress, tx));
+            // Behind the adds that wait now.
+            p.queue.push(Command::Retracted(egress));
+            asked
+        })
+        .collect()
+}
