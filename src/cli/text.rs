@@ -495,6 +495,26 @@ mod tests {
     }
 
     #[test]
+    fn a_port_that_is_slow_or_cannot_delete_says_so_in_short_and_in_full() {
+        let port = PortInfo {
+            name: "eth0".into(),
+            state: "slow".into(),
+            provider: Some("tc-flower".into()),
+            slow: Some("slow since 7.0 s: a sweep has not come back".into()),
+            undeleted: 2,
+            ..PortInfo::default()
+        };
+        let mut short = String::new();
+        ports(&mut short, std::slice::from_ref(&port), false);
+        assert!(short.contains("eth0: slow since 7.0 s: a sweep has not come back"), "{short}");
+        assert!(short.contains("eth0: 2 rules to be deleted"), "{short}");
+        let mut full = String::new();
+        ports(&mut full, &[port], true);
+        assert!(full.contains("    slow        slow since 7.0 s"), "{full}");
+        assert!(full.contains("    undeleted   2 rules could not be deleted so far"), "{full}");
+    }
+
+    #[test]
     fn what_a_netdev_takes_is_a_table_with_the_kernels_words() {
         let yes = CapabilityInfo {
             name: "flow ipv4 tcp".into(),
