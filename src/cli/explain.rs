@@ -171,6 +171,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::NoEffect => {
             "see whether the NIC was reset, and what its driver says in the kernel log; packets that no rule is for (fragments) look the same"
         }
+        Reason::FirewallBehind => {
+            "give the chain a lower priority than 2147483647, or register it after the daemon's start"
+        }
         Reason::NotAdmitted => "change the [[admit]] rules of the daemon's configuration",
         _ => return None,
     })

@@ -9,6 +9,12 @@
 //! bridged = false            # also what a bridge forwards without routing it; see below
 //! on-ruleset-change = "flush" # or "keep": offloaded connections when nf_tables rules change
 //!
+//! [revalidate]               # packets that are offloaded do not pass the firewall; see below
+//! every = 60                 # 0..=86400 seconds: how long a decision of the firewall may stand where it
+//!                            # can change without a word; 0: as long as the connection lives
+//! rate = 0                   # connections per second that go back to the slow path when a change
+//!                            # concerns all of them; 0: all at once
+//!
 //! [limits]
 //! connections = 1048576
 //! queue = 65536              # offers waiting per port
@@ -56,6 +62,21 @@
 //! zones = [0, "100-199"]
 //! ```
 //!
+//! # The firewall
+//!
+//! What the firewall has let pass is offloaded, and does not pass it again. With `on-ruleset-change =
+//! "flush"` a change of nf_tables takes back what it can concern, **at once**: nobody, when only `input`
+//! and `output` chains reach what has changed; the connections with an address that the change names,
+//! when it is an element of a set of addresses, or a rule that compares one; all others have all taken
+//! back. `rate` is for machines whose slow path cannot take all connections at the same time: the last
+//! packet that an unnamed `drop` should have stopped then passes up to (connections / `rate`) seconds
+//! later, instead of a fraction of a second.
+//!
+//! The kernel announces no change of iptables-legacy or ipset, none of the elements that packets add to a
+//! set or that time out, and neither limits nor the time of day. Where a chain on the way of forwarded
+//! packets has such a thing (the log says what), every offloaded connection goes through the stack again
+//! within `every` seconds, a few at a time. Marks and labels of connections are announced, and followed.
+//!
 //! # Bridges
 //!
 //! With `bridged = true` connections that a bridge of this machine forwards between two of its ports
@@ -90,6 +111,7 @@ mod admit;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use netdev_providers::HwFlags;
 use serde::Deserialize;
@@ -97,7 +119,7 @@ use toml::Spanned;
 
 use self::admit::{RawAdmission, RawAdmit};
 use crate::datapath::admission::Admission;
-use crate::datapath::{OnRulesetChange, PortSpec};
+use crate::datapath::{OnRulesetChange, PortSpec, Revalidation};
 
 /// Why a configuration was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +158,8 @@ pub struct Config {
     pub bridged: bool,
     /// What happens to offloaded connections when nf_tables rules change.
     pub on_ruleset_change: OnRulesetChange,
+    /// How decisions of the firewall are renewed.
+    pub revalidation: Revalidation,
     /// Connections kept.
     pub connections: usize,
     /// Offers waiting per port.
@@ -170,6 +194,7 @@ type Wrong = (Range<usize>, String);
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 struct Raw {
     sight: RawSight,
+    revalidate: RawRevalidate,
     limits: RawLimits,
     usage: RawUsage,
     restart: RawRestart,
@@ -189,6 +214,13 @@ struct RawSight {
     one_way_udp: bool,
     bridged: bool,
     on_ruleset_change: RawOnRulesetChange,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawRevalidate {
+    every: Option<Spanned<u32>>,
+    rate: Option<u32>,
 }
 
 #[derive(Deserialize, Default)]
@@ -379,6 +411,12 @@ impl Config {
                 RawOnRulesetChange::Flush => OnRulesetChange::Flush,
                 RawOnRulesetChange::Keep => OnRulesetChange::Keep,
             },
+            revalidation: Revalidation {
+                every: Duration::from_secs(
+                    ranged(raw.revalidate.every, 60, 0..=86_400, "every")?.into(),
+                ),
+                rate: raw.revalidate.rate.filter(|rate| *rate > 0),
+            },
             connections: ranged(raw.limits.connections, 1 << 20, 1..=100_000_000, "connections")?
                 as usize,
             queue: ranged(raw.limits.queue, 1 << 16, 1..=10_000_000, "queue")? as usize,
@@ -445,6 +483,7 @@ mod tests {
         let c = Config::parse("", CLASSES).unwrap();
         assert_eq!((c.sweep_seconds, c.sweep_max_seconds), (5, 20));
         assert_eq!(c.on_ruleset_change, OnRulesetChange::Flush);
+        assert_eq!(c.revalidation, Revalidation::default());
         assert_eq!(c.port("eth0"), None);
         assert!(!c.tc_percpu_stats, "quick to add");
         assert!(!c.bridged, "bridge conntrack stays off unless it is asked for");
@@ -477,6 +516,7 @@ mod tests {
         assert_eq!(error("[[port]]\nmatch = \"a[\"\n").0, 2);
         assert_eq!(error("[[port]]\nmatch = \"a\"\noffload = \"hw\"\n").0, 3);
         assert_eq!(error("[sight]\nbridged = 1\n").0, 2);
+        assert_eq!(error("[revalidate]\nrate = 7\nevery = 86401\n").0, 3);
         assert_eq!(error("\n\n= 3\n").0, 3);
         assert_eq!(error("[[port]]\nmatch = \"a\"\ncapacity = 0\n").0, 3);
         assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);

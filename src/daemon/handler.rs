@@ -285,6 +285,9 @@ fn help_for(reason: Reason) -> Option<&'static str> {
         Reason::NoEffect => {
             "see whether the NIC was reset, and what its driver says in the kernel log"
         }
+        Reason::FirewallBehind => {
+            "give the chain a lower priority than 2147483647, or register it after the daemon's start"
+        }
         Reason::NotAdmitted => {
             "change the [[admit]] rules of the configuration, and start the daemon again"
         }

@@ -190,6 +190,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         admission: config.admission.clone(),
         min_bytes: config.min_bytes,
         on_ruleset_change: config.on_ruleset_change,
+        revalidation: config.revalidation,
         adopt: config.adopt,
     })?);
     let engine = Engine::new(

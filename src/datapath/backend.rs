@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use netdev_providers::{
@@ -14,13 +14,16 @@ use nix::errno::Errno;
 
 use super::DatapathError;
 use super::admission::Admission;
+use super::firewall::Firewall;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
+use super::rearm::Rearm;
 use super::routing::bridged;
-use super::routing::fdb::{Behind, Fdb};
-use super::routing::links::{Layer, Link, Links};
+use super::routing::fdb::Fdb;
+use super::routing::links::Links;
 use super::routing::path::PathResolver;
 use super::routing::stack::{Frames, descend};
+use super::ruleset::Revalidation;
 use crate::engine::PortDeleted;
 use crate::engine::conn::{ConnHandle, ConnKey, PathTaken};
 use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Sight, SlotChange};
@@ -44,6 +47,8 @@ pub struct Config {
     pub min_bytes: u64,
     /// What happens to offloaded connections when the firewall's rules change.
     pub on_ruleset_change: OnRulesetChange,
+    /// How decisions of the firewall are renewed.
+    pub revalidation: Revalidation,
     /// Rules that a dead daemon left, and that are what they would be now, are taken over.
     pub adopt: bool,
 }
@@ -87,6 +92,10 @@ pub(super) struct Known {
     pub mark: u32,
     /// The timeout of its state: what conntrack had just set when a packet of it was sighted.
     pub timeout: Option<Duration>,
+    /// Its mark in conntrack, which the firewall and routes may look at.
+    pub ct_mark: u32,
+    /// When its mark or its labels changed.
+    pub changed: Option<Instant>,
     /// Its elements in the ledger.
     pub sighted: Vec<Sighted>,
 }
@@ -124,6 +133,11 @@ pub struct Backend {
     watched: Mutex<BTreeSet<Ifindex>>,
     /// `None` once it has been removed.
     ledger: Mutex<Option<Ledger>>,
+    /// The netlink port id that the ledger's changes of nf_tables are announced with.
+    ledger_port_id: u32,
+    ledger_table: String,
+    rearming: Rearm,
+    firewall: Firewall,
     conntrack: Mutex<Conntrack>,
     pub(super) known: DashMap<CtId, Known>,
     /// The MAC address that rules were made with, by neighbour.
@@ -172,6 +186,10 @@ impl Backend {
             }
         }
         Ok(Self {
+            ledger_port_id: ledger.port_id()?,
+            ledger_table: ledger.config().table.clone(),
+            rearming: Rearm::new(config.ledger_size),
+            firewall: Firewall::default(),
             config,
             links,
             fdb,
@@ -200,8 +218,7 @@ impl Backend {
 
     /// Whether a change of nf_tables that is announced with this netlink port id is ours.
     pub(super) fn is_own_change(&self, port_id: u32) -> bool {
-        self.ledger_port_id() == Some(port_id)
-            || self.own_changes.get().is_some_and(|own| own(port_id))
+        self.ledger_port_id == port_id || self.own_changes.get().is_some_and(|own| own(port_id))
     }
 
     pub(super) fn observer(&self) -> Option<&dyn Observer> {
@@ -249,11 +266,19 @@ impl Backend {
         u64::from(self.config.ledger_size) * if self.config.bridged { 2 } else { 1 }
     }
 
-    /// The netlink port id that the ledger's changes of nf_tables are announced with.
-    fn ledger_port_id(&self) -> Option<u32> {
-        let mut id = None;
-        self.with_ledger(|ledger| id = ledger.port_id().ok());
-        id
+    /// The name of the ledger's tables.
+    pub(super) fn ledger_table(&self) -> &str {
+        &self.ledger_table
+    }
+
+    /// What decisions stand on.
+    pub(super) const fn firewall(&self) -> &Firewall {
+        &self.firewall
+    }
+
+    /// What is to be re-armed.
+    pub(super) const fn rearming(&self) -> &Rearm {
+        &self.rearming
     }
 
     /// Ends sighting: nothing of ours is in nf_tables afterwards.
@@ -306,8 +331,9 @@ impl Backend {
         Some(descend(&self.links, &self.fdb, iif, from).ok()?.real.ifindex)
     }
 
-    /// Deletes elements of the ledger, so that the next packet is sighted again.
-    pub(super) fn forget(&self, keys: &[LedgerKey]) {
+    /// Deletes elements of the ledger, so that the next packet is sighted again: one transaction of
+    /// nf_tables, or several. [`Rearm`] is who knows when.
+    pub(super) fn delete_elements(&self, keys: &[LedgerKey]) {
         if keys.is_empty() {
             return;
         }
@@ -344,15 +370,9 @@ impl Backend {
             .is_ok_and(|p| (p.forward.egress, p.oif) == (taken.egress, taken.oif))
     }
 
-    /// Whether a packet that the stack's forward hook has shown was bridged, and is shown by the
-    /// bridge's own forward hook as well: br_netfilter does that.
-    pub(super) fn is_shown_twice(&self, iif: Ifindex, to: Option<MacAddr>) -> bool {
-        let is_bridge =
-            |l: &Link| matches!(l.layer, Layer::Bridge { .. }) && l.mac.is_some() && l.mac != to;
-        let not_its_own = |to| self.fdb.get(iif, to) != Some(Behind::Itself);
-        self.config.bridged
-            && self.links.get(iif).as_ref().is_some_and(is_bridge)
-            && to.is_some_and(not_its_own)
+    /// Whether packets arrive on this netdev with an Ethernet header.
+    pub(super) fn has_mac(&self, ifindex: Ifindex) -> bool {
+        self.links.get(ifindex).is_some_and(|l| l.mac.is_some())
     }
 
     /// Forgets what was sighted on a netdev that is no port any more, or is gone.
@@ -365,8 +385,19 @@ impl Backend {
             above.extend(keys.map(|s| s.key(ct_id)));
             known.sighted.retain(|s| !gone(s));
         }
-        self.forget(&above);
+        self.rearming.soon(above);
         self.clean_ledger(|k| k.iif == ifindex);
+    }
+
+    /// Deletes the elements of the ledger that nobody here knows of: their log message was lost, or the
+    /// end of their connection. They are sighted again at the next packet, if there is one.
+    pub(super) fn compare_ledger(&self) {
+        self.clean_ledger(|k| {
+            !self
+                .known
+                .get(&k.ct_id)
+                .is_some_and(|known| known.sighted.iter().any(|s| s.key(k.ct_id) == *k))
+        });
     }
 
     /// Deletes the elements of the ledger that satisfy `stale`, and looks how full it is.
@@ -410,6 +441,9 @@ pub(super) fn ct_id(conn: &ConnHandle) -> Option<CtId> {
 
 impl Datapath for Backend {
     fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection> {
+        if let Some(generation) = hint.firewall {
+            self.firewall.is_current(generation)?;
+        }
         let path = self.resolver.resolve(sight, hint)?;
         if let (Some(next_hop), Some(macs)) = (path.next_hop, path.forward.macs) {
             self.neighbours
@@ -506,6 +540,8 @@ impl Datapath for Backend {
                     conn: None,
                     mark: entry.mark,
                     timeout: entry.timeout,
+                    ct_mark: entry.mark,
+                    changed: None,
                     sighted: Vec::new(),
                 });
                 known.conn.get_or_insert_with(|| conn.clone());
@@ -534,7 +570,7 @@ impl Datapath for Backend {
                 });
             }
         }
-        self.forget(&keys);
+        self.rearming.soon(keys);
     }
 
     fn forwarded_itself(&self, sights: &[Sight]) -> Vec<Option<u64>> {

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::TICK;
 use super::backend::{Backend, Shared};
@@ -26,7 +27,10 @@ pub(super) fn run(backend: &Shared, engine: &Engine, mut events: CtEvents, stop:
                 CtEvent::Destroy(entry) => entry.id.into_iter().for_each(|id| {
                     destroyed(backend, engine, id);
                 }),
-                CtEvent::Update(entry) => updated(backend, engine, &entry),
+                CtEvent::Update(entry) => {
+                    remarked(backend, engine, &entry, entry.labels_changed);
+                    updated(backend, engine, &entry);
+                }
                 CtEvent::New(_) => {}
             }
         }
@@ -45,7 +49,29 @@ pub(super) fn destroyed(backend: &Backend, engine: &Engine, id: CtId) {
         let rules = engine.conn_del(conn);
         tracing::debug!(%conn, rules, "ended");
     }
-    backend.forget(&known.keys(id));
+    backend.rearming().ended(known.keys(id));
+}
+
+/// A packet that was sighted so shortly after its connection's mark changed may have passed the stack
+/// before.
+pub(super) const JUST_CHANGED: Duration = Duration::from_millis(100);
+
+/// The mark or the labels of a connection have changed: rules of the firewall and routes may answer
+/// otherwise now. Its rules go, and its next packet asks.
+fn remarked(backend: &Backend, engine: &Engine, entry: &CtEntry, labels_changed: bool) {
+    let Some(id) = entry.id else { return };
+    let Some(mut known) = backend.known.get_mut(&id) else { return };
+    if known.ct_mark == entry.mark && !labels_changed {
+        return;
+    }
+    known.ct_mark = entry.mark;
+    known.changed = Some(Instant::now());
+    let conn = known.conn.clone();
+    drop(known);
+    if let Some(conn) = conn {
+        tracing::debug!(%conn, mark = entry.mark, "its mark or its labels changed");
+        engine.conn_retract(&conn);
+    }
 }
 
 /// An event can be older than the sight that came by the other socket: one that still tells of the
@@ -92,6 +118,7 @@ pub(super) fn compare(backend: &Backend, engine: &Engine) {
         destroyed(backend, engine, id);
     }
     for entry in &entries {
+        remarked(backend, engine, entry, false);
         updated(backend, engine, entry);
     }
 }

@@ -1,7 +1,7 @@
 //! The kernel as the datapath: it forwards, tracks connections, and shows what it sees.
 //!
 //! ```text
-//!  forward hook          nft set "sighted" + NFLOG   conntrack events   rtnetlink events
+//!  end of postrouting    nft set "sighted" + NFLOG   conntrack events   rtnetlink events
 //!  (a packet in              |                            |                  |
 //!   software)                v                            v                  v
 //!                         sights ---- offers ---->     ends            changes
@@ -17,9 +17,11 @@
 //! | [`backend`] | none: callbacks on the engine's port threads |
 //! | [`admission`] | none: which connections may be offloaded, asked by `sights` |
 //! | `sights` | reads NFLOG, is a worker of the engine |
+//! | `rearm` | deletes elements of the ledger, a little at a time, and compares it with what is known |
 //! | `ends` | reads conntrack events |
 //! | `changes` | reads link, neighbour and route events; attaches and detaches ports |
-//! | `ruleset` | reads nf_tables events: offloaded packets no longer pass the firewall's rules |
+//! | `ruleset` | follows the firewall, since offloaded packets no longer pass it: nf_tables events, who stands in the hooks |
+//! | `firewall` | none: what a decision of the firewall stands on, and what a change concerns |
 //! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive |
 //! | [`netfilter`], [`routing`] | none: what they speak with the kernel |
 
@@ -27,9 +29,11 @@ pub mod admission;
 pub mod backend;
 mod changes;
 mod ends;
+mod firewall;
 mod keepalive;
 pub mod netfilter;
 mod pacing;
+mod rearm;
 pub mod routing;
 mod ruleset;
 mod sights;
@@ -52,6 +56,7 @@ pub use self::pacing::SweepBounds;
 use self::routing::links::Link;
 use self::routing::monitor::{self, NetEvent};
 use self::routing::stack::not_a_port;
+pub use self::ruleset::Revalidation;
 use crate::engine::{Engine, NewPort, NoSuchPort, PortAddError, PortDeleted};
 
 /// How ports are attached when netdevs appear.
@@ -159,6 +164,10 @@ impl KernelDatapath {
         datapath.spawn("ends", {
             let (backend, engine, stop) = (Arc::clone(&backend), engine.clone(), Arc::clone(&stop));
             move || ends::run(&backend, &engine, ct_events, &stop)
+        })?;
+        datapath.spawn("rearm", {
+            let (backend, stop) = (Arc::clone(&backend), Arc::clone(&stop));
+            move || rearm::run(&backend, &stop)
         })?;
         let watch = ruleset::Watch::open(Arc::clone(&backend)).map_err(DatapathError::Ruleset)?;
         datapath.spawn("ruleset", {

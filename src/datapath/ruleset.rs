@@ -2,90 +2,463 @@
 //! the new ruleset would stop has to come back to the slow path, where it is stopped; one that it
 //! lets pass is sighted again and offloaded again; or it stays where it is, as configured.
 //!
+//! What a change of nf_tables concerns, [`model`](super::firewall::model) tells: rules of those
+//! connections are taken back at once, or so many a second as `[revalidate] rate` says.
+//!
+//! What changes without an announcement (iptables-legacy, ipset, sets with timeouts or that packets add
+//! to, limits, rules on the time) is looked for, and where there is such a thing every offloaded
+//! connection goes through the stack again within `[revalidate] every`, a few at a time.
+//!
 //! `nft flush ruleset` passes over tables that have an owner, as ours have: nothing is to be repaired.
 //! It is a change like others, and reported, since the firewall is gone.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use netdev_providers::Direction;
+use netdev_providers::netlink::netfilter::nft::{
+    NF_INET_FORWARD, NF_INET_POST_ROUTING, NFPROTO_BRIDGE, NFPROTO_IPV4, NFPROTO_IPV6,
+    NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFTA_SET_NAME, NFTA_SET_TABLE, get_of,
+};
+use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_NFTABLES, msg_type};
+use netdev_providers::netlink::socket::DUMP;
+use netdev_providers::netlink::wire::Received;
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use nix::errno::Errno;
 
 use super::TICK;
 use super::backend::{OnRulesetChange, Shared};
+use super::firewall::Behind;
+use super::firewall::model::{Concerns, Model, Transaction};
+use super::netfilter::hooks::{Hooks, Registered, behind, is_absent};
+use super::netfilter::ledger::{CHAIN, Hook};
+use crate::engine::conn::ConnHandle;
+use crate::engine::slot::SlotState;
 use crate::engine::{Engine, FlushFilter};
 
 /// `NFNLGRP_NFTABLES` (linux/netfilter/nfnetlink.h).
 const NFNLGRP_NFTABLES: u32 = 7;
-/// `NFNL_SUBSYS_NFTABLES` and `NFT_MSG_NEWGEN`: ends the announcement of every transaction.
-const NEWGEN: u16 = 10 << 8 | 15;
+/// `NFT_MSG_NEWGEN`: ends the announcement of every transaction.
+const NEWGEN: u16 = msg_type(SUBSYS_NFTABLES, 15);
 /// `NFT_MSG_DELTABLE`.
-const DELTABLE: u16 = 10 << 8 | 2;
-/// A tool that changes rules or set elements all the time makes us flush this often at most.
-const AT_MOST_EVERY: Duration = Duration::from_secs(1);
+const DELTABLE: u16 = msg_type(SUBSYS_NFTABLES, 2);
+// enum nf_tables_msg_types
+const NFT_MSG_GETCHAIN: u16 = 4;
+const NFT_MSG_GETRULE: u16 = 7;
+// enum nft_set_elem_list_attributes
+const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_SET_ELEM_LIST_SET: u16 = 2;
+// enum nft_set_attributes, nft_data_types
+const NFTA_SET_DATA_TYPE: u16 = 6;
+const NFT_DATA_VERDICT: u32 = 0xffff_ff00;
+/// `NF_INET_PRE_ROUTING`.
+const NF_INET_PRE_ROUTING: u32 = 0;
+/// A tool that changes what concerns everybody all the time makes us take everything back this often at
+/// most: the second of two such changes waits so long.
+const AT_MOST_EVERY: Duration = Duration::from_millis(250);
+/// How often a dump that a change interrupted is repeated before the change's announcement has to do.
+const DUMP_TRIES: u32 = 20;
+/// Who stands in the hooks is looked at this often when nothing is announced, and at least six times
+/// in `[revalidate] every`.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// How decisions of the firewall are renewed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revalidation {
+    /// How long a decision may stand at most, where the firewall can change without a word; zero: as
+    /// long as the connection lives.
+    pub every: Duration,
+    /// How many connections are taken back per second when a change concerns all; `None`: all at once.
+    pub rate: Option<u32>,
+}
+
+impl Default for Revalidation {
+    fn default() -> Self {
+        Self { every: Duration::from_secs(60), rate: None }
+    }
+}
 
 pub(super) struct Watch {
     socket: Socket,
+    dumps: Socket,
+    hooks: Hooks,
     backend: Shared,
+    model: Model,
+    transaction: Transaction,
+    /// What the transactions concern that have not been answered yet.
+    concerns: Concerns,
+    /// Tables that are gone.
+    tables_gone: u32,
+    /// Connections that are to be taken back, a few at a time, and the part of one that is due.
+    paced: Paced,
+    /// The present round of connections whose decision is renewed.
+    round: Paced,
+    /// What can change without a word.
+    silent: Vec<String>,
+    looked: Option<Instant>,
+    /// The kernel has no nfnetlink_hook; told.
+    blind: bool,
 }
 
-/// What others have announced.
-#[derive(Clone, Copy, Default)]
-struct Changes {
-    any: bool,
-    /// Tables that are gone.
-    tables: u32,
+/// Connections that go through the stack again, so many a second.
+#[derive(Default)]
+struct Paced {
+    conns: Vec<ConnHandle>,
+    per_second: f64,
+    due: f64,
+}
+
+impl Paced {
+    fn new(conns: Vec<ConnHandle>, per_second: f64) -> Self {
+        Self { conns, per_second, due: 0.0 }
+    }
+
+    /// Those whose turn has come after so long.
+    fn after(&mut self, elapsed: Duration) -> Vec<ConnHandle> {
+        self.due += elapsed.as_secs_f64() * self.per_second;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a float saturates, and this one is not negative"
+        )]
+        let n = (self.due.floor() as usize).min(self.conns.len());
+        self.due -= self.due.floor();
+        self.conns.split_off(self.conns.len() - n)
+    }
 }
 
 impl Watch {
     pub(super) fn open(backend: Shared) -> Result<Self, NetlinkError> {
         let socket = Socket::open(Family::Netfilter)?;
         socket.join(NFNLGRP_NFTABLES)?;
-        Ok(Self { socket, backend })
+        let mut watch = Self {
+            socket,
+            dumps: Socket::open(Family::Netfilter)?,
+            hooks: Hooks::open()?,
+            backend,
+            model: Model::default(),
+            transaction: Transaction::default(),
+            concerns: Concerns::default(),
+            tables_gone: 0,
+            paced: Paced::default(),
+            round: Paced::default(),
+            silent: Vec::new(),
+            looked: None,
+            blind: false,
+        };
+        watch.read_all();
+        watch.look();
+        Ok(watch)
     }
 
     pub(super) fn run(mut self, engine: &Engine, stop: &AtomicBool) {
         // Due at once for the first change; the last of a burst is never forgotten.
-        let (mut changes, mut earliest) = (Changes::default(), Instant::now());
+        let (mut earliest, mut ticked) = (Instant::now(), Instant::now());
         while !stop.load(Ordering::Relaxed) {
-            let backend = &self.backend;
-            let read = self.socket.recv(TICK, |messages| {
-                for m in messages.filter(|m| matches!(m.ty, NEWGEN | DELTABLE)) {
-                    if !backend.is_own_change(m.port) {
-                        changes.any = true;
-                        changes.tables += u32::from(m.ty == DELTABLE);
-                    }
+            self.read_announcements(earliest);
+            // At a stop our own tables go, with the socket that told them from others.
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            if self.concerns != Concerns::Nobody
+                && (self.concerns != Concerns::All || Instant::now() >= earliest)
+            {
+                let concerns = std::mem::take(&mut self.concerns);
+                if concerns == Concerns::All {
+                    earliest = Instant::now() + AT_MOST_EVERY;
                 }
-            });
-            match read {
-                Ok(()) => {}
-                Err(NetlinkError::TimedOut(_)) => {}
-                Err(e) if e.errno() == Some(Errno::ENOBUFS) => changes.any = true,
-                Err(e) => {
-                    tracing::error!("nf_tables events: {e}");
-                    std::thread::sleep(TICK);
+                self.answer(engine, &concerns);
+            }
+            let now = Instant::now();
+            self.renew(engine, now.saturating_duration_since(ticked));
+            ticked = now;
+        }
+    }
+
+    /// Waits for announcements, not longer than something else can wait.
+    fn read_announcements(&mut self, earliest: Instant) {
+        let wait = if self.concerns == Concerns::Nobody {
+            TICK
+        } else {
+            earliest.saturating_duration_since(Instant::now()).min(TICK)
+        };
+        let Self { backend, model, transaction, concerns, tables_gone, looked, .. } = self;
+        let read = self.socket.recv(wait, |messages| {
+            for m in messages {
+                if backend.is_own_change(m.port) {
+                    continue;
+                }
+                *tables_gone += u32::from(m.ty == DELTABLE);
+                if m.ty == NEWGEN {
+                    concerns.add(model.end(std::mem::take(transaction)));
+                    // Chains may have come or gone.
+                    *looked = None;
+                } else {
+                    model.message(&m, transaction);
                 }
             }
-            // At a stop our own tables go, with the socket that told them from others.
-            let stopped = stop.load(Ordering::Relaxed);
-            if changes.any && !stopped && Instant::now() >= earliest {
-                let Changes { tables, .. } = std::mem::take(&mut changes);
-                earliest = Instant::now() + AT_MOST_EVERY;
-                if tables > 0 {
-                    tracing::warn!(tables, "tables were deleted from nf_tables; ours stand");
-                }
-                match self.backend.config().on_ruleset_change {
-                    OnRulesetChange::Keep => tracing::debug!("the ruleset changed"),
-                    OnRulesetChange::Flush => {
-                        let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
-                        let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
-                        tracing::info!(
-                            rules,
-                            "the ruleset changed: connections go back to the slow path"
-                        );
+        });
+        match read {
+            Ok(()) | Err(NetlinkError::TimedOut(_)) => {}
+            Err(e) if e.errno() == Some(Errno::ENOBUFS) => {
+                tracing::warn!("announcements of nf_tables were lost: reading the ruleset anew");
+                self.concerns = Concerns::All;
+                self.read_all();
+                self.looked = None;
+            }
+            Err(e) => {
+                tracing::error!("nf_tables events: {e}");
+                std::thread::sleep(TICK);
+            }
+        }
+    }
+
+    /// Takes back what the change concerns.
+    fn answer(&mut self, engine: &Engine, concerns: &Concerns) {
+        let gone = std::mem::take(&mut self.tables_gone);
+        if gone > 0 {
+            tracing::warn!(tables = gone, "tables were deleted from nf_tables; ours stand");
+        }
+        if self.backend.config().on_ruleset_change == OnRulesetChange::Keep {
+            tracing::debug!("the ruleset changed");
+            return;
+        }
+        // First: what was sighted before is not installed any more.
+        self.backend.firewall().changed();
+        match (concerns, self.backend.config().revalidation.rate) {
+            (Concerns::All, None) => {
+                let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
+                let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
+                tracing::info!(rules, "the ruleset changed: connections go back to the slow path");
+            }
+            (Concerns::All, Some(rate)) => {
+                let conns = engine.conns();
+                let count = conns.len();
+                tracing::info!(
+                    connections = count,
+                    rate,
+                    "the ruleset changed: connections go back to the slow path, so many a second"
+                );
+                self.paced = Paced::new(conns, rate.into());
+            }
+            (concerns, _) => {
+                let mut connections = 0;
+                for conn in engine.conns() {
+                    let [o, r] = Direction::BOTH.map(|d| *conn.arriving(d));
+                    if [o.src(), o.dst(), r.src(), r.dst()].iter().any(|a| concerns.address(*a)) {
+                        connections += 1;
+                        engine.conn_retract(&conn);
                     }
+                }
+                if connections > 0 {
+                    tracing::info!(
+                        connections,
+                        "the ruleset changed: those that it names go back to the slow path"
+                    );
                 }
             }
         }
+    }
+
+    /// Lets those go through the stack whose turn it is, and looks whether anything changes without a
+    /// word.
+    fn renew(&mut self, engine: &Engine, elapsed: Duration) {
+        for conn in self.paced.after(elapsed) {
+            engine.conn_retract(&conn);
+        }
+        let every = self.backend.config().revalidation.every;
+        let look_every = if every.is_zero() { LOOK_EVERY } else { LOOK_EVERY.min(every / 6) };
+        if self.looked.is_none_or(|at| at.elapsed() >= look_every) {
+            self.look();
+        }
+        if every.is_zero() || self.silent.is_empty() {
+            self.round = Paced::default();
+            return;
+        }
+        for conn in self.round.after(elapsed) {
+            engine.conn_retract(&conn);
+        }
+        if self.round.conns.is_empty() {
+            // Twice in the time: what was sighted just after a round has begun is in the next.
+            let has_rule =
+                |c: &ConnHandle| engine.slots(c).iter().any(|s| s.state == SlotState::Installed);
+            let conns: Vec<_> = engine.conns().into_iter().filter(has_rule).collect();
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            let per_second = conns.len() as f64 / (every / 2).as_secs_f64();
+            self.round = Paced::new(conns, per_second);
+        }
+    }
+
+    /// Looks who stands in the hooks.
+    fn look(&mut self) {
+        self.looked = Some(Instant::now());
+        let mut silent = self.model.silent();
+        let (mut others, mut legacy) = (Vec::new(), false);
+        let hooks = [NF_INET_PRE_ROUTING, NF_INET_FORWARD, NF_INET_POST_ROUTING];
+        for (family, hook) in
+            [NFPROTO_IPV4, NFPROTO_IPV6].into_iter().flat_map(|f| hooks.map(|h| (f, h)))
+        {
+            let Some(all) = self.registered(family, hook) else { return };
+            legacy |= all.iter().any(is_legacy);
+            if hook == NF_INET_POST_ROUTING {
+                let ipv6 = family == NFPROTO_IPV6;
+                others.extend(self.behind(Hook::Inet, ipv6, &all));
+            }
+        }
+        if self.backend.config().bridged {
+            for hook in hooks {
+                let Some(all) = self.registered(NFPROTO_BRIDGE, hook) else { return };
+                legacy |= all.iter().any(is_legacy);
+                // All that is in the hook after the one where we are is behind us.
+                if hook != NF_INET_PRE_ROUTING {
+                    others.extend(self.behind(Hook::Bridge, false, &all));
+                }
+            }
+        }
+        if legacy {
+            silent.push("iptables-legacy".to_owned());
+        }
+        if self.backend.firewall().set_behind(others.clone()) {
+            for b in &others {
+                tracing::warn!(
+                    hook = %b.hook,
+                    ipv6 = b.ipv6,
+                    "{} stands behind the chain that sights, and can refuse what it has seen: nothing there is offloaded. Give it a lower priority, or register it after the daemon's start",
+                    b.what
+                );
+            }
+            if others.is_empty() {
+                tracing::info!("nothing stands behind the chain that sights any more");
+            }
+        }
+        if silent != self.silent {
+            let every = self.backend.config().revalidation.every;
+            if silent.is_empty() {
+                tracing::info!("nothing in the firewall changes without an announcement any more");
+            } else {
+                tracing::info!(
+                    what = silent.join(", "),
+                    ?every,
+                    "parts of the firewall change without an announcement: decisions are renewed ([revalidate] every)"
+                );
+            }
+            self.silent = silent;
+        }
+    }
+
+    fn behind(&self, hook: Hook, ipv6: bool, all: &[Registered]) -> Vec<Behind> {
+        let ours = (self.backend.ledger_table(), CHAIN);
+        let of = |r: &Registered| Behind { hook, ipv6, what: r.to_string() };
+        behind(all, ours).into_iter().map(of).collect()
+    }
+
+    /// `None` when it cannot be told, which is said once.
+    fn registered(&mut self, family: u8, hook: u32) -> Option<Vec<Registered>> {
+        match self.hooks.read(family, hook) {
+            Ok(all) => Some(all),
+            Err(e) => {
+                if !std::mem::replace(&mut self.blind, true) {
+                    let absent = is_absent(&e);
+                    tracing::warn!(
+                        absent,
+                        "who stands behind the chain that sights cannot be told (nfnetlink_hook, CONFIG_NETFILTER_NETLINK_HOOK): {e}. A chain of priority 2147483647 that was there before the daemon is passed by"
+                    );
+                }
+                None
+            }
+        }
+    }
+
+    /// Learns the ruleset as it is.
+    fn read_all(&mut self) {
+        self.model = Model::default();
+        let mut maps = Vec::new();
+        for get in [NFT_MSG_GETCHAIN, NFT_MSG_GETSET, NFT_MSG_GETRULE] {
+            let note_map = |m: &Received<'_>| {
+                let attrs = m.attrs(NFGENMSG_LEN);
+                let text = |ty| Some(attrs.find_type(ty)?.str()?.to_owned());
+                let data = attrs.find_type(NFTA_SET_DATA_TYPE).and_then(|a| a.be32());
+                let is_verdict_map = get == NFT_MSG_GETSET && data == Some(NFT_DATA_VERDICT);
+                is_verdict_map
+                    .then(|| {
+                        Some((*m.payload.first()?, text(NFTA_SET_TABLE)?, text(NFTA_SET_NAME)?))
+                    })
+                    .flatten()
+            };
+            self.dump(0, get, None, |m| maps.extend(note_map(m)));
+        }
+        for (family, table, set) in maps {
+            self.dump(family, NFT_MSG_GETSETELEM, Some((&table, &set)), |_| {});
+        }
+    }
+
+    /// Learns what a dump says. What a change interrupts again and again is left to its announcements.
+    fn dump(
+        &mut self,
+        family: u8,
+        get: u16,
+        of: Option<(&str, &str)>,
+        mut also: impl FnMut(&Received<'_>),
+    ) {
+        for _ in 0..DUMP_TRIES {
+            let seq = self.dumps.next_seq();
+            let buf = get_of(family, get, DUMP, seq, |m| {
+                if let Some((table, set)) = of {
+                    m.str(NFTA_SET_ELEM_LIST_TABLE, table).str(NFTA_SET_ELEM_LIST_SET, set);
+                }
+            });
+            let (model, backend) = (&mut self.model, &self.backend);
+            let done = self.dumps.dump(&buf, seq, |m| {
+                // Chains, sets, rules and elements name their table in the same attribute.
+                let table = m.attrs(NFGENMSG_LEN).find_type(NFTA_SET_TABLE).and_then(|a| a.str());
+                if table != Some(backend.ledger_table()) {
+                    also(&m);
+                    model.message(&m, &mut Transaction::default());
+                }
+            });
+            match done {
+                Ok(()) => return,
+                Err(NetlinkError::Interrupted) => {}
+                Err(e) => {
+                    tracing::warn!("the ruleset could not be read: {e}");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Of the legacy iptables: its rules change without an announcement.
+fn is_legacy(r: &Registered) -> bool {
+    const MODULES: [&str; 5] = ["ip_tables", "ip6_tables", "iptable_", "ip6table_", "ebtable"];
+    const FUNCTIONS: [&str; 3] = ["ipt_do_table", "ip6t_do_table", "ebt_do_table"];
+    let of_module =
+        |m: &str| MODULES.iter().any(|known| m.starts_with(known)) && !m.ends_with("_nat");
+    r.module.as_deref().is_some_and(of_module)
+        || r.function.as_deref().is_some_and(|f| FUNCTIONS.contains(&f))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn legacy_tables_are_known_by_their_modules_and_nat_is_not_asked_twice() {
+        let of = |module: &str, function: &str| Registered {
+            module: Some(module.to_owned()),
+            function: Some(function.to_owned()),
+            ..Registered::default()
+        };
+        assert!(is_legacy(&of("ip_tables", "ipt_do_table")));
+        assert!(is_legacy(&of("iptable_mangle", "iptable_mangle_hook")));
+        assert!(!is_legacy(&of("iptable_nat", "iptable_nat_do_chain")));
+        assert!(!is_legacy(&of("nf_conntrack", "ipv4_confirm")));
+    }
+
+    #[test]
+    fn a_round_has_as_many_a_second_as_it_needs_and_none_twice() {
+        let mut paced = Paced { conns: Vec::new(), per_second: 0.5, due: 0.0 };
+        assert!(paced.after(Duration::from_secs(5)).is_empty());
+        assert!((paced.due - 0.5).abs() < 1e-9, "the rest of a turn is kept: {}", paced.due);
     }
 }

@@ -9,6 +9,8 @@ use netdev_providers::{Direction, Ifindex, MacAddr, Permanence, Zone};
 
 use super::TICK;
 use super::backend::{Known, Shared, Sighted};
+use super::ends::JUST_CHANGED;
+use super::firewall::Quarantine;
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
 use super::netfilter::ledger::{Hook, LedgerKey};
 use super::netfilter::nflog::{LogRead, Sight, SightLog};
@@ -27,18 +29,29 @@ const UNUSED_MS: u64 = 15_000;
 /// The ledger is compared with what is known this often even when nothing seems lost.
 const CLEAN_EVERY: Duration = Duration::from_secs(60);
 
+/// The connection of a sight, and which of its directions.
+type Whose = (CtEntry, CtId, Direction);
+
 pub(super) struct Reader {
     backend: Shared,
     engine: Engine,
     log: SightLog,
     worker: Worker,
     refused: VecDeque<(Instant, LedgerKey)>,
+    quarantine: Quarantine,
 }
 
 impl Reader {
     pub(super) fn new(backend: Shared, engine: Engine, log: SightLog) -> Self {
         let worker = engine.worker();
-        Self { backend, engine, log, worker, refused: VecDeque::new() }
+        Self {
+            backend,
+            engine,
+            log,
+            worker,
+            refused: VecDeque::new(),
+            quarantine: Quarantine::default(),
+        }
     }
 
     pub(super) fn run(mut self, stop: &AtomicBool) {
@@ -47,13 +60,20 @@ impl Reader {
         self.worker.offline();
         while !stop.load(Ordering::Relaxed) {
             let lost = match self.log.next(TICK) {
-                Ok(LogRead { sights, lost }) => {
+                Ok(LogRead { sights, lost, emptied }) => {
+                    // After the read: what comes now is of this firewall, or is refused when it is
+                    // looked at.
+                    let firewall = self.backend.firewall().generation();
                     let identified: Vec<_> = sights.iter().map(|s| (s, self.identify(s))).collect();
-                    self.worker.online();
-                    for (sight, whose) in identified {
-                        self.sighted(sight, whose);
+                    if self.quarantine.passed(firewall, emptied, Instant::now()) {
+                        self.worker.online();
+                        for (sight, whose) in identified {
+                            self.sighted(sight, whose, firewall);
+                        }
+                        self.worker.offline();
+                    } else {
+                        self.disbelieve(&identified);
                     }
-                    self.worker.offline();
                     lost
                 }
                 Err(e) => {
@@ -67,13 +87,24 @@ impl Reader {
             }
             self.rearm_refused();
             if lost || cleaned.elapsed() >= CLEAN_EVERY {
-                self.clean();
+                self.backend.rearming().compare();
                 cleaned = Instant::now();
             }
         }
     }
 
-    fn sighted(&mut self, sight: &Sight, whose: Option<(CtEntry, CtId, Direction)>) {
+    /// Packets that the firewall may have let pass as it was: the next of each is to be seen.
+    fn disbelieve(&self, identified: &[(&Sight, Option<Whose>)]) {
+        let key = |(s, whose): &(&Sight, Option<Whose>)| {
+            let (_, ct_id, direction) = *whose.as_ref().map(|(_, i, d)| ((), i, d)).as_ref()?;
+            let (ct_id, direction) = (*ct_id, *direction);
+            Some(LedgerKey { hook: s.hook, iif: s.in_dev, ct_id, direction })
+        };
+        self.backend.counts().sights.fetch_add(identified.len() as u64, Ordering::Relaxed);
+        self.backend.rearming().soon(identified.iter().filter_map(key));
+    }
+
+    fn sighted(&mut self, sight: &Sight, whose: Option<Whose>, firewall: u64) {
         self.backend.counts().sights.fetch_add(1, Ordering::Relaxed);
         let Some((entry, id, direction)) = whose else {
             tracing::debug!(iif = %sight.in_dev, "a sight without a connection of ours");
@@ -88,7 +119,8 @@ impl Reader {
         }
         // The slot is that of the real netdev: a VLAN device, a bridge, a bond stand above it.
         let iif = sight.in_dev;
-        let mac = |at: usize| Some(MacAddr(*sight.hw_header.as_ref()?.get(at..)?.first_chunk()?));
+        let ethernet = sight.hw_header.filter(|_| self.backend.has_mac(iif));
+        let mac = |at: usize| Some(MacAddr(*ethernet.as_ref()?.get(at..)?.first_chunk()?));
         let real = if self.worker.port(iif).is_some() {
             Some(iif)
         } else {
@@ -115,8 +147,16 @@ impl Reader {
                 conn: None,
                 mark: sight.mark,
                 timeout: entry.timeout,
+                ct_mark: entry.mark,
+                changed: None,
                 sighted: Vec::new(),
             });
+            // The packet may be older than that.
+            if known.changed.is_some_and(|at| at.elapsed() < JUST_CHANGED) {
+                self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+                return;
+            }
+            known.ct_mark = entry.mark;
             let from = mac(6).filter(|_| bridged);
             let sighted = Sighted { hook: sight.hook, iif, port: real, direction, from };
             match known.sighted.iter_mut().find(|s| s.key(id) == key && s.port == real) {
@@ -138,12 +178,12 @@ impl Reader {
             }
             return;
         };
-        if !bridged && self.backend.is_shown_twice(iif, mac(0)) {
-            return;
-        }
         // Rules of admission are about ports, whatever stands above them.
         let name = self.backend.links().name(real);
-        let path = match self.backend.config().admission.admit(&name, conn.key()) {
+        let admitted = self.backend.config().admission.admit(&name, conn.key());
+        let ipv6 = entry.original.is_ipv6();
+        let passed = admitted.and_then(|()| self.backend.firewall().is_last(sight.hook, ipv6));
+        let path = match passed {
             Ok(()) => PathSpec::Resolve(PathHint {
                 ingress: (real != iif).then_some(iif),
                 eth_dst: mac(0),
@@ -151,6 +191,7 @@ impl Reader {
                 mark: sight.mark,
                 bridged,
                 vlan: sight.vlan,
+                firewall: Some(firewall),
             }),
             Err(rejection) => PathSpec::Refused(Box::new(rejection)),
         };
@@ -200,17 +241,17 @@ impl Reader {
 
     /// The conntrack entry of a sight: in the log message itself, or, where the kernel does not put
     /// it there, looked up.
-    fn identify(&self, sight: &Sight) -> Option<(CtEntry, CtId, Direction)> {
+    fn identify(&self, sight: &Sight) -> Option<Whose> {
         if let (Some(entry), Some(direction)) = (&sight.ct, sight.direction) {
             return Some((entry.clone(), entry.id?, direction));
         }
-        let packet = sight.forward_tuple()?;
+        let packet = sight.leaving_tuple()?;
         let mut conntrack = self.backend.conntrack();
-        let found = match conntrack.find_forwarded(Zone(0), &packet) {
+        let found = match conntrack.find_leaving(Zone(0), &packet) {
             Ok(Some(found)) => Some(found),
-            // Translated on both sides, or of another zone: no look-up finds it by this packet.
+            // Of another zone: no look-up finds it by this packet.
             Ok(None) => conntrack.dump().ok()?.into_iter().find_map(|e| {
-                let of = |d: &Direction| e.in_forward(*d) == Some(packet);
+                let of = |d: &Direction| e.outgoing(*d) == packet;
                 Direction::BOTH.into_iter().find(of).map(|d| (e, d))
             }),
             Err(e) => {
@@ -227,18 +268,6 @@ impl Reader {
         let now = Instant::now();
         let due = self.refused.partition_point(|(at, _)| *at <= now);
         let keys: Vec<_> = self.refused.drain(..due).map(|(_, key)| key).collect();
-        self.backend.forget(&keys);
-    }
-
-    /// Elements that nobody here knows of: their log message was lost, or the end of their
-    /// connection. Deleted, they are sighted again at the next packet, if there is one.
-    fn clean(&self) {
-        self.backend.clean_ledger(|k| {
-            !self
-                .backend
-                .known
-                .get(&k.ct_id)
-                .is_some_and(|known| known.sighted.iter().any(|s| s.key(k.ct_id) == *k))
-        });
+        self.backend.rearming().soon(keys);
     }
 }

@@ -26,6 +26,8 @@ pub struct PathHint {
     pub bridged: bool,
     /// The VLAN tag that it has in that bridge.
     pub vlan: Option<u16>,
+    /// Which firewall has let it pass, for datapaths that number theirs; `None`: whichever.
+    pub firewall: Option<u64>,
 }
 
 /// How packets of a flow leave, and what they look like on arrival.

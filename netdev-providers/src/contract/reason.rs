@@ -101,6 +101,8 @@ reasons! {
     ProviderSlow = 24, "provider-slow", Transient;
     /// The NIC said that it had the rule, and software went on seeing the packets: the NIC lost the rule, or never acted on it.
     NoEffect = 25, "no-effect", Transient;
+    /// A hook of others stands behind the one that sees the packets, and could refuse them yet.
+    FirewallBehind = 28, "firewall-behind", Transient;
 }
 
 impl fmt::Display for Reason {

@@ -21,7 +21,7 @@ const SELECT: &str = "select";
 const OFFLOAD: &str = "offload";
 /// In the forward hook: behind every filter of others, so that what they drop makes no entry. On
 /// ingress: behind their ingress filters.
-const PRIORITY: u32 = 1000;
+const PRIORITY: i32 = 1000;
 /// What `nft` calls the key type (its `enum datatypes`) of keys of more parts than it has room to name:
 /// `integer`.
 const NFT_TYPE_INTEGER: u32 = 4;
@@ -396,7 +396,7 @@ fn put_flowtable<'n>(
         .be32(NFTA_FLOWTABLE_FLAGS, flags)
         .nested(NFTA_FLOWTABLE_HOOK, |m| {
             m.be32(NFTA_FLOWTABLE_HOOK_NUM, NF_NETDEV_INGRESS)
-                .be32(NFTA_FLOWTABLE_HOOK_PRIORITY, PRIORITY)
+                .be32(NFTA_FLOWTABLE_HOOK_PRIORITY, PRIORITY.cast_unsigned())
                 .nested(NFTA_FLOWTABLE_HOOK_DEVS, |m| {
                     for device in devices {
                         m.str(NFTA_DEVICE_NAME, device);
@@ -446,7 +446,7 @@ pub(super) fn describe(t: &mut Transaction<'_>, table: &str, port: &Link, hardwa
     });
     put_offload_rule(t, table, &flowtable);
     let chain = Step::new("the chain that selects", NEEDS_NFT);
-    table::make_forward_chain(t, chain, table, SELECT, PRIORITY);
+    table::make_base_chain(t, chain, table, SELECT, (NF_INET_FORWARD, PRIORITY));
     let mut rule = |step, fill: &dyn Fn(&mut Message<'_>)| {
         table::append_rule(t, step, table, SELECT, fill);
     };

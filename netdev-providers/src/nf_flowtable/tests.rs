@@ -192,6 +192,7 @@ fn an_entry_goes_on_unless_its_connection_is_ending() {
         tcp_liberal: [true; 2],
         timeout: None,
         mark: 0,
+        labels_changed: false,
         helper: false,
         counters: None,
     };

@@ -170,28 +170,23 @@ impl Conntrack {
         Ok(self.find(zone, original)?.filter(|e| e.original == *original))
     }
 
-    /// The connection, and the direction in it, of a packet seen in the forward hook: for kernels
-    /// that do not log the connection with the packet. Addresses there are half translated, so a
-    /// connection with both source and destination NAT cannot be found this way, nor one of another
-    /// zone: then compare [`CtEntry::in_forward`] over a [`dump`](Self::dump).
+    /// The connection, and the direction in it, of a packet that has this tuple when it leaves, after
+    /// all NAT: for kernels that do not log the connection with the packet. One of another zone is not
+    /// found this way: then compare [`CtEntry::outgoing`] over a [`dump`](Self::dump).
     ///
     /// # Errors
     /// A failure of the exchange.
-    pub fn find_forwarded(
+    pub fn find_leaving(
         &mut self,
         zone: Zone,
         seen: &Tuple,
     ) -> Result<Option<(CtEntry, Direction)>, ConntrackError> {
-        for tuple in [*seen, seen.inverted()] {
-            if let Some(entry) = self.find(zone, &tuple)? {
-                let direction =
-                    Direction::BOTH.into_iter().find(|d| entry.in_forward(*d) == Some(*seen));
-                if let Some(direction) = direction {
-                    return Ok(Some((entry, direction)));
-                }
-            }
-        }
-        Ok(None)
+        // The other direction's packets arrive with it the other way round, which is a tuple of the
+        // entry: the kernel finds it by either.
+        Ok(self.find(zone, &seen.inverted())?.and_then(|entry| {
+            let direction = Direction::BOTH.into_iter().find(|d| entry.outgoing(*d) == *seen)?;
+            Some((entry, direction))
+        }))
     }
 
     fn find(&mut self, zone: Zone, tuple: &Tuple) -> Result<Option<CtEntry>, ConntrackError> {

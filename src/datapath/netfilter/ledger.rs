@@ -5,10 +5,9 @@
 //! table inet ctoffload {                       # owned by our socket: gone when it closes
 //!   set ports   { type iface_index; }
 //!   set sighted { typeof iif . ct id . ct direction; size N; flags dynamic; }
-//!   chain sight { type filter hook forward priority filter + 10; policy accept;
+//!   chain sight { type filter hook postrouting priority 2147483647; policy accept;
 //!     iif != @ports accept
 //!     ct status & (seq-adjust|dying|nat-clash|template|helper[|offload|hw-offload]) != 0 accept
-//!     meta secpath exists accept               # came out of an IPsec tunnel
 //!     rt ipsec exists accept                   # goes into one
 //!     [ct bytes < N accept]                    # both directions together, this packet included
 //!     meta pkttype != host accept              # multicast routing
@@ -17,14 +16,22 @@
 //!     meta l4proto tcp ct status & assured != 0 tcp flags & (fin|syn|rst) == 0 <once> log ...
 //!     meta l4proto udp ct status & seen-reply != 0                             <once> log ...
 //!   }
+//!   chain from-ipsec { type filter hook forward priority 2147483647; policy accept;
+//!     iif @ports meta secpath exists <once>    # came out of an IPsec tunnel: postrouting is not told
+//!   }
 //! }
 //! <once> = add @sighted { iif . ct id . ct direction counter limit rate 1/hour burst 1 packets }
 //! ```
+//! **It is the last chain of the last hook**: what any chain of others drops before, in forward or in
+//! postrouting, is never sighted. The kernel tells postrouting the ingress netdev of forwarded packets
+//! (since 5.7); those of the router itself have none there. By then NAT has been done: addresses and
+//! ports are those that the packet leaves with ([`CtEntry::outgoing`](super::conntrack::CtEntry::outgoing)).
+//!
 //! Where connections that a bridge forwards are to be sighted too ([`LedgerConfig::bridged`]), there is
 //! a second table of the same kind, with sets of its own, in the bridge's forward hook:
 //! ```text
 //! table bridge ctoffload {
-//!   chain sight { type filter hook forward priority 10; policy accept;
+//!   chain sight { type filter hook forward priority 2147483647; policy accept;
 //!     iif != @ports accept                     # a port of the bridge
 //!     ct status & ...                          # as above; [ct bytes < N accept]
 //!     meta pkttype != other accept             # flooded: broadcast, multicast
@@ -81,7 +88,7 @@ use netdev_providers::{Direction, Ifindex};
 use nix::errno::Errno;
 use tracing::{debug, warn};
 
-pub use self::rules::Hook;
+pub use self::rules::{CHAIN, Hook};
 use self::rules::{NEEDS_NFT, NEEDS_XFRM, PORTS, SIGHTED, SIGHTED_KEY_LEN, describe};
 use super::conntrack::CtId;
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`ledger`] | the nf_tables table whose rule sights each (netdev, connection, direction) once |
 //! | [`nflog`] | reads the packets that the rule logs: the sights |
+//! | [`hooks`] | who else stands in a hook, and in which order |
 //! | [`conntrack`] | connections: their end (events), what they are (get, dump), and their refresh |
 //!
 //! Order at start: [`nflog::SightLog::open`] **before** [`ledger::Ledger::install`], because a
@@ -17,6 +18,7 @@
 //! [`netdev_providers::netlink::netfilter`]: a provider speaks with both as well.
 
 pub mod conntrack;
+pub mod hooks;
 pub mod ledger;
 pub mod nflog;
 

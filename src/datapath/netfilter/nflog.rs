@@ -86,11 +86,10 @@ pub enum NflogError {
     Netlink(#[from] NetlinkError),
 }
 
-/// A packet of a connection seen in software on a netdev, as the forward hook had it: after
-/// destination NAT, before source NAT.
+/// A packet of a connection seen in software on a netdev, as it is about to leave: after all NAT.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sight {
-    /// Which forward hook.
+    /// Which hook.
     pub hook: Hook,
     /// The netdev it came in on: the one that routed it, or the port of the bridge.
     pub in_dev: Ifindex,
@@ -103,21 +102,23 @@ pub struct Sight {
     /// Its direction in the connection; `None` where the kernel does not give the connection.
     pub direction: Option<Direction>,
     /// The connection; `None` where the kernel does not give it
-    /// ([`SightLog::has_conntrack`]): look [`forward_tuple`](Self::forward_tuple) up.
+    /// ([`SightLog::has_conntrack`]): look [`leaving_tuple`](Self::leaving_tuple) up.
     pub ct: Option<CtEntry>,
-    /// The Ethernet header, where the netdev has one. The kernel has taken a VLAN tag out of it.
+    /// The Ethernet header that it arrived with. The kernel has taken a VLAN tag out of it. `None` where
+    /// the egress netdev's own headers are shorter: the kernel copies as many bytes as those have. What
+    /// this says of an ingress netdev without Ethernet headers is nothing.
     pub hw_header: Option<[u8; 14]>,
     /// The packet from its IP header on: 64 bytes.
     pub packet: Box<[u8]>,
 }
 
 impl Sight {
-    /// Addresses and ports of the packet in the forward hook, for
-    /// [`Conntrack::find_forwarded`](conntrack::Conntrack::find_forwarded). `None` when it has
+    /// Addresses and ports that the packet leaves with, for
+    /// [`Conntrack::find_leaving`](conntrack::Conntrack::find_leaving). `None` when it has
     /// IPv4 options, IPv6 extension headers, or another protocol than TCP and UDP: the rule does
     /// not log such packets.
     #[must_use]
-    pub fn forward_tuple(&self) -> Option<Tuple> {
+    pub fn leaving_tuple(&self) -> Option<Tuple> {
         let b = &self.packet;
         let (proto, src, dst, l4): (u8, IpAddr, IpAddr, &[u8]) = match b.first()? {
             0x45 => {
@@ -146,6 +147,8 @@ pub struct LogRead {
     /// Some log messages were lost (the receive buffer was full, or a gap in the sequence): the
     /// ledger's dump has what they said.
     pub lost: bool,
+    /// Nothing was left to be read.
+    pub emptied: bool,
 }
 
 /// A socket bound to the nflog group of the ledger.
@@ -227,9 +230,12 @@ impl SightLog {
     pub fn next(&mut self, within: Duration) -> Result<LogRead, NflogError> {
         let mut read = LogRead::default();
         let expected = &mut self.expected;
+        let mut datagrams = 0;
         read.lost = conntrack::drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
+            datagrams += 1;
             read_logs(messages, expected, &mut read.sights)
         })?;
+        read.emptied = datagrams < DATAGRAMS_PER_READ;
         Ok(read)
     }
 }
@@ -293,8 +299,11 @@ fn parse_sight(m: &Received<'_>) -> Option<Sight> {
                 sight.vlan = tci.map(|tci| tci & VLAN_VID_MASK);
             }
             NFULA_PAYLOAD => sight.packet = a.payload.into(),
-            // Of another length it is of another kind of netdev.
-            NFULA_HWHEADER if hook == Hook::Inet => sight.hw_header = a.payload.try_into().ok(),
+            // What the packet arrived with, in the length of the egress netdev's headers (18 bytes of a
+            // VLAN device): in postrouting `skb->dev` is that one.
+            NFULA_HWHEADER if hook == Hook::Inet => {
+                sight.hw_header = a.payload.first_chunk().copied();
+            }
             // In a bridge the length of the other is that of the egress netdev's headers.
             NFULA_L2HDR if hook == Hook::Bridge => sight.hw_header = a.payload.try_into().ok(),
             NFULA_CT => sight.ct = CtEntry::parse(family, a.nested()),
@@ -347,7 +356,7 @@ mod tests {
     use crate::datapath::netfilter::conntrack::{CtId, TcpState};
     use crate::datapath::netfilter::unhex;
 
-    /// A log of Debian's 6.1, which has GLUE_CT, of a masqueraded TCP connection.
+    /// A log of Debian's 6.1, which has GLUE_CT, of a masqueraded TCP connection, from the forward hook.
     const WITH_CT: &str = "\
         6c0100000004000000000000000000000200004d080001000800020005000a00000000000800040000000002 \
         08000500000000031000080000060000767a70a3939e000006000f000001000006001100000e000012001000 \
@@ -394,8 +403,8 @@ mod tests {
         assert_eq!((ct.id, ct.zone), (Some(CtId(0xfbf7d789)), Zone(0)));
         assert!(ct.status.assured() && ct.status.snat() && !ct.status.dnat() && !ct.helper);
         assert_eq!(ct.tcp_state, Some(TcpState::Established));
-        // Source NAT is still to come in the forward hook.
-        assert_eq!(s.forward_tuple(), ct.in_forward(Direction::Original));
+        // Source NAT was still to come there.
+        assert_eq!(s.leaving_tuple(), Some(ct.original));
         assert_eq!(s.hw_header.unwrap()[12..], [8, 0]);
         assert_eq!(s.packet.len(), 52);
     }
@@ -405,7 +414,7 @@ mod tests {
         let (sights, _) = read(&unhex(WITHOUT_CT), &mut None);
         let [s] = &sights[..] else { panic!("{sights:?}") };
         assert_eq!((&s.ct, s.direction), (&None, None));
-        assert!(s.forward_tuple().unwrap().is_ipv6());
+        assert!(s.leaving_tuple().unwrap().is_ipv6());
         assert_eq!(s.hw_header.unwrap()[12..], [0x86, 0xdd]);
         assert_eq!(s.packet.len(), 64);
     }
@@ -421,7 +430,7 @@ mod tests {
         assert_eq!(header[..6], [0xd2, 0x4b, 0x5e, 0x1a, 0x76, 0x2c]);
         assert_eq!(header[12..], [8, 0]);
         let tuple = "tcp 10.7.0.2:5001 > 10.7.0.1:39626".parse().unwrap();
-        assert_eq!(s.forward_tuple(), Some(tuple));
+        assert_eq!(s.leaving_tuple(), Some(tuple));
     }
 
     #[test]
@@ -450,7 +459,7 @@ mod tests {
         fn no_bytes_make_the_reader_panic(b in proptest::collection::vec(any::<u8>(), 0..400)) {
             let _ = read(&b, &mut None);
             let packet = Sight { packet: b.into(), ..read(&unhex(WITH_CT), &mut None).0.remove(0) };
-            let _ = packet.forward_tuple();
+            let _ = packet.leaving_tuple();
         }
 
         #[test]
@@ -460,7 +469,7 @@ mod tests {
                 let len = bytes.len();
                 bytes[at % len] = with;
                 for s in read(&bytes[..cut % (len + 1)], &mut None).0 {
-                    let _ = s.forward_tuple();
+                    let _ = s.leaving_tuple();
                 }
             }
         }

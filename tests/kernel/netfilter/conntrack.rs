@@ -143,7 +143,7 @@ fn netfilter_nat_shows_in_the_tuples() {
     want.sort_unstable();
     assert_eq!(seen(&mut log, &mut ct), want);
 
-    // Both kinds of NAT: the packet in the forward hook has neither tuple of the entry.
+    // Both kinds of NAT: the packet leaves with the other direction's tuple, the other way round.
     let (mut c, mut s) = r.tcp(2, 1, "10.0.2.1");
     talk(&mut c, &mut s);
     let e = entry(&mut ct, &c);
@@ -151,10 +151,9 @@ fn netfilter_nat_shows_in_the_tuples() {
     let logged = sights(&mut log);
     assert_eq!(logged.len(), 2);
     for sight in logged {
-        let tuple = sight.forward_tuple().unwrap();
-        assert_eq!(ct.find_forwarded(Zone(0), &tuple).unwrap(), None);
-        let direction =
-            Direction::BOTH.into_iter().find(|d| e.in_forward(*d) == Some(tuple)).unwrap();
+        let tuple = sight.leaving_tuple().unwrap();
+        let (found, direction) = ct.find_leaving(Zone(0), &tuple).unwrap().expect("the entry");
+        assert_eq!((found.id, e.outgoing(direction)), (e.id, tuple));
         assert_eq!(sight.in_dev, [r.ports[2], r.ports[1]][direction.index()]);
         if log.has_conntrack() {
             assert_eq!(sight.direction, Some(direction));

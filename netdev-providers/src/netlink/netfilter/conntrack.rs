@@ -30,6 +30,7 @@ pub const CTA_TIMEOUT: u16 = 7;
 const CTA_MARK: u16 = 8;
 const CTA_COUNTERS_ORIG: u16 = 9;
 const CTA_COUNTERS_REPLY: u16 = 10;
+const CTA_LABELS: u16 = 22;
 /// `CTA_ID`.
 pub const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
@@ -242,6 +243,9 @@ pub struct CtEntry {
     pub timeout: Option<Duration>,
     /// The connection's mark.
     pub mark: u32,
+    /// Of an event: its labels are told because they changed. Where an entry is asked for, they always
+    /// are, and this says nothing.
+    pub labels_changed: bool,
     /// A helper looks into it: the status bit, or a helper that came with the expectation.
     pub helper: bool,
     /// What each direction carried, original and reply; only where conntrack counts
@@ -261,6 +265,7 @@ impl CtEntry {
         let mut status = CtStatus::default();
         let mut timeout = None;
         let mut mark = 0;
+        let mut labels_changed = false;
         let mut helper = false;
         let mut protoinfo = None;
         let mut counters = [None; 2];
@@ -276,6 +281,7 @@ impl CtEntry {
                 CTA_STATUS => status = CtStatus(a.be32()?),
                 CTA_TIMEOUT => timeout = a.be32().map(|s| Duration::from_secs(s.into())),
                 CTA_MARK => mark = a.be32()?,
+                CTA_LABELS => labels_changed = true,
                 CTA_HELP => helper = true,
                 CTA_COUNTERS_ORIG => counters[0] = parse_counters(a.nested()),
                 CTA_COUNTERS_REPLY => counters[1] = parse_counters(a.nested()),
@@ -308,6 +314,7 @@ impl CtEntry {
             tcp_liberal,
             timeout,
             mark,
+            labels_changed,
             helper,
             counters: counters[0].zip(counters[1]).map(<[_; 2]>::from),
         })
@@ -326,14 +333,6 @@ impl CtEntry {
     #[must_use]
     pub const fn outgoing(&self, direction: Direction) -> Tuple {
         self.incoming(direction.opposite()).inverted()
-    }
-
-    /// Addresses and ports of its packets in the forward hook: after destination NAT, before source
-    /// NAT (for replies: after the reversal of source NAT, before that of destination NAT).
-    #[must_use]
-    pub fn in_forward(&self, direction: Direction) -> Option<Tuple> {
-        let (i, o) = (self.incoming(direction), self.outgoing(direction));
-        Tuple::new(i.proto(), i.src(), i.sport(), o.dst(), o.dport())
     }
 }
 
@@ -495,12 +494,13 @@ mod tests {
             tcp_liberal: [true, false],
             timeout: Some(Duration::from_secs(300)),
             mark: 7,
+            labels_changed: false,
             helper: false,
             counters: Some([counters(10), counters(20)]),
         };
         assert_eq!(e, wanted);
         assert_eq!(CtId(77).to_string(), "77");
-        // Before any NAT, behind all of it, and between the two.
+        // Before any NAT, and behind all of it.
         let directions = Direction::BOTH;
         assert_eq!(directions.map(|d| e.incoming(d)), [original, reply]);
         let out = [
@@ -508,11 +508,6 @@ mod tests {
             tuple("tcp 203.0.113.9:80 > 192.0.2.1:1000"),
         ];
         assert_eq!(directions.map(|d| e.outgoing(d)), out);
-        let between = [
-            tuple("tcp 192.0.2.1:1000 > 198.51.100.2:8080"),
-            tuple("tcp 198.51.100.2:8080 > 192.0.2.1:1000"),
-        ];
-        assert_eq!(directions.map(|d| e.in_forward(d)), between.map(Some));
     }
 
     #[test]

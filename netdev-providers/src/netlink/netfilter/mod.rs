@@ -17,6 +17,8 @@ pub const SUBSYS_CTNETLINK: u16 = 1;
 pub const SUBSYS_ULOG: u16 = 4;
 /// `NFNL_SUBSYS_NFTABLES`.
 pub const SUBSYS_NFTABLES: u16 = 10;
+/// `NFNL_SUBSYS_HOOK`, since 5.14.
+pub const SUBSYS_HOOK: u16 = 12;
 
 /// `nlmsg_type` of a message of a subsystem.
 #[must_use]

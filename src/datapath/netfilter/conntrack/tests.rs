@@ -91,8 +91,8 @@ fn a_captured_ipv6_entry_reads() {
     assert_eq!(e.original, tuple("tcp [fd00:1::2]:57450 > [fd00::2]:45869"));
     assert_eq!(e.tcp_state, Some(TcpState::Established));
     assert_eq!(e.tcp_liberal, [false, false]);
-    assert_eq!(e.in_forward(Direction::Original), Some(e.original));
-    assert_eq!(e.in_forward(Direction::Reply), Some(e.reply));
+    assert_eq!(e.outgoing(Direction::Original), e.original);
+    assert_eq!(e.outgoing(Direction::Reply), e.reply);
     // The family tells the addresses' size.
     assert_eq!(CtEntry::parse(AF_INET, m.attrs(NFGENMSG_LEN)), None);
 }

@@ -24,10 +24,14 @@ const SIGHTED_USERDATA: &[u8] = &[
 pub(super) const PORTS: &str = "ports";
 pub(super) const SIGHTED: &str = "sighted";
 pub(super) const SIGHTED_KEY_LEN: u32 = 12;
-const CHAIN: &str = "sight";
-/// After the chains that filter at priority 0 (`NF_IP_PRI_FILTER`; those of family `bridge` mostly
-/// do at -200, `NF_BR_PRI_FILTER_BRIDGED`), so that only what they accepted is sighted.
-const PRIORITY: u32 = 10;
+/// In the forward hook: what comes out of an IPsec tunnel has its token taken before it can be sighted.
+const FROM_IPSEC: &str = "from-ipsec";
+/// The chain that sights, in each table.
+pub const CHAIN: &str = "sight";
+/// Behind every other chain of the hook, so that only what all of them accepted is sighted. A hook of
+/// equal priority goes in front of those that are there (`nf_hook_entries_grow`): one of others that
+/// had this priority before us is behind us.
+pub(super) const PRIORITY: i32 = i32::MAX;
 // linux/if_ether.h
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -44,12 +48,13 @@ const NEEDS_LOG: &str = "nft_ct, nft_limit, nft_log and nfnetlink_log (CONFIG_NF
                          CONFIG_NFT_LIMIT, CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG)";
 pub(super) const NEEDS_XFRM: &str = "CONFIG_XFRM";
 
-/// The forward hook that a packet has passed: each has a table.
+/// The hook that a packet has passed: each has a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Hook {
-    /// That of the stack: the packet was routed.
+    /// The stack's postrouting, where nothing but the egress netdev is left: the packet was routed.
     Inet,
-    /// That of a bridge: the frame was bridged, and nobody routed it.
+    /// A bridge's forward hook: the frame was bridged, and nobody routed it. (The bridge's postrouting
+    /// is not told the ingress port.)
     Bridge,
 }
 
@@ -61,6 +66,14 @@ impl Hook {
         match self {
             Self::Inet => NFPROTO_INET,
             Self::Bridge => NFPROTO_BRIDGE,
+        }
+    }
+
+    /// The hook's number in its family.
+    pub(super) const fn number(self) -> u32 {
+        match self {
+            Self::Inet => NF_INET_POST_ROUTING,
+            Self::Bridge => NF_INET_FORWARD,
         }
     }
 
@@ -129,7 +142,7 @@ pub(super) fn describe(
             })
             .attr(NFTA_SET_USERDATA, SIGHTED_USERDATA);
     });
-    table::make_forward_chain(t, steps.chain, table, CHAIN, PRIORITY);
+    table::make_base_chain(t, steps.chain, table, CHAIN, (hook.number(), PRIORITY));
     let mut rule = |step, fill: &dyn Fn(&mut Message<'_>)| {
         table::append_rule(t, step, table, CHAIN, fill);
     };
@@ -163,11 +176,6 @@ pub(super) fn describe(
     // A bridge does not look into IPsec.
     if with_xfrm && hook == Hook::Inet {
         let xfrm = |what| Step { what, needs: NEEDS_XFRM, optional: true };
-        rule(xfrm("the rule on packets from IPsec"), &|m| {
-            expr::meta(m, expr::NFT_META_SECPATH, expr::NFT_REG_1);
-            expr::cmp(m, Cmp::Eq, &[1]);
-            expr::accept(m);
-        });
         rule(xfrm("the rule on packets into IPsec"), &|m| {
             expr::rt(m, expr::NFT_RT_XFRM, expr::NFT_REG_1);
             expr::cmp(m, Cmp::Eq, &[1]);
@@ -210,10 +218,7 @@ pub(super) fn describe(
         expr::accept(m);
     });
     let once = |m: &mut Message<'_>| {
-        expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
-        expr::ct(m, expr::NFT_CT_ID, expr::NFT_REG32_01);
-        expr::ct(m, expr::NFT_CT_DIRECTION, expr::NFT_REG32_02);
-        expr::add_counting_once_an_hour(m, SIGHTED, hook.sighted_id());
+        take_token(m, hook);
         expr::log(m, config.group, SNAPLEN);
     };
     let status = |m: &mut Message<'_>, bits: u32| {
@@ -238,4 +243,24 @@ pub(super) fn describe(
         }
         once(m);
     });
+    if with_xfrm && hook == Hook::Inet {
+        // Postrouting is not told where a packet came from.
+        let step =
+            Step { what: "the chain on packets from IPsec", needs: NEEDS_XFRM, optional: true };
+        table::make_base_chain(t, step, table, FROM_IPSEC, (NF_INET_FORWARD, PRIORITY));
+        table::append_rule(t, step, table, FROM_IPSEC, |m| {
+            hook.ports().if_in(m, expr::NFT_META_IIF);
+            expr::meta(m, expr::NFT_META_SECPATH, expr::NFT_REG_1);
+            expr::cmp(m, Cmp::Eq, &[1]);
+            take_token(m, hook);
+        });
+    }
+}
+
+/// `add @sighted { iif . ct id . ct direction ... }`: the rest of the rule holds once for each.
+fn take_token(m: &mut Message<'_>, hook: Hook) {
+    expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
+    expr::ct(m, expr::NFT_CT_ID, expr::NFT_REG32_01);
+    expr::ct(m, expr::NFT_CT_DIRECTION, expr::NFT_REG32_02);
+    expr::add_counting_once_an_hour(m, SIGHTED, hook.sighted_id());
 }

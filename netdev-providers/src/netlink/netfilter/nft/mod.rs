@@ -81,6 +81,8 @@ pub const NFTA_HOOK_HOOKNUM: u16 = 1;
 pub const NFTA_HOOK_PRIORITY: u16 = 2;
 /// `NF_INET_FORWARD` (`linux/netfilter.h`), and `NF_BR_FORWARD` (`linux/netfilter_bridge.h`).
 pub const NF_INET_FORWARD: u32 = 2;
+/// `NF_INET_POST_ROUTING` (`linux/netfilter.h`).
+pub const NF_INET_POST_ROUTING: u32 = 4;
 /// `NF_ACCEPT`.
 pub const NF_ACCEPT: u32 = 1;
 // enum nft_set_attributes, nft_set_desc_attributes, nft_set_flags

@@ -1,5 +1,5 @@
 //! What tables of ours are made of, whatever they are for: a table with an owner, a set of netdevs, a
-//! base chain in the forward hook, rules.
+//! base chain, rules.
 
 use super::expr;
 use super::set::elements;
@@ -50,7 +50,13 @@ impl NetdevSet {
     }
 
     /// The rest of a rule holds for packets whose ingress (`NFT_META_IIF`) or egress netdev
-    /// (`NFT_META_OIF`) is not in the set.
+    /// (`NFT_META_OIF`) is in the set.
+    pub fn if_in(self, m: &mut Message<'_>, netdev: u32) {
+        expr::meta(m, netdev, expr::NFT_REG_1);
+        expr::lookup(m, self.name, self.id);
+    }
+
+    /// The same for those that are not in it.
     pub fn unless_in(self, m: &mut Message<'_>, netdev: u32) {
         expr::meta(m, netdev, expr::NFT_REG_1);
         expr::lookup_not(m, self.name, self.id);
@@ -71,13 +77,13 @@ pub fn delete(t: &mut Transaction<'_>, step: Step, table: &str) {
     });
 }
 
-/// Makes a base chain of type `filter` in the forward hook, whose policy is to accept.
-pub fn make_forward_chain(
+/// Makes a base chain of type `filter` in a hook, whose policy is to accept.
+pub fn make_base_chain(
     t: &mut Transaction<'_>,
     step: Step,
     table: &str,
     chain: &str,
-    priority: u32,
+    (hook, priority): (u32, i32),
 ) {
     t.add(step, NFT_MSG_NEWCHAIN, CREATE | EXCL, |m| {
         m.str(NFTA_CHAIN_TABLE, table)
@@ -85,7 +91,7 @@ pub fn make_forward_chain(
             .str(NFTA_CHAIN_TYPE, "filter")
             .be32(NFTA_CHAIN_POLICY, NF_ACCEPT)
             .nested(NFTA_CHAIN_HOOK, |m| {
-                m.be32(NFTA_HOOK_HOOKNUM, NF_INET_FORWARD).be32(NFTA_HOOK_PRIORITY, priority);
+                m.be32(NFTA_HOOK_HOOKNUM, hook).be32(NFTA_HOOK_PRIORITY, priority.cast_unsigned());
             });
     });
 }

@@ -1,0 +1,238 @@
+//! Re-arming: elements of the ledger that are to go, so that the next packet of each is sighted again.
+//!
+//! **A transaction of nf_tables is dear to others.** Each bumps the generation of the ruleset, and who
+//! is just listing it (`nft list ruleset`, `iptables-nft`) begins anew. So they are few, and fewer the
+//! longer there is something to do:
+//!
+//! - What waits for its next packet (a rule was taken back, an offer is to be repeated) is gathered for
+//!   [`GATHER`]. While such transactions follow each other, the pause between them doubles, up to
+//!   [`PAUSE_MAX`]: a listing that takes less than that comes to its end.
+//! - What has ended waits for nobody. It goes along with the next transaction, or after [`ENDED_WAITS`],
+//!   or when a good part of the ledger is such elements. (An id that the kernel gives to a successor
+//!   with the same addresses within that time is sighted when they have gone.)
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::TICK;
+use super::backend::Shared;
+use super::netfilter::ledger::LedgerKey;
+
+/// How long keys are gathered after a time without any.
+const GATHER: Duration = Duration::from_millis(100);
+/// The longest pause between two transactions while there is something to do all the time.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// So long without a transaction, and the next is made after [`GATHER`] again.
+const CALM: Duration = Duration::from_secs(10);
+/// How long elements of connections that have ended may stay.
+const ENDED_WAITS: Duration = Duration::from_secs(10);
+
+/// What is to be re-armed. Any thread puts keys in; one ([`run`]) takes them.
+#[derive(Debug)]
+pub(super) struct Rearm {
+    pending: Mutex<Pending>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Pending {
+    keys: HashSet<LedgerKey>,
+    /// How many elements of ended connections make it worth a transaction.
+    ended_at_most: usize,
+    /// Since when something waits for its next packet.
+    awaited: Option<Instant>,
+    /// Since when there is something that has ended.
+    ended: Option<Instant>,
+    /// The ledger is to be compared with what is known.
+    compare: bool,
+    /// The last transaction, and the pause after it.
+    last: Option<Instant>,
+    pause: Duration,
+}
+
+impl Pending {
+    fn new(ended_at_most: usize) -> Self {
+        Self {
+            keys: HashSet::new(),
+            ended_at_most,
+            awaited: None,
+            ended: None,
+            compare: false,
+            last: None,
+            pause: GATHER,
+        }
+    }
+
+    /// When the next transaction is to be made; `None`: there is nothing to do.
+    fn due(&self) -> Option<Instant> {
+        let ended = self.ended.map(|since| {
+            if self.keys.len() >= self.ended_at_most { since } else { since + ENDED_WAITS }
+        });
+        let awaited = self.awaited.map(|since| since + GATHER);
+        let wanted = awaited.into_iter().chain(ended).min()?;
+        Some(self.last.map_or(wanted, |last| wanted.max(last + self.pause)))
+    }
+
+    /// Takes all of it: a transaction is made now.
+    fn take(&mut self, now: Instant) -> Vec<LedgerKey> {
+        let calm = self.last.is_none_or(|last| now.saturating_duration_since(last) >= CALM);
+        self.pause = if calm { GATHER } else { self.pause.saturating_mul(2).min(PAUSE_MAX) };
+        (self.last, self.awaited, self.ended) = (Some(now), None, None);
+        std::mem::take(&mut self.keys).into_iter().collect()
+    }
+}
+
+impl Rearm {
+    /// For ledgers of this size.
+    pub(super) fn new(ledger_size: u32) -> Self {
+        let pending = Mutex::new(Pending::new(ledger_size as usize / 8));
+        Self { pending, changed: Condvar::new() }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next packet of each is to be sighted again, soon.
+    pub(super) fn soon(&self, keys: impl IntoIterator<Item = LedgerKey>) {
+        let mut keys = keys.into_iter().peekable();
+        if keys.peek().is_some() {
+            let mut p = self.pending();
+            p.keys.extend(keys);
+            p.awaited.get_or_insert_with(Instant::now);
+            self.changed.notify_one();
+        }
+    }
+
+    /// These are of connections that have ended.
+    pub(super) fn ended(&self, keys: impl IntoIterator<Item = LedgerKey>) {
+        let mut p = self.pending();
+        let before = p.keys.len();
+        p.keys.extend(keys);
+        if p.keys.len() > before {
+            p.ended.get_or_insert_with(Instant::now);
+            self.changed.notify_one();
+        }
+    }
+
+    /// The ledger is to be compared with what is known: a log message may have been lost.
+    pub(super) fn compare(&self) {
+        self.pending().compare = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits until there is something to do: keys, and whether to compare.
+    fn next(&self) -> (Vec<LedgerKey>, bool) {
+        let p = self.pending();
+        let left = |p: &Pending| {
+            let due = p.due().map_or(TICK, |at| at.saturating_duration_since(Instant::now()));
+            if p.compare { Duration::ZERO } else { due.min(TICK) }
+        };
+        let wait = left(&p);
+        let mut p = if wait.is_zero() {
+            p
+        } else {
+            self.changed.wait_timeout(p, wait).unwrap_or_else(PoisonError::into_inner).0
+        };
+        let now = Instant::now();
+        let keys = if p.due().is_some_and(|at| at <= now) { p.take(now) } else { Vec::new() };
+        (keys, std::mem::take(&mut p.compare))
+    }
+}
+
+/// The thread that makes the transactions, and reads the ledger.
+pub(super) fn run(backend: &Shared, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        let (keys, compare) = backend.rearming().next();
+        backend.delete_elements(&keys);
+        if compare {
+            backend.compare_ledger();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netdev_providers::{Direction, Ifindex};
+
+    use super::*;
+    use crate::datapath::netfilter::conntrack::CtId;
+    use crate::datapath::netfilter::ledger::Hook;
+
+    fn keys(n: std::ops::Range<u32>) -> impl Iterator<Item = LedgerKey> {
+        let iif = Ifindex::new(2).unwrap();
+        let direction = Direction::Original;
+        n.map(move |n| LedgerKey { hook: Hook::Inet, iif, ct_id: CtId(n), direction })
+    }
+
+    /// Puts in what each step brings, every `step`, and says when transactions were made.
+    fn transactions(
+        steps: u32,
+        step: Duration,
+        mut bring: impl FnMut(&mut Pending, u32, Instant),
+    ) -> Vec<Duration> {
+        let (start, mut p, mut made) = (Instant::now(), Pending::new(1000), Vec::new());
+        for n in 0..steps {
+            let now = start + step * n;
+            bring(&mut p, n, now);
+            if p.due().is_some_and(|at| at <= now) {
+                p.take(now);
+                made.push(now - start);
+            }
+        }
+        made
+    }
+
+    #[test]
+    fn connections_that_end_make_few_transactions_however_many_they_are() {
+        // 10 a second for half a minute: below the bound, one in 10 s.
+        let few = transactions(350, Duration::from_millis(100), |p, n, now| {
+            p.keys.extend(keys(n..n + 1));
+            p.ended.get_or_insert(now);
+        });
+        assert_eq!(few.iter().map(Duration::as_secs).collect::<Vec<_>>(), [10, 20, 30]);
+        // 10,000 a second: whenever an eighth of the ledger is full of them, and not more often than
+        // a listing takes.
+        let many = transactions(1200, Duration::from_millis(100), |p, n, now| {
+            p.keys.extend(keys(n * 1000..(n + 1) * 1000));
+            p.ended.get_or_insert(now);
+        });
+        assert!(many.len() < 35, "{many:?}");
+        assert!(many.windows(2).skip(8).all(|w| w[1] - w[0] >= PAUSE_MAX), "{many:?}");
+    }
+
+    #[test]
+    fn what_waits_for_its_packet_goes_soon_and_in_a_row_more_and_more_seldom() {
+        let all_the_time = transactions(6000, Duration::from_millis(10), |p, n, now| {
+            p.keys.extend(keys(n..n + 1));
+            p.awaited.get_or_insert(now);
+        });
+        assert_eq!(all_the_time[0], GATHER);
+        assert!(all_the_time[1] - all_the_time[0] <= GATHER * 2, "{all_the_time:?}");
+        assert!(all_the_time.len() < 20, "{all_the_time:?}");
+        // Once in a while: each after it was gathered.
+        let once_in_a_while = transactions(6000, Duration::from_millis(10), |p, n, now| {
+            if n % 1500 == 0 {
+                p.keys.extend(keys(n..n + 1));
+                p.awaited.get_or_insert(now);
+            }
+        });
+        let want: Vec<_> = (0..4).map(|n| Duration::from_secs(15) * n + GATHER).collect();
+        assert_eq!(once_in_a_while, want);
+    }
+
+    #[test]
+    fn a_key_that_had_time_and_is_awaited_now_goes_soon() {
+        let rearm = Rearm::new(1000);
+        rearm.ended(keys(0..1));
+        assert!(rearm.pending().due().unwrap() > Instant::now() + ENDED_WAITS / 2);
+        rearm.soon(keys(0..1));
+        assert!(rearm.pending().due().unwrap() <= Instant::now() + GATHER);
+        rearm.soon([]);
+        rearm.pending().take(Instant::now());
+        rearm.soon([]);
+        assert_eq!(rearm.pending().due(), None);
+    }
+}

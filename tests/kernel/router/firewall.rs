@@ -1,0 +1,332 @@
+//! What the firewall refuses is not forwarded, offloaded or not: a datagram flow goes on and on, a rule
+//! comes, and from a bounded time after it not one packet arrives, for as long as the sender goes on.
+//! Beside it a flow that no rule is for arrives all the while.
+
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+const VICTIM: u16 = 5000;
+const CONTROL: u16 = 5001;
+/// Within this time after the tool that made the change has come back, its effect must be there. Emulated
+/// kernels on busy machines.
+const AT_ONCE: Duration = Duration::from_millis(1500);
+/// How long nothing may arrive then.
+const STAYS: Duration = Duration::from_secs(2);
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// Datagrams from the host behind `lan` to one behind `wan`, which answers each; when they arrived
+/// there.
+struct Flow {
+    stop: Arc<AtomicBool>,
+    arrivals: Arc<Mutex<Vec<Instant>>>,
+    sent: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Flow {
+    fn start(r: &Router, port: u16) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let arrivals: Arc<Mutex<Vec<Instant>>> = Arc::default();
+        let sent = Arc::new(AtomicU64::new(0));
+        let (ready, listening) = mpsc::channel();
+        let server = in_netns(r.host("wan"), {
+            let (stop, arrivals) = (Arc::clone(&stop), Arc::clone(&arrivals));
+            move || {
+                let socket = UdpSocket::bind(("10.2.0.2", port)).expect("bind");
+                socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a time-out");
+                ready.send(()).expect("ready");
+                let mut buf = [0; 100];
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok((n, from)) = socket.recv_from(&mut buf) else { continue };
+                    arrivals.lock().expect("a lock").push(Instant::now());
+                    let _ = socket.send_to(&buf[..n], from);
+                }
+            }
+        });
+        listening.recv().expect("the server listens");
+        let client = in_netns(r.host("lan"), {
+            let (stop, sent) = (Arc::clone(&stop), Arc::clone(&sent));
+            move || {
+                let socket = UdpSocket::bind(("10.1.0.2", port)).expect("bind");
+                socket.connect(("10.2.0.2", port)).expect("connect");
+                socket.set_nonblocking(true).expect("nonblocking");
+                while !stop.load(Ordering::Relaxed) {
+                    if socket.send(b"from lan").is_ok() {
+                        sent.fetch_add(1, Ordering::Relaxed);
+                    }
+                    while socket.recv(&mut [0; 100]).is_ok() {}
+                    std::thread::sleep(INTERVAL);
+                }
+            }
+        });
+        Self { stop, arrivals, sent, threads: vec![server, client] }
+    }
+
+    /// The arrivals since then.
+    fn since(&self, then: Instant) -> Vec<Duration> {
+        let arrivals = self.arrivals.lock().expect("a lock");
+        arrivals.iter().filter_map(|at| at.checked_duration_since(then)).collect()
+    }
+
+    fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Two flows, and how each change is looked at.
+struct Watched<'a> {
+    r: &'a Router,
+    victim: Flow,
+    control: Flow,
+}
+
+impl<'a> Watched<'a> {
+    fn start(r: &'a Router) -> Self {
+        Self { r, victim: Flow::start(r, VICTIM), control: Flow::start(r, CONTROL) }
+    }
+
+    fn wait_offloaded(&self, what: &str) {
+        let want = ["lan original", "lan original", "wan reply", "wan reply"];
+        wait_until(&format!("{what}: both flows are offloaded"), || self.r.installed() == want);
+    }
+
+    /// Makes a change that must stop the victim within so long, and nothing else; then takes it back.
+    fn must_stop(&self, what: &str, within: Duration, change: &str, back: &str) {
+        self.wait_offloaded(what);
+        let before = Instant::now();
+        self.r.run(change);
+        let done = Instant::now();
+        std::thread::sleep(within);
+        let (late, sent) = (Instant::now(), self.victim.sent());
+        std::thread::sleep(STAYS);
+        let arrived = self.victim.since(late).len();
+        let tried = self.victim.sent() - sent;
+        let last = self.victim.since(before).last().copied().unwrap_or_default();
+        let others = self.control.since(late).len();
+        println!(
+            "{what}: the last packet {} ms after the change was begun, {} ms after the tool had come back; then {tried} sent, {arrived} arrived; of the other flow {others}",
+            last.as_millis(),
+            (before + last).saturating_duration_since(done).as_millis(),
+        );
+        assert!(tried > 20 && others > 20, "{what}: the sender goes on, and the other flow");
+        assert_eq!(arrived, 0, "{what}: arrivals after {within:?}");
+        self.r.run(back);
+    }
+}
+
+/// Every hook and priority, before our chain is there and afterwards: `filter + 10` is firewalld's, 50
+/// `security`, 100 `srcnat`.
+#[test]
+fn a_drop_in_any_chain_of_any_priority_stops_an_offloaded_flow_and_it_stays_stopped() {
+    let mut r = Router::new("anyprio");
+    let hooks = [
+        ("forward", "-400"),
+        ("forward", "0"),
+        ("forward", "10"),
+        ("forward", "50"),
+        ("forward", "2147483646"),
+        ("forward", "2147483647"),
+        ("postrouting", "-400"),
+        ("postrouting", "10"),
+        ("postrouting", "100"),
+        ("postrouting", "2147483646"),
+    ];
+    let name = |when: &str, hook: &str, n: usize| format!("{when}_{hook}_{n}");
+    let make = |r: &Router, when: &str| {
+        for (n, (hook, priority)) in hooks.iter().enumerate() {
+            let family = if n % 2 == 0 { "inet" } else { "ip" };
+            let table = name(when, hook, n);
+            r.run(&format!("nft 'table {family} {table} {{ chain c {{ type filter hook {hook} priority {priority}; }}; }}'"));
+        }
+    };
+    make(&r, "before");
+    r.run("nft 'table netdev before { chain c { type filter hook ingress device lan priority 0; }; }'");
+    r.start(&PORTS);
+    make(&r, "after");
+    // In front of ours, since it comes later.
+    r.run(
+        "nft 'table inet last { chain c { type filter hook postrouting priority 2147483647; }; }'",
+    );
+    let w = Watched::start(&r);
+    let mut tables = vec!["netdev before".to_owned(), "inet last".to_owned()];
+    for when in ["before", "after"] {
+        for (n, (hook, _)) in hooks.iter().enumerate() {
+            let family = if n % 2 == 0 { "inet" } else { "ip" };
+            tables.push(format!("{family} {}", name(when, hook, n)));
+        }
+    }
+    for table in tables {
+        let change = format!("nft add rule {table} c udp dport {VICTIM} drop");
+        w.must_stop(&table, AT_ONCE, &change, &format!("nft flush chain {table} c"));
+    }
+    // And as other tools make them.
+    for (table, chain) in [("filter", "FORWARD"), ("mangle", "POSTROUTING"), ("mangle", "FORWARD")]
+    {
+        let rule = format!("{chain} -p udp --dport {VICTIM} -j DROP");
+        w.must_stop(
+            &format!("iptables-nft {table} {chain}"),
+            AT_ONCE,
+            &format!("iptables-nft -t {table} -A {rule}"),
+            &format!("iptables-nft -t {table} -D {rule}"),
+        );
+    }
+}
+
+#[test]
+fn a_chain_that_stands_behind_ours_keeps_from_offloading_and_is_named() {
+    let mut r = Router::new("behind");
+    r.run(
+        "nft 'table ip late { chain last { type filter hook postrouting priority 2147483647; }; }'",
+    );
+    r.start(&PORTS);
+    let flow = Flow::start(&r, VICTIM);
+    let refused = || {
+        let found = r.refusal("lan", "original").unwrap_or_default();
+        found.0 == "firewall-behind" && found.1.contains("chain last of table late")
+    };
+    wait_until("it is refused, and who is behind is named", refused);
+    assert_eq!(r.installed(), <[&str; 0]>::default());
+    assert!(r.json(&["port", "show", "lan"]).to_string().contains("firewall-behind"));
+    let told = r.cli(&["explain", "udp", "10.1.0.2:5000", "10.2.0.2:5000"]);
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.contains("chain last of table late (priority 2147483647)"), "{told}");
+    // It goes, and comes back: in front of ours now.
+    r.run("nft delete table ip late");
+    wait_until("it is offloaded", || r.installed() == BOTH);
+    r.run(
+        "nft 'table ip late { chain last { type filter hook postrouting priority 2147483647; }; }'",
+    );
+    wait_until("it is still, or again", || r.installed() == BOTH);
+    drop(flow);
+}
+
+#[test]
+fn by_address_mark_label_set_and_policy() {
+    let mut r = Router::new("kinds");
+    r.run(
+        "nft 'table inet fw {
+           set bad { type ipv4_addr; flags interval; }
+           chain f { type filter hook forward priority 10; ct mark 7 drop; ip saddr @bad udp dport 5000 drop; }
+           chain sub { }
+           chain p { type filter hook postrouting priority 300; udp dport 5000 jump sub; }
+         }'",
+    );
+    r.start(&PORTS);
+    let w = Watched::start(&r);
+    let mark = |n| format!("conntrack -U -p udp --dport 5000 --mark {n}");
+    w.must_stop("conntrack mark", AT_ONCE, &mark(7), &mark(0));
+    w.must_stop(
+        "an element of a set",
+        AT_ONCE,
+        "nft add element inet fw bad { 10.1.0.0/24 }",
+        "nft delete element inet fw bad { 10.1.0.0/24 }",
+    );
+    w.must_stop(
+        "a rule in a chain that is jumped to",
+        AT_ONCE,
+        "nft add rule inet fw sub drop",
+        "nft flush chain inet fw sub",
+    );
+    w.must_stop(
+        "a rule with an address",
+        AT_ONCE,
+        "nft add rule inet fw f ip daddr 10.2.0.2 udp dport 5000 drop",
+        "nft flush chain inet fw f; nft add rule inet fw f ct mark 7 drop",
+    );
+    w.must_stop(
+        "a policy",
+        AT_ONCE,
+        "nft 'add rule inet fw p udp dport 5001 accept; add rule inet fw p udp sport 5001 accept; add chain inet fw p { policy drop; }'",
+        "nft 'add chain inet fw p { policy accept; }; flush chain inet fw p'",
+    );
+}
+
+#[test]
+fn what_changes_without_a_word_is_found_within_the_time_configured() {
+    let mut r = Router::new("silent");
+    r.run("ipset create gone hash:ip && iptables-nft -A FORWARD -m set --match-set gone src -p udp --dport 5000 -j DROP");
+    r.run(
+        "nft 'table inet portal {
+           set guests { type ipv4_addr; flags timeout; }
+           chain f { type filter hook forward priority 5; udp dport 5000 ip saddr != @guests drop; }
+         }' && nft add element inet portal guests { 10.1.0.2 timeout 1h }",
+    );
+    let every = 6;
+    r.start_with(&format!("[revalidate]\nevery = {every}\n[[port]]\nmatch = \"?an\"\n"));
+    // A round takes half of it; sighting again comes to it.
+    let bound = Duration::from_secs(every) + AT_ONCE;
+    let w = Watched::start(&r);
+    w.must_stop("ipset", bound, "ipset add gone 10.1.0.2", "ipset del gone 10.1.0.2");
+    // Nobody tells of an element that goes by itself.
+    w.must_stop(
+        "an element that times out",
+        bound + Duration::from_secs(2),
+        "nft delete element inet portal guests { 10.1.0.2 } && nft add element inet portal guests { 10.1.0.2 timeout 2s }",
+        "nft add element inet portal guests { 10.1.0.2 timeout 1h }",
+    );
+    for (table, chain) in [("filter", "FORWARD"), ("mangle", "POSTROUTING")] {
+        let rule = format!("{chain} -p udp --dport {VICTIM} -j DROP");
+        w.must_stop(
+            &format!("iptables-legacy {table} {chain}"),
+            bound,
+            &format!("iptables-legacy -t {table} -A {rule}"),
+            &format!("iptables-legacy -t {table} -D {rule}"),
+        );
+    }
+}
+
+#[test]
+fn a_change_that_concerns_nobody_or_somebody_else_takes_nothing_back() {
+    let mut r = Router::new("nobody");
+    r.run(
+        "nft 'table inet fw {
+           set bad { type ipv4_addr; }
+           set mine { type ipv4_addr; }
+           chain i { type filter hook input priority 0; ip saddr @mine drop; }
+           chain f { type filter hook forward priority 0; ip saddr @bad drop; }
+           chain n { type nat hook postrouting priority 100; }
+         }'",
+    );
+    r.start(&PORTS);
+    let w = Watched::start(&r);
+    w.wait_offloaded("at first");
+    let deleted =
+        || ["lan", "wan"].map(|port| r.port(port)["deletes"].as_u64().expect("a counter"));
+    let handles = || r.run("tc filter show dev lan ingress | grep -o 'cookie [0-9a-f]*' | sort");
+    let (before, rules) = (deleted(), handles());
+    for change in [
+        "nft add element inet fw mine { 10.1.0.2 }",
+        "nft add rule inet fw i udp dport 5000 drop",
+        "nft add rule inet fw n oifname wan masquerade",
+        "nft add table inet other && nft 'add chain inet other c { type filter hook output priority 0; }' && nft add rule inet other c drop",
+        "nft delete table inet other",
+        // Somebody else's address.
+        "nft add element inet fw bad { 10.9.9.9 }",
+        "nft delete element inet fw bad { 10.9.9.9 }",
+        "nft insert rule inet fw f ip saddr 10.9.9.0/24 drop",
+    ] {
+        r.run(change);
+        std::thread::sleep(Duration::from_millis(700));
+        assert_eq!((deleted(), handles()), (before, rules.clone()), "{change}");
+    }
+    // And one that does.
+    w.must_stop(
+        "its own",
+        AT_ONCE,
+        "nft insert rule inet fw f ip saddr 10.1.0.2 udp dport 5000 drop",
+        "nft flush chain inet fw f",
+    );
+    assert_ne!(deleted(), before, "the counter counts");
+}
