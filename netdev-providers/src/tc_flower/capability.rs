@@ -311,3 +311,29 @@ pub(super) fn trial_flow(ifindex: Ifindex, shape: Shape) -> Flow {
         above: Above::default(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_named_by_what_they_match_and_do() {
+        let names: Vec<_> = Shape::all().map(|s| s.to_string()).collect();
+        let of =
+            |what: &str| ["", " nat", " from vlan", " to vlan"].map(|does| format!("{what}{does}"));
+        assert_eq!(names, ["ipv4 tcp", "ipv4 udp", "ipv6 tcp", "ipv6 udp"].map(of).concat());
+    }
+
+    #[test]
+    fn only_what_comes_with_a_tag_is_of_the_families_of_tagged_frames() {
+        for shape in Shape::all() {
+            let wanted = match (shape.does == Does::Untag, shape.ipv6) {
+                (true, false) => Family::TaggedIpv4,
+                (true, true) => Family::TaggedIpv6,
+                (false, false) => Family::Ipv4,
+                (false, true) => Family::Ipv6,
+            };
+            assert_eq!(shape.family(), wanted, "{shape}");
+        }
+    }
+}

@@ -275,4 +275,21 @@ mod tests {
         handles.give_back(Handle(NonZeroU32::MAX));
         assert_eq!(handles.live(), 0);
     }
+
+    /// 64 of them to a word, whichever way they were taken.
+    #[test]
+    fn handles_take_a_bit_each() {
+        let handle = |n| Handle(NonZeroU32::new(n).unwrap());
+        let mut occupied = Handles::default();
+        for (n, words) in [(1, 1), (64, 1), (65, 2), (200, 4)] {
+            assert!(occupied.occupy(handle(n)));
+            assert_eq!((occupied.taken.len(), occupied.lanes.len()), (words, n as usize));
+        }
+        let mut taken = Handles::default();
+        (0..129).for_each(|_| assert!(taken.take(LaneNumber::default()).is_some()));
+        assert_eq!((taken.taken.len(), taken.lanes.len(), taken.live()), (3, 129, 129));
+        assert!(taken.is_taken(handle(129)) && !taken.is_taken(handle(130)));
+        assert!(!occupied.occupy(handle(MAX_OCCUPIED + 1)), "an engine that had so many rules");
+        assert!(!occupied.is_taken(handle(MAX_OCCUPIED + 1)));
+    }
 }

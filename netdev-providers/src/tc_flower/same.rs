@@ -161,3 +161,183 @@ pub(super) fn tuple_of(options: &AttrIter<'_>) -> Option<Tuple> {
         ports.iter().find_map(|&(s, d)| Some((attr(s)?.be16()?, attr(d)?.be16()?)))?;
     Tuple::new(proto, src, sport, dst, dport)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::wire::Message;
+
+    type Fill<'a> = &'a dyn Fn(&mut Message<'_>);
+
+    fn attributes(fill: Fill<'_>) -> Vec<u8> {
+        let mut buf = Vec::new();
+        let mut m = Message::new(&mut buf, 0, 0, 0);
+        fill(&mut m);
+        m.finish();
+        buf.split_off(16)
+    }
+
+    fn signature(fill: Fill<'_>) -> Option<Signature> {
+        Signature::of_dump(AttrIter::new(&attributes(fill)))
+    }
+
+    /// A rule with one key and these flags and actions.
+    fn rule(flags: u32, actions: &[(&str, Fill<'_>)]) -> Option<Signature> {
+        signature(&|m| {
+            m.u8(TCA_FLOWER_KEY_IP_PROTO, 6);
+            acts(m, actions);
+            m.u32(TCA_FLOWER_FLAGS, flags);
+        })
+    }
+
+    fn acts(m: &mut Message<'_>, actions: &[(&str, Fill<'_>)]) {
+        m.nested(TCA_FLOWER_ACT, |m| {
+            for (n, (kind, options)) in (1..).zip(actions) {
+                m.nested(n, |m| {
+                    m.str(TCA_ACT_KIND, kind).nested(TCA_ACT_OPTIONS, |m| options(m));
+                    // What counts, and what marks it.
+                    m.attr(TCA_ACT_COOKIE, &[u8::try_from(n).unwrap(); 16]);
+                });
+            }
+        });
+    }
+
+    /// `struct tc_mirred`: index, capab, action, refcnt, bindcnt, eaction, ifindex.
+    fn mirred(words: [u32; 7]) -> impl Fn(&mut Message<'_>) {
+        move |m| {
+            m.attr(TCA_MIRRED_PARMS, &words.map(u32::to_ne_bytes).concat());
+        }
+    }
+
+    #[test]
+    fn keys_are_compared_whatever_their_order_and_a_further_one_makes_another_rule() {
+        let keys = |list: &[(u16, u8)]| {
+            signature(&|m| list.iter().for_each(|(ty, v)| _ = m.u8(*ty, *v))).unwrap()
+        };
+        let (proto, ttl) = (TCA_FLOWER_KEY_IP_PROTO, TCA_FLOWER_KEY_IP_TTL);
+        assert_eq!(keys(&[(proto, 6), (ttl, 1)]), keys(&[(ttl, 1), (proto, 6)]));
+        let others: [&[(u16, u8)]; 3] =
+            [&[(proto, 6)], &[(proto, 6), (ttl, 2)], &[(proto, 17), (ttl, 1)]];
+        for other in others {
+            assert_ne!(keys(&[(proto, 6), (ttl, 1)]), keys(other), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn of_the_flags_only_where_the_rule_may_be_is_its_own() {
+        let plain = rule(0, &[]);
+        assert!(plain.is_some());
+        for kernels in [TCA_CLS_FLAGS_IN_HW, TCA_CLS_FLAGS_NOT_IN_HW] {
+            assert_eq!(rule(kernels, &[]), plain);
+        }
+        let own = [TCA_CLS_FLAGS_SKIP_HW, TCA_CLS_FLAGS_SKIP_SW].map(|f| rule(f, &[]));
+        assert!(own[0] != plain && own[1] != plain && own[0] != own[1]);
+        let counted = signature(&|m| {
+            m.u8(TCA_FLOWER_KEY_IP_PROTO, 6).u32(TCA_FLOWER_IN_HW_COUNT, 3);
+            acts(m, &[]);
+        });
+        assert_eq!(counted, plain);
+    }
+
+    #[test]
+    fn what_the_kernel_chooses_and_counts_in_an_action_is_left_out_and_nothing_else() {
+        let mine = rule(0, &[("mirred", &mirred([0, 0, 4, 0, 0, 1, 9]))]);
+        assert!(mine.is_some());
+        let dumped = rule(
+            0,
+            &[("mirred", &|m| {
+                mirred([77, 5, 4, 1, 2, 1, 9])(m);
+                // Times, and padding.
+                m.attr(1, &[9; 32]).attr(3, &[]);
+            })],
+        );
+        assert_eq!(dumped, mine);
+        for other in [[0, 0, 3, 0, 0, 1, 9], [0, 0, 4, 0, 0, 2, 9], [0, 0, 4, 0, 0, 1, 8]] {
+            assert_ne!(rule(0, &[("mirred", &mirred(other))]), mine, "{other:?}");
+        }
+        let more = rule(
+            0,
+            &[("mirred", &|m| {
+                mirred([0, 0, 4, 0, 0, 1, 9])(m);
+                m.u32(7, 1);
+            })],
+        );
+        assert_ne!(more, mine, "a parameter that we do not know");
+        assert_eq!(
+            rule(0, &[("mirred", &|m| _ = m.attr(TCA_MIRRED_PARMS, &[0; 16]))]),
+            None,
+            "too short"
+        );
+    }
+
+    #[test]
+    fn actions_are_compared_in_their_order_and_by_their_kind() {
+        let (gact, mirred) =
+            (&|m: &mut Message<'_>| _ = m.attr(TCA_GACT_PARMS, &[0; 20]), &mirred([0; 7]));
+        let two = rule(0, &[("gact", gact), ("mirred", mirred)]);
+        assert_eq!(two, rule(0, &[("gact", gact), ("mirred", mirred)]));
+        assert_ne!(two, rule(0, &[("mirred", mirred), ("gact", gact)]));
+        assert_ne!(two, rule(0, &[("gact", gact)]));
+        assert_ne!(rule(0, &[("gact", gact)]), rule(0, &[("vlan", gact)]));
+        assert_eq!(rule(0, &[("connmark", gact)]), None, "what cannot be compared is not the same");
+    }
+
+    #[test]
+    fn the_keys_of_pedit_are_the_same_with_and_without_the_flag_of_nested_attributes() {
+        let pedit = |flag: bool, offset: u16| {
+            rule(
+                0,
+                &[("pedit", &|m| {
+                    m.attr(TCA_PEDIT_PARMS_EX, &[0; 24]);
+                    let key = |m: &mut Message<'_>| _ = m.u16(1, offset);
+                    if flag {
+                        m.nested(TCA_PEDIT_KEYS_EX, |m| _ = m.nested(1, key));
+                    } else {
+                        m.nested_plain(TCA_PEDIT_KEYS_EX, |m| _ = m.nested_plain(1, key));
+                    }
+                })],
+            )
+        };
+        assert!(pedit(true, 1).is_some());
+        assert_eq!(pedit(true, 1), pedit(false, 1));
+        assert_ne!(pedit(true, 1), pedit(true, 2));
+    }
+
+    /// The kernel tells a program by its tag, we give it by a descriptor.
+    #[test]
+    fn a_program_is_the_one_that_the_kernel_calls_the_same() {
+        let tag_of = |fd: RawFd| (fd == 5).then_some([7; 8]);
+        let ours = |fd: u32| {
+            let mut buf = Vec::new();
+            let mut m = Message::new(&mut buf, RTM_NEWTFILTER, 0, 1);
+            m.raw(&[0; TcMsg::LEN]);
+            m.nested(TCA_OPTIONS, |m| {
+                acts(
+                    m,
+                    &[("bpf", &|m| {
+                        _ = m.attr(TCA_ACT_BPF_PARMS, &[0; 20]).u32(TCA_ACT_BPF_FD, fd)
+                    })],
+                );
+            });
+            m.finish();
+            Signature::of_message(&buf, &tag_of)
+        };
+        let dumped = |tag: Option<u8>| {
+            signature(&|m| {
+                acts(
+                    m,
+                    &[("bpf", &|m| {
+                        m.attr(TCA_ACT_BPF_PARMS, &[0; 20]).u32(TCA_ACT_BPF_ID, 99);
+                        if let Some(tag) = tag {
+                            m.attr(TCA_ACT_BPF_TAG, &[tag; 8]);
+                        }
+                    })],
+                );
+            })
+        };
+        assert!(ours(5).is_some());
+        assert_eq!(dumped(Some(7)), ours(5));
+        assert_ne!(dumped(Some(8)), ours(5));
+        assert_eq!((dumped(None), ours(6)), (None, None), "a program that nobody can name");
+    }
+}
