@@ -150,6 +150,8 @@ fn a_provider_that_hangs_in_submit_is_given_up_and_the_others_go_on() {
     bad.hang(Call::Submit);
     let conn = b.conn(1);
     assert_eq!(b.offer(1, &conn, Original), Offer::Queued);
+    // A flush would take it back while it waits.
+    wait_for(|| bad.held() == 1);
     install(&b, 2, &conn, Reply);
     let started = Instant::now();
     let flushed = b.engine.flush(&FlushFilter::default()).unwrap();
