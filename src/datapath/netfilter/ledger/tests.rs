@@ -98,6 +98,34 @@ fn is_read(hook: Hook, family: u8, want_rules: usize) {
 
 /// Their beginnings, byte for byte what `nft` 1.0.6 sends for `meta protocol ip`, `meta protocol ip6`
 /// and `meta pkttype != other` in family `bridge`.
+/// `nft list` shows keys by the type that the set says it has: three of its numbers, six bits each.
+#[test]
+fn the_type_of_a_sights_key_is_netdev_number_and_direction() {
+    let bytes = built(&LedgerConfig::default());
+    let types: Vec<_> = MessageIter::new(&bytes)
+        .filter(|m| m.ty & 0xff == NFT_MSG_NEWSET)
+        .filter_map(|m| m.attrs(4).find_type(NFTA_SET_KEY_TYPE)?.be32())
+        .collect();
+    // iface_index 20, integer 4, ct_dir 27; the other set is one of netdevs.
+    assert_eq!(types, [20, 20 << 12 | 4 << 6 | 27]);
+}
+
+#[test]
+fn what_cannot_be_offloaded_is_told_by_its_status_and_what_is_already_if_asked_for() {
+    let masked_with = |bits: u32, config: &LedgerConfig| {
+        let (bytes, bits) = (built(config), bits.to_ne_bytes());
+        bytes.windows(4).any(|w| w == bits)
+    };
+    // SEQ_ADJUST, DYING, TEMPLATE, NAT_CLASH, HELPER; and OFFLOAD, HW_OFFLOAD.
+    let never = 1 << 6 | 1 << 9 | 1 << 11 | 1 << 12 | 1 << 13;
+    let offloaded = never | 1 << 14 | 1 << 15;
+    for skip_offloaded in [false, true] {
+        let config = LedgerConfig { skip_offloaded, ..LedgerConfig::default() };
+        assert_eq!(masked_with(never, &config), !skip_offloaded);
+        assert_eq!(masked_with(offloaded, &config), skip_offloaded);
+    }
+}
+
 #[test]
 fn the_tests_of_a_frame_are_the_bytes_of_nft() {
     let meta = |key: &str| {
