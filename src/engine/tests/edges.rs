@@ -155,3 +155,17 @@ fn a_connection_whose_slots_are_all_taken_is_offered_on_no_further_port() {
     assert_eq!(ports[16].sights, 0);
     b.install(17, &conn, Reply);
 }
+
+#[test]
+fn a_reconciliation_that_could_not_read_the_netdev_says_so_and_changes_nothing() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    dummy.panic_after(Call::Observe, 0);
+    let done = b.engine.reconcile(Some(ifindex(1))).unwrap().remove(0).1;
+    assert!(done.fault.unwrap().to_string().contains("panicked"));
+    assert_eq!((done.adopted, done.removed, done.foreign), (0, 0, 0));
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Installed));
+}

@@ -166,6 +166,8 @@ fn why_a_rule_is_not_there_is_told_when_it_is_not_there() {
     dummy.release_pending();
     b.settle();
     assert_eq!(said(&b), (SlotState::Rejected, None, Some(Reason::NoEffect)));
+    let path = b.engine.slots(&conn)[0].path.expect("the way it did not take");
+    assert_eq!(path.egress, ifindex(99));
 }
 
 #[test]
