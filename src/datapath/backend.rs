@@ -1,12 +1,14 @@
 //! What the engine asks of the kernel datapath, and what its threads share.
 
-use std::collections::{BTreeSet, HashMap};
+use std::cell::LazyCell;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
+use dashmap::mapref::one::Ref;
 use netdev_providers::{
     Direction, Ifindex, L4Proto, Leftover, MacAddr, Netdev, Reason, Rejection, Tuple,
 };
@@ -83,9 +85,14 @@ pub struct Counts {
     pub sweep_pause_ms: AtomicU64,
 }
 
-/// A connection as the kernel knows it, from its first sight to its end in conntrack.
+/// A connection as the kernel knows it, from its first sight to its end in conntrack. By zone and
+/// original tuple, which are unique in conntrack; its id is not (32 bits of a hash), but tells it from
+/// the connection that had them before.
 #[derive(Debug)]
 pub(super) struct Known {
+    pub id: CtId,
+    /// conntrack tells when it closes or ends: it has told of a change of ours.
+    pub evented: bool,
     /// `None`: sighted, but not to be offloaded (closing).
     pub conn: Option<ConnHandle>,
     /// The mark its packets had: it can select a route.
@@ -139,7 +146,13 @@ pub struct Backend {
     rearming: Rearm,
     firewall: Firewall,
     conntrack: Mutex<Conntrack>,
-    pub(super) known: DashMap<CtId, Known>,
+    pub(super) known: DashMap<ConnKey, Known, ahash::RandomState>,
+    /// Connections that have got a rule since [`keepalive`](super::keepalive) looked.
+    pub(super) installed: Mutex<Vec<ConnHandle>>,
+    /// Connections that conntrack has closed because of a RST since [`resets`](super::resets) looked.
+    pub(super) resets: Mutex<Vec<(ConnKey, CtId)>>,
+    /// Events of conntrack were lost: all that is known is to be compared with its table.
+    pub(super) events_lost: AtomicBool,
     /// The MAC address that rules were made with, by neighbour.
     pub(super) neighbours: Mutex<HashMap<(Ifindex, IpAddr), MacAddr>>,
     counts: Counts,
@@ -197,7 +210,10 @@ impl Backend {
             watched: Mutex::default(),
             ledger: Mutex::new(Some(ledger)),
             conntrack: Mutex::new(conntrack),
-            known: DashMap::new(),
+            known: DashMap::default(),
+            installed: Mutex::default(),
+            resets: Mutex::default(),
+            events_lost: AtomicBool::new(false),
             neighbours: Mutex::default(),
             counts: Counts::default(),
             observer: OnceLock::new(),
@@ -291,6 +307,11 @@ impl Backend {
     pub(super) fn resolver(&self) -> &PathResolver {
         &self.resolver
     }
+    /// What is known of a connection, unless its place was taken by another.
+    pub(super) fn known_of(&self, conn: &ConnHandle) -> Option<Ref<'_, ConnKey, Known>> {
+        let known = self.known.get(conn.key())?;
+        (Some(known.id) == ct_id(conn)).then_some(known)
+    }
     pub(super) fn conntrack(&self) -> MutexGuard<'_, Conntrack> {
         self.conntrack.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -347,7 +368,7 @@ impl Backend {
 
     /// The MAC address that the frames of a bridged slot come from.
     pub(super) fn bridged_from(&self, conn: &ConnHandle, slot: &SlotView) -> Option<MacAddr> {
-        let known = self.known.get(&ct_id(conn)?)?;
+        let known = self.known_of(conn)?;
         let of = (Hook::Bridge, slot.netdev.ifindex, slot.direction);
         known.sighted.iter().find(|s| (s.hook, s.port, s.direction) == of)?.from
     }
@@ -379,7 +400,7 @@ impl Backend {
     pub(super) fn forget_netdev(&self, ifindex: Ifindex) {
         let mut above = Vec::new();
         for mut known in self.known.iter_mut() {
-            let ct_id = *known.key();
+            let ct_id = known.id;
             let gone = |s: &Sighted| s.port == ifindex || s.iif == ifindex;
             let keys = known.sighted.iter().filter(|s| gone(s) && s.iif != ifindex);
             above.extend(keys.map(|s| s.key(ct_id)));
@@ -392,12 +413,11 @@ impl Backend {
     /// Deletes the elements of the ledger that nobody here knows of: their log message was lost, or the
     /// end of their connection. They are sighted again at the next packet, if there is one.
     pub(super) fn compare_ledger(&self) {
-        self.clean_ledger(|k| {
-            !self
-                .known
-                .get(&k.ct_id)
-                .is_some_and(|known| known.sighted.iter().any(|s| s.key(k.ct_id) == *k))
+        // After the ledger has been read: what was sighted meanwhile is known.
+        let keys = LazyCell::new(|| {
+            self.known.iter().flat_map(|known| known.keys()).collect::<HashSet<LedgerKey>>()
         });
+        self.clean_ledger(|k| !keys.contains(k));
     }
 
     /// Deletes the elements of the ledger that satisfy `stale`, and looks how full it is.
@@ -434,6 +454,11 @@ impl Backend {
     }
 }
 
+/// What a connection is known by.
+pub(super) const fn key_of(entry: &CtEntry) -> ConnKey {
+    ConnKey { zone: entry.zone, original: entry.original }
+}
+
 /// The conntrack id of a connection of this datapath: its tag.
 pub(super) fn ct_id(conn: &ConnHandle) -> Option<CtId> {
     u32::try_from(conn.tag()).ok().map(CtId)
@@ -455,16 +480,15 @@ impl Datapath for Backend {
     }
 
     /// From now on conntrack does not see these packets: TCP windows are no longer checked, in both
-    /// directions and for the rest of the connection's life (its state would be stale). A
-    /// connection that has ended meanwhile is found here, by the entry that is not there.
+    /// directions and for the rest of the connection's life (its state would be stale), and a RST is
+    /// believed whatever its sequence number. A connection that has ended meanwhile is found here, by the entry that is not there.
     fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
         let updates: Vec<_> = sights
             .iter()
             .map(|s| CtUpdate {
-                zone: s.conn.key().zone,
-                original: s.conn.key().original,
-                timeout: None,
                 liberal: (s.conn.key().original.proto() == L4Proto::Tcp).then_some(true),
+                forget_acked: true,
+                ..CtUpdate::of(s.conn.key().zone, s.conn.key().original)
             })
             .collect();
         match self.conntrack().update(&updates) {
@@ -501,13 +525,23 @@ impl Datapath for Backend {
         if !self.config.adopt || enslaved {
             return nobody();
         }
-        let entries = match self.conntrack().dump() {
-            Ok(entries) => entries,
-            Err(e) => {
-                tracing::warn!(%port, "conntrack's table could not be read, nothing is adopted: {e}");
-                return nobody();
-            }
-        };
+        if leftovers.is_empty() {
+            return Vec::new();
+        }
+        // On a socket of its own: a table can be large, and nobody else is to wait for it.
+        let of_rules: HashSet<Tuple> = leftovers.iter().filter_map(|l| l.tuple).collect();
+        let mut entries = Vec::new();
+        let dumped = Conntrack::open().and_then(|mut conntrack| {
+            conntrack.dump_each(|entry| {
+                if of_rules.contains(&entry.original) || of_rules.contains(&entry.reply) {
+                    entries.push(entry);
+                }
+            })
+        });
+        if let Err(e) = dumped {
+            tracing::warn!(%port, "conntrack's table could not be read, nothing is adopted: {e}");
+            return nobody();
+        }
         let mut by_tuple: HashMap<Tuple, Option<(&CtEntry, Direction)>> = HashMap::new();
         for entry in &entries {
             for (tuple, d) in
@@ -536,14 +570,11 @@ impl Datapath for Backend {
                 self.config.admission.admit(&self.links.name(port.ifindex), &key).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.
-                let mut known = self.known.entry(id).or_insert_with(|| Known {
-                    conn: None,
-                    mark: entry.mark,
-                    timeout: entry.timeout,
-                    ct_mark: entry.mark,
-                    changed: None,
-                    sighted: Vec::new(),
-                });
+                let new = || Known::new(id, entry.mark, entry.timeout, entry.mark);
+                let mut known = self.known.entry(key).or_insert_with(new);
+                if known.id != id {
+                    *known = new();
+                }
                 known.conn.get_or_insert_with(|| conn.clone());
                 let hint = PathHint { mark: known.mark, ..PathHint::default() };
                 Some(Recognised { conn, direction, path: PathSpec::Resolve(hint) })
@@ -560,7 +591,8 @@ impl Datapath for Backend {
                 let (iif, direction) = (sight.ifindex, sight.direction);
                 keys.push(LedgerKey { hook, iif, ct_id: id, direction });
             }
-            if let Some(mut known) = self.known.get_mut(&id) {
+            let known = self.known.get_mut(sight.conn.key());
+            if let Some(mut known) = known.filter(|k| k.id == id) {
                 known.sighted.retain(|s| {
                     let same = (s.port, s.direction) == (sight.ifindex, sight.direction);
                     if same && s.iif != s.port {
@@ -582,7 +614,7 @@ impl Datapath for Backend {
         // Of every netdev that the direction was seen on above the port.
         let of = |sight: &Sight| {
             let id = ct_id(&sight.conn)?;
-            let known = self.known.get(&id)?;
+            let known = self.known_of(&sight.conn)?;
             let here = |s: &&Sighted| (s.port, s.direction) == (sight.ifindex, sight.direction);
             let counts = known.sighted.iter().filter(here).filter_map(|s| counted.get(&s.key(id)));
             counts.copied().reduce(u64::wrapping_add)
@@ -591,6 +623,9 @@ impl Datapath for Backend {
     }
 
     fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {
+        if matches!(change, SlotChange::Installed) {
+            self.installed.lock().unwrap_or_else(PoisonError::into_inner).push(conn.clone());
+        }
         if let Some(observer) = self.observer() {
             observer.slot_changed(port, conn, d, change);
         }
@@ -598,8 +633,19 @@ impl Datapath for Backend {
 }
 
 impl Known {
-    pub(super) fn keys(&self, ct_id: CtId) -> Vec<LedgerKey> {
-        self.sighted.iter().map(|s| s.key(ct_id)).collect()
+    pub(super) const fn new(id: CtId, mark: u32, timeout: Option<Duration>, ct_mark: u32) -> Self {
+        let sighted = Vec::new();
+        Self { id, evented: false, conn: None, mark, timeout, ct_mark, changed: None, sighted }
+    }
+
+    /// Its elements in the ledger, which are not remembered any more.
+    pub(super) fn take_keys(&mut self) -> Vec<LedgerKey> {
+        std::mem::take(&mut self.sighted).iter().map(|s| s.key(self.id)).collect()
+    }
+
+    /// Its elements in the ledger.
+    pub(super) fn keys(&self) -> Vec<LedgerKey> {
+        self.sighted.iter().map(|s| s.key(self.id)).collect()
     }
 }
 

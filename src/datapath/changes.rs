@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use netdev_providers::{Ifindex, MacAddr};
 
-use super::backend::{Shared, ct_id};
+use super::backend::Shared;
 use super::routing::links::{Layer, Link};
 use super::routing::monitor::{NetEvent, is_within};
 use super::routing::stack::{Frames, descend};
@@ -362,9 +362,7 @@ impl Changes {
         let mut rules = 0;
         for conn in self.engine.conns() {
             let slots = self.engine.slots(&conn);
-            let mark = ct_id(&conn)
-                .and_then(|id| self.backend.known.get(&id).map(|k| k.mark))
-                .unwrap_or(0);
+            let mark = self.backend.known_of(&conn).map_or(0, |k| k.mark);
             for slot in &slots {
                 // No route leads what is bridged.
                 let Some(path) = slot.path.filter(|p| !p.bridged) else { continue };

@@ -22,7 +22,7 @@
 //! | `changes` | reads link, neighbour and route events; attaches and detaches ports |
 //! | `ruleset` | follows the firewall, since offloaded packets no longer pass it: nf_tables events, who stands in the hooks |
 //! | `firewall` | none: what a decision of the firewall stands on, and what a change concerns |
-//! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive |
+//! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive; by `life` (what is written to conntrack, and when: decisions alone) and `lives`; `resets` are closed by conntrack, and may live |
 //! | [`netfilter`], [`routing`] | none: what they speak with the kernel |
 
 pub mod admission;
@@ -31,9 +31,12 @@ mod changes;
 mod ends;
 mod firewall;
 mod keepalive;
+mod life;
+mod lives;
 pub mod netfilter;
 mod pacing;
 mod rearm;
+mod resets;
 pub mod routing;
 mod ruleset;
 mod sights;
@@ -49,7 +52,7 @@ use netdev_providers::{Generation, HwFlags, Ifindex};
 use tokio::sync::oneshot;
 
 pub use self::backend::{Backend, Config, Counts, Observer, OnRulesetChange};
-use self::netfilter::conntrack::{ConntrackError, CtEvents};
+use self::netfilter::conntrack::{Conntrack, ConntrackError, CtEvents};
 use self::netfilter::ledger::LedgerError;
 use self::netfilter::nflog::{NflogError, SightLog};
 pub use self::pacing::SweepBounds;
@@ -153,7 +156,10 @@ impl KernelDatapath {
         };
         let log = SightLog::open(backend.config().nflog_group)?;
         let mut ct_events = CtEvents::open(false)?;
-        ct_events.ignore_updates_of(backend.conntrack().port()?);
+        let keepers = Conntrack::open()?;
+        for port in [backend.conntrack().port()?, keepers.port()?] {
+            ct_events.ignore_updates_of(port);
+        }
         let (events, net_events): (Sender<NetEvent>, Receiver<NetEvent>) = mpsc::channel();
         let (synced, first_sync) = mpsc::channel();
 
@@ -185,7 +191,7 @@ impl KernelDatapath {
         })?;
         datapath.spawn("keepalive", {
             let stop = Arc::clone(&stop);
-            move || keepalive::Keeper::new(backend, engine, sweeps).run(&stop)
+            move || keepalive::Keeper::new(backend, engine, keepers, sweeps).run(&stop)
         })?;
         if first_sync.recv_timeout(FIRST_SYNC).is_err() {
             for left in datapath.stop() {

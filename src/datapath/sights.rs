@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use netdev_providers::{Direction, Ifindex, MacAddr, Permanence, Zone};
 
 use super::TICK;
-use super::backend::{Known, Shared, Sighted};
+use super::backend::{Known, Shared, Sighted, key_of};
 use super::ends::JUST_CHANGED;
 use super::firewall::Quarantine;
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
@@ -143,14 +143,12 @@ impl Reader {
             .flatten();
         // Remembered before it is offered: whatever becomes of the offer can then re-arm it.
         {
-            let mut known = self.backend.known.entry(id).or_insert_with(|| Known {
-                conn: None,
-                mark: sight.mark,
-                timeout: entry.timeout,
-                ct_mark: entry.mark,
-                changed: None,
-                sighted: Vec::new(),
-            });
+            let new = || Known::new(id, sight.mark, entry.timeout, entry.mark);
+            let mut known = self.backend.known.entry(key_of(&entry)).or_insert_with(new);
+            // The end of the one before was not heard of; its elements are nobody's, and are cleaned.
+            if known.id != id {
+                *known = new();
+            }
             // The packet may be older than that.
             if known.changed.is_some_and(|at| at.elapsed() < JUST_CHANGED) {
                 self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));

@@ -22,6 +22,7 @@ use crate::wait::{PATIENCE, wait_until};
 
 mod admission;
 mod bridge;
+mod ends;
 mod firewall;
 mod names;
 mod nat;

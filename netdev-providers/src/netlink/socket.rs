@@ -288,6 +288,21 @@ impl Socket {
         first_seq: u32,
         count: usize,
     ) -> Result<Vec<Ack>, NetlinkError> {
+        self.batch_with(messages, first_seq, count, |_, _| {})
+    }
+
+    /// The same for requests that are answered with a message (a get): each answer goes to `each`, with
+    /// which request it answers, counted from 0.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch).
+    pub fn batch_with(
+        &mut self,
+        messages: &[u8],
+        first_seq: u32,
+        count: usize,
+        mut each: impl FnMut(usize, Received<'_>),
+    ) -> Result<Vec<Ack>, NetlinkError> {
         let mut acks: Vec<Ack> = vec![Ok(()); count];
         if count == 0 {
             return Ok(acks);
@@ -298,8 +313,15 @@ impl Socket {
         let mut warnings = Vec::new();
         while !ended {
             self.recv(ANSWER_WITHIN, |answers| {
-                for m in answers.filter(|m| m.ty == NLMSG_ERROR) {
+                for m in answers {
                     let index = m.seq.wrapping_sub(first_seq) as usize;
+                    if m.ty != NLMSG_ERROR {
+                        // Notifications have sequence numbers of nobody.
+                        if index < count && m.ty != NLMSG_NOOP {
+                            each(index, m);
+                        }
+                        continue;
+                    }
                     if let Some(ack) = acks.get_mut(index) {
                         *ack = parse_ack(&m);
                         if let (Ok(()), Some(words)) = (&*ack, words_of(&m)) {

@@ -190,6 +190,7 @@ fn an_entry_goes_on_unless_its_connection_is_ending() {
         status: CtStatus(status),
         tcp_state,
         tcp_liberal: [true; 2],
+        tcp_maxack: [false; 2],
         timeout: None,
         mark: 0,
         labels_changed: false,

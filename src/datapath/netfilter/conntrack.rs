@@ -7,8 +7,9 @@ use std::time::Duration;
 use netdev_providers::netlink::error::KernelError;
 use netdev_providers::netlink::netfilter::conntrack::{
     CTA_ID, CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_FLAGS_ORIGINAL,
-    CTA_PROTOINFO_TCP_FLAGS_REPLY, CTA_TIMEOUT, IP_CT_TCP_FLAG_BE_LIBERAL, IPCTNL_MSG_CT_DELETE,
-    IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_NEW, about,
+    CTA_PROTOINFO_TCP_FLAGS_REPLY, CTA_PROTOINFO_TCP_STATE, CTA_STATUS, CTA_TIMEOUT,
+    IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_MAXACK_SET, IPCTNL_MSG_CT_DELETE, IPCTNL_MSG_CT_GET,
+    IPCTNL_MSG_CT_NEW, about,
 };
 pub use netdev_providers::netlink::netfilter::conntrack::{CtEntry, CtId, CtStatus, TcpState};
 use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_CTNETLINK, msg_type, nfgenmsg};
@@ -29,7 +30,7 @@ const NFNLGRP_CONNTRACK_NEW: u32 = 1;
 const NFNLGRP_CONNTRACK_UPDATE: u32 = 2;
 const NFNLGRP_CONNTRACK_DESTROY: u32 = 3;
 
-/// Updates in one send.
+/// Updates, or questions, in one send.
 const UPDATES_PER_SEND: usize = 64;
 const EVENT_RCVBUF: usize = 32 * 1024 * 1024;
 const DATAGRAMS_PER_READ: usize = 256;
@@ -76,6 +77,32 @@ pub struct CtUpdate {
     /// flag is cleared on such a connection its packets become INVALID. Leave it set when an
     /// offload ends, as the kernel's own flowtable does.
     pub liberal: Option<bool>,
+    /// Forgets what each direction has acknowledged, as the kernel's own flowtable does: it is old once
+    /// packets went past the kernel, and a RST that is compared with it is not believed
+    /// (`nf_conntrack_tcp_packet`: the connection stays ESTABLISHED), or is INVALID when it is
+    /// 2^31 bytes behind. The next packet within the window that conntrack knows sets it again. Ignored
+    /// for UDP.
+    pub forget_acked: bool,
+    /// The TCP state. Ignored for UDP.
+    pub tcp_state: Option<TcpState>,
+    /// All status bits of the entry, and more; the kernel refuses (EBUSY) what takes one back.
+    pub status: Option<CtStatus>,
+}
+
+impl CtUpdate {
+    /// One that changes nothing. Like every update it comes back as an event if the entry has events.
+    #[must_use]
+    pub const fn of(zone: Zone, original: Tuple) -> Self {
+        Self {
+            zone,
+            original,
+            timeout: None,
+            liberal: None,
+            forget_acked: false,
+            tcp_state: None,
+            status: None,
+        }
+    }
 }
 
 fn put_update(buf: &mut Vec<u8>, seq: u32, flags: u16, u: &CtUpdate) {
@@ -84,12 +111,26 @@ fn put_update(buf: &mut Vec<u8>, seq: u32, flags: u16, u: &CtUpdate) {
     if let Some(timeout) = u.timeout {
         m.be32(CTA_TIMEOUT, u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX));
     }
-    if let (Some(liberal), L4Proto::Tcp) = (u.liberal, u.original.proto()) {
-        let flags = if liberal { IP_CT_TCP_FLAG_BE_LIBERAL } else { 0 };
+    if let Some(status) = u.status {
+        m.be32(CTA_STATUS, status.0);
+    }
+    // struct nf_ct_tcp_flags: flags, mask
+    let (mut flags, mut mask) = (0, 0);
+    if let Some(liberal) = u.liberal {
+        mask |= IP_CT_TCP_FLAG_BE_LIBERAL;
+        flags |= if liberal { IP_CT_TCP_FLAG_BE_LIBERAL } else { 0 };
+    }
+    if u.forget_acked {
+        mask |= IP_CT_TCP_FLAG_MAXACK_SET;
+    }
+    if u.original.proto() == L4Proto::Tcp && (mask != 0 || u.tcp_state.is_some()) {
         m.nested(CTA_PROTOINFO, |m| {
             m.nested(CTA_PROTOINFO_TCP, |m| {
+                if let Some(state) = u.tcp_state {
+                    m.u8(CTA_PROTOINFO_TCP_STATE, state as u8);
+                }
                 for ty in [CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY] {
-                    m.attr(ty, &[flags, IP_CT_TCP_FLAG_BE_LIBERAL]);
+                    m.attr(ty, &[flags, mask]);
                 }
             });
         });
@@ -204,24 +245,74 @@ impl Conntrack {
         }
     }
 
+    /// The connections of these zones and original tuples, in order; `None` where there is none (any
+    /// more). One send and few receives for 64 of them.
+    ///
+    /// # Errors
+    /// A failure of the exchange.
+    pub fn get_many(
+        &mut self,
+        wanted: &[(Zone, Tuple)],
+    ) -> Result<Vec<Option<CtEntry>>, ConntrackError> {
+        let mut found = vec![None; wanted.len()];
+        let mut buf = Vec::new();
+        for (wanted, found) in
+            wanted.chunks(UPDATES_PER_SEND).zip(found.chunks_mut(UPDATES_PER_SEND))
+        {
+            buf.clear();
+            let mut first = 0;
+            for (i, (zone, original)) in wanted.iter().enumerate() {
+                let seq = self.socket.next_seq();
+                if i == 0 {
+                    first = seq;
+                }
+                let flags = if i + 1 == wanted.len() { ACK } else { 0 };
+                about(&mut buf, IPCTNL_MSG_CT_GET, flags, seq, *zone, original).finish();
+            }
+            let refused = self.socket.batch_with(&buf, first, wanted.len(), |i, m| {
+                let entry =
+                    m.payload.first().and_then(|f| CtEntry::parse(*f, m.attrs(NFGENMSG_LEN)));
+                // The kernel finds an entry by its reply tuple too.
+                found[i] = entry.filter(|e| e.original == wanted[i].1);
+            })?;
+            for ack in refused {
+                match ack {
+                    Ok(()) => {}
+                    Err(e) if e.errno == Errno::ENOENT => {}
+                    Err(e) => return Err(NetlinkError::from(e).into()),
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// All TCP and UDP connections of the namespace. The table changes during the dump: what comes
     /// or goes meanwhile may be missing, and an entry may come twice.
     ///
     /// # Errors
     /// A failure of the exchange.
     pub fn dump(&mut self) -> Result<Vec<CtEntry>, ConntrackError> {
+        let mut entries = Vec::new();
+        self.dump_each(|e| entries.push(e))?;
+        Ok(entries)
+    }
+
+    /// The same, one at a time: a full table is hundreds of megabytes of them.
+    ///
+    /// # Errors
+    /// A failure of the exchange.
+    pub fn dump_each(&mut self, mut each: impl FnMut(CtEntry)) -> Result<(), ConntrackError> {
         let seq = self.socket.next_seq();
         let mut buf = Vec::with_capacity(32);
         let ty = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET);
         let mut m = Message::new(&mut buf, ty, REQUEST | DUMP, seq);
         m.raw(&nfgenmsg(0, 0));
         m.finish();
-        let mut entries = Vec::new();
         self.socket.dump(&buf, seq, |m| {
-            entries
-                .extend(m.payload.first().and_then(|f| CtEntry::parse(*f, m.attrs(NFGENMSG_LEN))));
+            let entry = m.payload.first().and_then(|f| CtEntry::parse(*f, m.attrs(NFGENMSG_LEN)));
+            entry.into_iter().for_each(&mut each);
         })?;
-        Ok(entries)
+        Ok(())
     }
 
     /// Changes entries; one answer each, in order. ENOENT: the connection is gone; EPERM: its
@@ -302,6 +393,9 @@ impl CtEvent {
 pub struct EventRead {
     /// The events, in order; none when the time ran out.
     pub events: Vec<CtEvent>,
+    /// What updates of ours have changed ([`CtEvents::ignore_updates_of`]). That it is told says that
+    /// the entry has events.
+    pub own: Vec<CtEntry>,
     /// Events were lost (the receive buffer was full): compare with a [`Conntrack::dump`].
     pub lost: bool,
 }
@@ -315,7 +409,7 @@ pub struct EventRead {
 #[derive(Debug)]
 pub struct CtEvents {
     socket: Socket,
-    ignored: Option<u32>,
+    ours: Vec<u32>,
 }
 
 impl CtEvents {
@@ -332,13 +426,13 @@ impl CtEvents {
         if with_new {
             socket.join(NFNLGRP_CONNTRACK_NEW)?;
         }
-        Ok(Self { socket, ignored: None })
+        Ok(Self { socket, ours: Vec::new() })
     }
 
-    /// Passes over updates that this netlink port caused: every [`Conntrack::update`] of ours comes
-    /// back as an event, and carries no news.
-    pub const fn ignore_updates_of(&mut self, port: u32) {
-        self.ignored = Some(port);
+    /// Tells updates that this netlink port caused from others ([`EventRead::own`]): every
+    /// [`Conntrack::update`] of ours comes back as an event, and carries no news.
+    pub fn ignore_updates_of(&mut self, port: u32) {
+        self.ours.push(port);
     }
 
     /// Waits for events, then takes all that are there, up to some hundreds.
@@ -347,9 +441,9 @@ impl CtEvents {
     /// A failure of the socket. Lost events are no error, but [`EventRead::lost`].
     pub fn next(&mut self, within: Duration) -> Result<EventRead, ConntrackError> {
         let mut read = EventRead::default();
-        let ignored = self.ignored;
+        let ours = &self.ours;
         read.lost = drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
-            read_events(messages, ignored, &mut read.events);
+            read_events(messages, ours, &mut read);
             false
         })?;
         Ok(read)
@@ -362,22 +456,25 @@ impl AsFd for CtEvents {
     }
 }
 
-fn read_events(messages: MessageIter<'_>, ignored: Option<u32>, events: &mut Vec<CtEvent>) {
+fn read_events(messages: MessageIter<'_>, ours: &[u32], read: &mut EventRead) {
     const NEW: u16 = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW);
     const DELETE: u16 = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE);
     for m in messages {
         let kind = match m.ty {
             // NLM_F_CREATE | NLM_F_EXCL mark a new one.
             NEW if m.flags & EXCL != 0 => CtEvent::New,
-            // The port is that of the request which caused the event; 0 for what packets caused.
-            NEW if ignored.is_some_and(|port| port != 0 && port == m.port) => continue,
             NEW => CtEvent::Update,
             DELETE => CtEvent::Destroy,
             _ => continue,
         };
         let Some(&family) = m.payload.first() else { continue };
         let attrs: AttrIter<'_> = m.attrs(NFGENMSG_LEN);
-        events.extend(CtEntry::parse(family, attrs).map(kind));
+        let Some(entry) = CtEntry::parse(family, attrs) else { continue };
+        // The port is that of the request which caused the event; 0 for what packets caused.
+        match kind(entry) {
+            CtEvent::Update(entry) if m.port != 0 && ours.contains(&m.port) => read.own.push(entry),
+            event => read.events.push(event),
+        }
     }
 }
 
@@ -415,10 +512,39 @@ pub(super) fn grow_buffer(socket: &Socket, bytes: usize) {
 pub struct Timeouts {
     /// `nf_conntrack_tcp_timeout_established`.
     pub tcp_established: Duration,
+    /// `nf_conntrack_tcp_timeout_fin_wait`.
+    pub tcp_fin_wait: Duration,
+    /// `nf_conntrack_tcp_timeout_close_wait`.
+    pub tcp_close_wait: Duration,
+    /// `nf_conntrack_tcp_timeout_last_ack`.
+    pub tcp_last_ack: Duration,
+    /// `nf_conntrack_tcp_timeout_time_wait`.
+    pub tcp_time_wait: Duration,
+    /// `nf_conntrack_tcp_timeout_close`: after a RST, be it believed or not.
+    pub tcp_close: Duration,
     /// `nf_conntrack_udp_timeout`: UDP that is not (yet) assured.
     pub udp: Duration,
     /// `nf_conntrack_udp_timeout_stream`: UDP that is assured.
     pub udp_stream: Duration,
+}
+
+impl Timeouts {
+    /// Of a TCP connection that is closing or closed; `None` of one that is not.
+    #[must_use]
+    pub const fn closing(&self, state: TcpState) -> Option<Duration> {
+        match state {
+            TcpState::FinWait => Some(self.tcp_fin_wait),
+            TcpState::CloseWait => Some(self.tcp_close_wait),
+            TcpState::LastAck => Some(self.tcp_last_ack),
+            TcpState::TimeWait => Some(self.tcp_time_wait),
+            TcpState::Close => Some(self.tcp_close),
+            TcpState::None
+            | TcpState::SynSent
+            | TcpState::SynRecv
+            | TcpState::Established
+            | TcpState::SynSent2 => None,
+        }
+    }
 }
 
 /// The timeouts of the network namespace of the calling thread. A timeout policy (`ct timeout`) may
@@ -438,6 +564,11 @@ pub fn timeouts() -> Result<Timeouts, ConntrackError> {
     };
     Ok(Timeouts {
         tcp_established: read("tcp_timeout_established")?,
+        tcp_fin_wait: read("tcp_timeout_fin_wait")?,
+        tcp_close_wait: read("tcp_timeout_close_wait")?,
+        tcp_last_ack: read("tcp_timeout_last_ack")?,
+        tcp_time_wait: read("tcp_timeout_time_wait")?,
+        tcp_close: read("tcp_timeout_close")?,
         udp: read("udp_timeout")?,
         udp_stream: read("udp_timeout_stream")?,
     })

@@ -79,10 +79,9 @@ fn netfilter_timeout_and_liberal_are_written() {
     let mut updates: Vec<_> = open
         .iter()
         .map(|(c, _)| CtUpdate {
-            zone: Zone(0),
-            original: tuple_of(c, L4Proto::Tcp),
             timeout: Some(Duration::from_secs(1234)),
             liberal: Some(true),
+            ..CtUpdate::of(Zone(0), tuple_of(c, L4Proto::Tcp))
         })
         .collect();
     let nobody =
@@ -184,12 +183,8 @@ fn netfilter_zones() {
         let e = ct.get(zone, &tuple).unwrap().expect("by its zone");
         assert_eq!((e.zone, e.original), (zone, tuple));
         assert!(ct.dump().unwrap().iter().any(|d| d.id == e.id && d.zone == zone));
-        let update = CtUpdate {
-            zone,
-            original: tuple,
-            timeout: Some(Duration::from_secs(99)),
-            liberal: None,
-        };
+        let update =
+            CtUpdate { timeout: Some(Duration::from_secs(99)), ..CtUpdate::of(zone, tuple) };
         assert_eq!(ct.update(&[update]).unwrap(), [Ok(())]);
         assert!(ct.get(zone, &tuple).unwrap().unwrap().timeout.unwrap().as_secs() <= 99);
         let logged = sights(&mut log);

@@ -21,7 +21,8 @@ pub const IPCTNL_MSG_CT_DELETE: u16 = 2;
 // enum ctattr_type
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
-const CTA_STATUS: u16 = 3;
+/// `CTA_STATUS`.
+pub const CTA_STATUS: u16 = 3;
 /// `CTA_PROTOINFO`.
 pub const CTA_PROTOINFO: u16 = 4;
 const CTA_HELP: u16 = 5;
@@ -52,13 +53,17 @@ const CTA_COUNTERS_BYTES: u16 = 2;
 // enum ctattr_protoinfo, ctattr_protoinfo_tcp
 /// `CTA_PROTOINFO_TCP`.
 pub const CTA_PROTOINFO_TCP: u16 = 1;
-const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+/// `CTA_PROTOINFO_TCP_STATE`.
+pub const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 /// `CTA_PROTOINFO_TCP_FLAGS_ORIGINAL`.
 pub const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
 /// `CTA_PROTOINFO_TCP_FLAGS_REPLY`.
 pub const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 /// `IP_CT_TCP_FLAG_BE_LIBERAL` (`linux/netfilter/nf_conntrack_tcp.h`).
 pub const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
+/// `IP_CT_TCP_FLAG_MAXACK_SET` (the same file): a RST is compared with the highest acknowledgement that
+/// conntrack has seen, and not believed when it is not there.
+pub const IP_CT_TCP_FLAG_MAXACK_SET: u8 = 0x20;
 /// `AF_INET` as `nfgen_family`.
 pub const AF_INET: u8 = 2;
 /// `AF_INET6` as `nfgen_family`.
@@ -239,6 +244,9 @@ pub struct CtEntry {
     /// Whether TCP windows go unchecked, original and reply direction (`IP_CT_TCP_FLAG_BE_LIBERAL`);
     /// where [`tcp_state`](Self::tcp_state) is told, except in destroy events.
     pub tcp_liberal: [bool; 2],
+    /// Whether a RST against this direction is compared with what it has acknowledged
+    /// (`IP_CT_TCP_FLAG_MAXACK_SET`); told where [`tcp_liberal`](Self::tcp_liberal) is.
+    pub tcp_maxack: [bool; 2],
     /// Until the entry expires; not in destroy events.
     pub timeout: Option<Duration>,
     /// The connection's mark.
@@ -291,14 +299,13 @@ impl CtEntry {
         }
         let (original, reply) = (original?, reply?);
         let mut tcp_state = None;
-        let mut tcp_liberal = [false; 2];
+        let mut tcp_flags = [0; 2];
         for a in protoinfo.iter().flat_map(|p| p.nested()) {
-            // struct nf_ct_tcp_flags: flags, mask
-            let liberal = || a.u8().is_some_and(|f| f & IP_CT_TCP_FLAG_BE_LIBERAL != 0);
             match a.ty {
                 CTA_PROTOINFO_TCP_STATE => tcp_state = a.u8().and_then(TcpState::from_number),
-                CTA_PROTOINFO_TCP_FLAGS_ORIGINAL => tcp_liberal[0] = liberal(),
-                CTA_PROTOINFO_TCP_FLAGS_REPLY => tcp_liberal[1] = liberal(),
+                // struct nf_ct_tcp_flags: flags, mask
+                CTA_PROTOINFO_TCP_FLAGS_ORIGINAL => tcp_flags[0] = a.u8().unwrap_or(0),
+                CTA_PROTOINFO_TCP_FLAGS_REPLY => tcp_flags[1] = a.u8().unwrap_or(0),
                 _ => {}
             }
         }
@@ -311,7 +318,8 @@ impl CtEntry {
             reply,
             status,
             tcp_state,
-            tcp_liberal,
+            tcp_liberal: tcp_flags.map(|f| f & IP_CT_TCP_FLAG_BE_LIBERAL != 0),
+            tcp_maxack: tcp_flags.map(|f| f & IP_CT_TCP_FLAG_MAXACK_SET != 0),
             timeout,
             mark,
             labels_changed,

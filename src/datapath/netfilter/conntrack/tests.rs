@@ -36,10 +36,11 @@ const GET: &str = "\
     0000000e080008000000000008000c00fb84d7aa08000b0000000002080007000000012c300004802c000180 \
     0500010003000000050002000a000000050003000a00000006000400230000000600050033000000";
 
-fn events(hex: &str, ignored: Option<u32>) -> Vec<CtEvent> {
-    let mut events = Vec::new();
-    read_events(MessageIter::new(&unhex(hex)), ignored, &mut events);
-    events
+fn events(hex: &str, ours: Option<u32>) -> Vec<CtEvent> {
+    let mut read = EventRead::default();
+    read_events(MessageIter::new(&unhex(hex)), ours.as_slice(), &mut read);
+    assert_eq!(read.own, []);
+    read.events
 }
 
 fn tuple(s: &str) -> Tuple {
@@ -71,16 +72,17 @@ fn captured_events_read_as_conntrack_shows_them() {
 fn our_own_updates_are_passed_over_and_nothing_else_is() {
     let mut mine = unhex(UPDATE);
     mine[12..16].copy_from_slice(&77u32.to_ne_bytes());
-    let mut read = Vec::new();
-    read_events(MessageIter::new(&mine), Some(77), &mut read);
-    assert_eq!(read, []);
-    read_events(MessageIter::new(&mine), Some(78), &mut read);
-    assert_eq!(read.len(), 1);
+    let mut read = EventRead::default();
+    read_events(MessageIter::new(&mine), &[76, 77], &mut read);
+    assert_eq!(read.events, []);
+    assert_eq!(read.own.len(), 1, "it has events, as our own update shows");
+    read_events(MessageIter::new(&mine), &[78], &mut read);
+    assert_eq!((read.events.len(), read.own.len()), (1, 1));
     // The end of a connection is news whoever caused it.
     let mut end = unhex(DESTROY);
     end[12..16].copy_from_slice(&77u32.to_ne_bytes());
-    read_events(MessageIter::new(&end), Some(77), &mut read);
-    assert_eq!(read.len(), 2);
+    read_events(MessageIter::new(&end), &[77], &mut read);
+    assert_eq!((read.events.len(), read.own.len()), (2, 1));
 }
 
 #[test]
@@ -90,7 +92,7 @@ fn a_captured_ipv6_entry_reads() {
     let e = CtEntry::parse(AF_INET6, m.attrs(NFGENMSG_LEN)).unwrap();
     assert_eq!(e.original, tuple("tcp [fd00:1::2]:57450 > [fd00::2]:45869"));
     assert_eq!(e.tcp_state, Some(TcpState::Established));
-    assert_eq!(e.tcp_liberal, [false, false]);
+    assert_eq!((e.tcp_liberal, e.tcp_maxack), ([false, false], [true, true]));
     assert_eq!(e.outgoing(Direction::Original), e.original);
     assert_eq!(e.outgoing(Direction::Reply), e.reply);
     // The family tells the addresses' size.
@@ -102,6 +104,7 @@ proptest! {
     fn an_update_says_what_an_independent_decoder_reads(
         v6: bool, udp: bool, src: [u8; 16], dst: [u8; 16], sport: u16, dport: u16, zone: u16,
         secs in proptest::option::of(any::<u64>()), liberal in proptest::option::of(any::<bool>()),
+        forget: bool, state in proptest::option::of(0u8..10), status in proptest::option::of(any::<u32>()),
     ) {
         let ip = |b: [u8; 16]| -> IpAddr {
             if v6 { b.into() } else { [b[0], b[1], b[2], b[3]].into() }
@@ -109,7 +112,12 @@ proptest! {
         let proto = if udp { L4Proto::Udp } else { L4Proto::Tcp };
         let original = Tuple::new(proto, ip(src), sport, ip(dst), dport).unwrap();
         let update = CtUpdate {
-            zone: Zone(zone), original, timeout: secs.map(Duration::from_secs), liberal,
+            timeout: secs.map(Duration::from_secs),
+            liberal,
+            forget_acked: forget,
+            tcp_state: state.map(|s| TcpState::from_number(s).unwrap()),
+            status: status.map(CtStatus),
+            ..CtUpdate::of(Zone(zone), original)
         };
         let mut buf = Vec::new();
         put_update(&mut buf, 1, ACK, &update);
@@ -135,12 +143,15 @@ proptest! {
         );
         let tcp = attrs.get_protoinfo().and_then(|p| p.get_protoinfo_tcp()).ok();
         let flags = |f: netlink_bindings::conntrack::NfCtTcpFlagsMask| (f.flags, f.mask);
-        let want = liberal.filter(|_| !udp).map(|l| (if l { 8 } else { 0 }, 8));
+        let mask = if liberal.is_some() { 8 } else { 0 } | if forget { 0x20 } else { 0 };
+        let any = !udp && (mask != 0 || state.is_some());
+        let want = any.then_some((if liberal == Some(true) { 8 } else { 0 }, mask));
         prop_assert_eq!(
             tcp.as_ref().map(|t| flags(t.get_tcp_flags_original().unwrap())), want
         );
         prop_assert_eq!(tcp.as_ref().map(|t| flags(t.get_tcp_flags_reply().unwrap())), want);
-        prop_assert!(tcp.is_none_or(|t| t.get_tcp_state().is_err()));
+        prop_assert_eq!(tcp.and_then(|t| t.get_tcp_state().ok()), state.filter(|_| !udp));
+        prop_assert_eq!(attrs.get_status().ok(), status);
     }
 
     #[test]
@@ -159,7 +170,7 @@ proptest! {
             let mut bytes = unhex(hex);
             let end = cut.min(bytes.len());
             bytes[at.min(end.max(1) - 1)] = with;
-            read_events(MessageIter::new(&bytes[..end]), None, &mut Vec::new());
+            read_events(MessageIter::new(&bytes[..end]), &[], &mut EventRead::default());
         }
     }
 }
