@@ -500,6 +500,7 @@ mod tests {
             status: CtStatus(CtStatus::ASSURED),
             tcp_state: Some(TcpState::Established),
             tcp_liberal: [true, false],
+            tcp_maxack: [false, true],
             timeout: Some(Duration::from_secs(300)),
             mark: 7,
             labels_changed: false,
