@@ -37,7 +37,7 @@ fn a_neighbour_of_others_stays_as_it_is_and_one_of_the_kernels_own_is_kept() {
     r.wait_installed(&BOTH, &mut c);
     let adds = |r: &Router| r.stats()["adds"].clone();
     let before = adds(&r);
-    let shown = |r: &Router| r.run("ip neigh show 10.2.0.2 dev wan");
+    let shown = |r: &Router| r.run("ip neigh show nud all 10.2.0.2 dev wan");
     for (how, stays) in [("nud permanent", "PERMANENT"), ("nud noarp", "NOARP")] {
         set(&r, how);
         r.sweep_busy(&mut c, 5);
