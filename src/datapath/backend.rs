@@ -201,7 +201,7 @@ impl Backend {
         Ok(Self {
             ledger_port_id: ledger.port_id()?,
             ledger_table: ledger.config().table.clone(),
-            rearming: Rearm::new(config.ledger_size),
+            rearming: Rearm::new(config.ledger_size, config.revalidation.every),
             firewall: Firewall::default(),
             config,
             links,

@@ -6,7 +6,9 @@
 //!
 //! - What waits for its next packet (a rule was taken back, an offer is to be repeated) is gathered for
 //!   [`GATHER`]. While such transactions follow each other, the pause between them doubles, up to
-//!   [`PAUSE_MAX`]: a listing that takes less than that comes to its end.
+//!   [`PAUSE_MAX`]: a listing that takes less than that comes to its end. Where connections go back to
+//!   the stack every so often (`[revalidate] every`), the pause is a small part of that at most: else they
+//!   would spend their lives there.
 //! - What has ended waits for nobody. It goes along with the next transaction, or after [`ENDED_WAITS`],
 //!   or when a good part of the ledger is such elements. (An id that the kernel gives to a successor
 //!   with the same addresses within that time is sighted when they have gone.)
@@ -41,6 +43,7 @@ struct Pending {
     keys: HashSet<LedgerKey>,
     /// How many elements of ended connections make it worth a transaction.
     ended_at_most: usize,
+    pause_max: Duration,
     /// Since when something waits for its next packet.
     awaited: Option<Instant>,
     /// Since when there is something that has ended.
@@ -53,10 +56,11 @@ struct Pending {
 }
 
 impl Pending {
-    fn new(ended_at_most: usize) -> Self {
+    fn new(ended_at_most: usize, pause_max: Duration) -> Self {
         Self {
             keys: HashSet::new(),
             ended_at_most,
+            pause_max,
             awaited: None,
             ended: None,
             compare: false,
@@ -78,16 +82,18 @@ impl Pending {
     /// Takes all of it: a transaction is made now.
     fn take(&mut self, now: Instant) -> Vec<LedgerKey> {
         let calm = self.last.is_none_or(|last| now.saturating_duration_since(last) >= CALM);
-        self.pause = if calm { GATHER } else { self.pause.saturating_mul(2).min(PAUSE_MAX) };
+        self.pause = if calm { GATHER } else { self.pause.saturating_mul(2).min(self.pause_max) };
         (self.last, self.awaited, self.ended) = (Some(now), None, None);
         std::mem::take(&mut self.keys).into_iter().collect()
     }
 }
 
 impl Rearm {
-    /// For ledgers of this size.
-    pub(super) fn new(ledger_size: u32) -> Self {
-        let pending = Mutex::new(Pending::new(ledger_size as usize / 8));
+    /// For ledgers of this size, and for decisions that stand so long (zero: as long as they like).
+    pub(super) fn new(ledger_size: u32, every: Duration) -> Self {
+        let pause_max =
+            if every.is_zero() { PAUSE_MAX } else { PAUSE_MAX.min(every / 20).max(GATHER) };
+        let pending = Mutex::new(Pending::new(ledger_size as usize / 8, pause_max));
         Self { pending, changed: Condvar::new() }
     }
 
@@ -173,7 +179,7 @@ mod tests {
         step: Duration,
         mut bring: impl FnMut(&mut Pending, u32, Instant),
     ) -> Vec<Duration> {
-        let (start, mut p, mut made) = (Instant::now(), Pending::new(1000), Vec::new());
+        let (start, mut p, mut made) = (Instant::now(), Pending::new(1000, PAUSE_MAX), Vec::new());
         for n in 0..steps {
             let now = start + step * n;
             bring(&mut p, n, now);
@@ -224,8 +230,18 @@ mod tests {
     }
 
     #[test]
+    fn pauses_are_a_small_part_of_how_long_a_decision_stands() {
+        let most = |seconds| Rearm::new(1000, Duration::from_secs(seconds)).pending().pause_max;
+        assert_eq!(most(0), PAUSE_MAX);
+        assert_eq!(most(3600), PAUSE_MAX);
+        assert_eq!(most(60), Duration::from_secs(3));
+        assert_eq!(most(6), Duration::from_millis(300));
+        assert_eq!(most(1), GATHER);
+    }
+
+    #[test]
     fn a_key_that_had_time_and_is_awaited_now_goes_soon() {
-        let rearm = Rearm::new(1000);
+        let rearm = Rearm::new(1000, Duration::ZERO);
         rearm.ended(keys(0..1));
         assert!(rearm.pending().due().unwrap() > Instant::now() + ENDED_WAITS / 2);
         rearm.soon(keys(0..1));

@@ -212,11 +212,17 @@ fn alone_what_a_bridge_forwards_stays_with_the_bridge() {
          ip link set lan master br0 && ip link set wan master br0
          ip -n {host} addr flush dev e0 && ip -n {host} addr add 10.2.0.3/24 dev e0"
     ));
+    // What br_netfilter shows to the stack's hooks has no netdev of arrival at the end of postrouting:
+    // nothing is sighted. That the hooks are shown it at all is counted.
+    r.run("nft 'table ip seen { chain c { type filter hook postrouting priority 0; tcp dport 0-65535 counter; }; }'");
     r.start(&PORTS);
     let mut c = r.connect();
-    r.wait_refused(("lan", "original"), "ingress-unsupported", "bridged", &mut c);
-    r.wait_refused(("wan", "reply"), "ingress-unsupported", "bridged", &mut c);
-    c.exchange(100_000);
+    for _ in 0..3 {
+        c.exchange(100_000);
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    assert!(!r.run("nft list table ip seen").contains("packets 0 "), "the hook is passed");
+    assert_eq!(r.json(&["conn", "show"]), serde_json::json!([]), "nothing is sighted");
     assert_eq!(r.rules("lan") + r.rules("wan"), 0);
 }
 
