@@ -61,6 +61,7 @@
 //!         next_hop: None,
 //!         iif: None,
 //!         oif: None,
+//!         answer: 0,
 //!     };
 //!     let _ = port.conn_add(&conn, Direction::Original, PathSpec::Known(Box::new(path)));
 //! }

@@ -335,6 +335,7 @@ fn offer(
         next_hop: None,
         iif: None,
         oif: None,
+        answer: 0,
     };
     conn.set_towards(direction, frame.dst);
     // We know the path, so the engine need not ask (see `NoDatapath`).

@@ -158,6 +158,7 @@ fn advice(reason: Reason) -> Option<&'static str> {
             "wait; if it stays: connections come faster than this backend takes rules"
         }
         Reason::NeighbourUnresolved => "check `ip neigh show` for the next hop: does it answer?",
+        Reason::IpsecPolicy => "see `ip xfrm policy`",
         Reason::NoRoute => "check `ip route get` for the destination",
         Reason::EgressUnsupported => "see `ip -d link show` of the egress netdev",
         Reason::MtuMismatch => {

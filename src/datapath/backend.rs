@@ -3,7 +3,7 @@
 use std::cell::LazyCell;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,9 +22,11 @@ use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
 use super::rearm::Rearm;
 use super::routing::bridged;
 use super::routing::fdb::Fdb;
+use super::routing::ipsec::Ipsec;
 use super::routing::links::Links;
 use super::routing::path::PathResolver;
 use super::routing::stack::{Frames, descend};
+use super::routing::switches::Switches;
 use super::ruleset::Revalidation;
 use crate::engine::PortDeleted;
 use crate::engine::conn::{ConnHandle, ConnKey, PathTaken};
@@ -135,7 +137,11 @@ pub struct Backend {
     config: Config,
     links: Links,
     fdb: Fdb,
+    switches: Switches,
+    ipsec: Ipsec,
     resolver: PathResolver,
+    /// Of what paths are resolved from.
+    changes: AtomicU64,
     /// What is in the ledger's set of netdevs: the ports and what can stand above them.
     watched: Mutex<BTreeSet<Ifindex>>,
     /// `None` once it has been removed.
@@ -171,8 +177,10 @@ impl Backend {
     pub fn open(config: Config) -> Result<Self, DatapathError> {
         let links = Links::default();
         let fdb = Fdb::default();
+        let (switches, ipsec) = (Switches::default(), Ipsec::default());
         let resolver =
-            PathResolver::new(links.clone(), fdb.clone()).map_err(DatapathError::Route)?;
+            PathResolver::new(links.clone(), fdb.clone(), switches.clone(), ipsec.clone())
+                .map_err(DatapathError::Route)?;
         let conntrack = Conntrack::open()?;
         let counted_before = accounting();
         let ledger = Ledger::install(LedgerConfig {
@@ -206,7 +214,10 @@ impl Backend {
             config,
             links,
             fdb,
+            switches,
+            ipsec,
             resolver,
+            changes: AtomicU64::new(0),
             watched: Mutex::default(),
             ledger: Mutex::new(Some(ledger)),
             conntrack: Mutex::new(conntrack),
@@ -255,6 +266,19 @@ impl Backend {
     #[must_use]
     pub fn fdb(&self) -> &Fdb {
         &self.fdb
+    }
+    /// Which netdevs' packets are forwarded.
+    pub(super) fn switches(&self) -> &Switches {
+        &self.switches
+    }
+    /// The policies of IPsec.
+    pub(super) fn ipsec(&self) -> &Ipsec {
+        &self.ipsec
+    }
+    /// Counts a change of what paths are resolved from: after it is known here, before the rules that it
+    /// concerns are looked for.
+    pub(super) fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
     }
     /// The counts.
     #[must_use]
@@ -477,6 +501,10 @@ impl Datapath for Backend {
                 .insert((path.oif.unwrap_or(path.forward.egress), next_hop), macs.dst);
         }
         Ok(path)
+    }
+
+    fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
     }
 
     /// From now on conntrack does not see these packets: TCP windows are no longer checked, in both

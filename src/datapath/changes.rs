@@ -2,17 +2,18 @@
 //! taken back before anything else.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::PoisonError;
-use std::sync::mpsc::{Receiver, Sender};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
 
-use netdev_providers::{Ifindex, MacAddr};
+use netdev_providers::{Ifindex, MacAddr, Reason, Rejection};
 
 use super::backend::Shared;
 use super::routing::links::{Layer, Link};
-use super::routing::monitor::{NetEvent, is_within};
+use super::routing::monitor::NetEvent;
 use super::routing::stack::{Frames, descend};
+use super::routing::switches::SwitchEvent;
 use super::{AttachError, PortPolicy};
 use crate::engine::conn::{ConnHandle, PathTaken};
 use crate::engine::datapath::{PathHint, Sight};
@@ -22,6 +23,8 @@ use crate::engine::{Engine, FlushFilter};
 
 /// Route events that come in a burst are answered together; the first of them at once after this.
 const GATHER: Duration = Duration::from_millis(2);
+/// What the kernel tells nobody of is looked at this often.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) struct Changes {
     backend: Shared,
@@ -31,6 +34,8 @@ pub(super) struct Changes {
     synced: Option<Sender<()>>,
     /// After a loss: the links that have been heard of again.
     heard: Option<HashSet<Ifindex>>,
+    /// When that was looked at which the kernel tells nobody of.
+    looked: Instant,
 }
 
 /// What is answered for many events together.
@@ -41,24 +46,19 @@ struct Gathered {
     moved: HashSet<(Ifindex, MacAddr)>,
 }
 
-/// Which destinations have (perhaps) another route now.
+/// Which destinations have (perhaps) another route now. Of a routing protocol's whole table too, each address is
+/// looked for by the lengths of prefix that there are.
 #[derive(Default)]
 struct Rerouted {
     all: bool,
-    prefixes: Vec<(IpAddr, u8)>,
+    prefixes: HashSet<(IpAddr, u8)>,
+    lengths: BTreeSet<u8>,
 }
 
 impl Rerouted {
-    fn add(&mut self, prefix: (IpAddr, u8)) {
-        if self.prefixes.contains(&prefix) {
-            return;
-        }
-        if self.prefixes.len() < 64 {
-            self.prefixes.push(prefix);
-        } else {
-            // Too many to look at one by one.
-            self.all = true;
-        }
+    fn add(&mut self, (network, length): (IpAddr, u8)) {
+        self.prefixes.insert((cut(network, length), length));
+        self.lengths.insert(length);
     }
 
     fn is_empty(&self) -> bool {
@@ -66,7 +66,22 @@ impl Rerouted {
     }
 
     fn covers(&self, address: IpAddr) -> bool {
-        self.all || self.prefixes.iter().any(|p| is_within(address, *p))
+        self.all || self.lengths.iter().any(|&l| self.prefixes.contains(&(cut(address, l), l)))
+    }
+}
+
+/// The network of a prefix that an address is in.
+fn cut(address: IpAddr, length: u8) -> IpAddr {
+    let length = u32::from(length);
+    match address {
+        IpAddr::V4(a) => {
+            let mask = u32::MAX.checked_shl(32u32.saturating_sub(length)).unwrap_or(0);
+            Ipv4Addr::from_bits(a.to_bits() & mask).into()
+        }
+        IpAddr::V6(a) => {
+            let mask = u128::MAX.checked_shl(128u32.saturating_sub(length)).unwrap_or(0);
+            Ipv6Addr::from_bits(a.to_bits() & mask).into()
+        }
     }
 }
 
@@ -77,14 +92,25 @@ impl Changes {
         policy: PortPolicy,
         synced: Sender<()>,
     ) -> Self {
-        Self { backend, engine, policy, synced: Some(synced), heard: None }
+        Self { backend, engine, policy, synced: Some(synced), heard: None, looked: Instant::now() }
     }
 
     /// Until the sender is gone.
     pub(super) fn run(mut self, events: &Receiver<NetEvent>) {
-        while let Ok(first) = events.recv() {
+        loop {
             let mut gathered = Gathered::default();
-            self.event(first, &mut gathered);
+            let left = LOOK_EVERY.saturating_sub(self.looked.elapsed());
+            match events.recv_timeout(left) {
+                Ok(first) => self.event(first, &mut gathered),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if self.looked.elapsed() >= LOOK_EVERY {
+                self.looked = Instant::now();
+                if self.backend.resolver().look() {
+                    gathered.rerouted.add(whole(true));
+                }
+            }
             while let Ok(next) = events.try_recv() {
                 self.event(next, &mut gathered);
             }
@@ -106,6 +132,7 @@ impl Changes {
             NetEvent::Neighbour { ifindex, address, mac } => self.neighbour(ifindex, address, mac),
             NetEvent::Learnt { bridge, mac, behind } => {
                 let before = self.backend.fdb().set(bridge, mac, behind);
+                self.backend.changed();
                 if before.is_some() && before != behind {
                     gathered.moved.insert((bridge, mac));
                 }
@@ -115,7 +142,12 @@ impl Changes {
                     self.link(Link { port, ..link });
                 }
             }
-            NetEvent::Routes(prefix) => gathered.rerouted.add(prefix),
+            NetEvent::Switch(switch) => self.switch(&switch, gathered),
+            NetEvent::Policies => self.policies(),
+            NetEvent::Routes(prefix) => {
+                self.backend.changed();
+                gathered.rerouted.add(prefix);
+            }
             NetEvent::Lost => {
                 tracing::warn!("rtnetlink events were lost: reading links and routes anew");
                 self.heard = Some(HashSet::new());
@@ -143,6 +175,98 @@ impl Changes {
         }
     }
 
+    /// Packets of a netdev are forwarded no more, or again.
+    fn switch(&self, switch: &SwitchEvent, gathered: &mut Gathered) {
+        let ipv6 = switch.ipv6;
+        if switch.routes {
+            self.backend.changed();
+            gathered.rerouted.add(whole(ipv6));
+        }
+        let switches = self.backend.switches();
+        if !switches.set(switch) {
+            return;
+        }
+        self.backend.changed();
+        let (mut stale, mut again) = (0, 0);
+        self.each_slot(|conn, slot| {
+            if conn.key().original.is_ipv6() != ipv6 || slot.path.is_some_and(|p| p.bridged) {
+                return;
+            }
+            let Some(iif) = self.routed_on(conn, slot) else { return };
+            match (switches.off(iif, ipv6), slot.state) {
+                (None, SlotState::Rejected)
+                    if slot
+                        .rejection
+                        .as_ref()
+                        .is_some_and(|r| r.reason == Reason::NotForwarded) =>
+                {
+                    again += 1;
+                    self.retract(conn, slot);
+                }
+                (Some(_), SlotState::Pending | SlotState::Installed) => {
+                    stale += u32::from(self.retract(conn, slot));
+                }
+                _ => {}
+            }
+        });
+        if stale + again > 0 {
+            let netdev = switch.netdev.map(|i| self.backend.links().name(i));
+            let netdev = netdev.as_deref().unwrap_or("all");
+            tracing::info!(netdev, ipv6, rules = stale, again, "forwarding was switched");
+        }
+    }
+
+    /// IPsec's policies have changed.
+    fn policies(&self) {
+        let ipsec = self.backend.ipsec();
+        let known = ipsec.read();
+        self.backend.changed();
+        let (mut rules, mut again) = (0, 0);
+        self.each_slot(|conn, slot| {
+            if slot.path.is_some_and(|p| p.bridged) {
+                return;
+            }
+            let (arriving, leaving) = (conn.arriving(slot.direction), conn.leaving(slot.direction));
+            // What cannot be read concerns everything.
+            let concerned = known.is_err() || ipsec.concerns(arriving, &leaving);
+            match slot.state {
+                SlotState::Rejected => {
+                    let by_policy = |r: &Rejection| r.reason == Reason::IpsecPolicy;
+                    if !concerned && slot.rejection.as_ref().is_some_and(by_policy) {
+                        again += 1;
+                        self.retract(conn, slot);
+                    }
+                }
+                _ if concerned => rules += u32::from(self.retract(conn, slot)),
+                _ => {}
+            }
+        });
+        match known {
+            Err(e) => tracing::error!(rules, "IPsec's policies cannot be read: {e}"),
+            Ok(()) if rules + again > 0 => tracing::info!(rules, again, "IPsec's policies changed"),
+            Ok(()) => {}
+        }
+    }
+
+    fn each_slot(&self, mut f: impl FnMut(&ConnHandle, &SlotView)) {
+        for conn in self.engine.conns() {
+            for slot in self.engine.slots(&conn) {
+                f(&conn, &slot);
+            }
+        }
+    }
+
+    /// The netdev that the packets of a slot are routed on: the port, or one above it. `None`: none of them has
+    /// been seen.
+    fn routed_on(&self, conn: &ConnHandle, slot: &SlotView) -> Option<Ifindex> {
+        if let Some(path) = slot.path {
+            return Some(path.iif.unwrap_or(slot.netdev.ifindex));
+        }
+        let known = self.backend.known_of(conn)?;
+        let of = (slot.netdev.ifindex, slot.direction);
+        known.sighted.iter().find(|s| (s.port, s.direction) == of).map(|s| s.iif)
+    }
+
     fn link(&mut self, link: Link) {
         if let Some(heard) = &mut self.heard {
             heard.insert(link.ifindex);
@@ -150,6 +274,7 @@ impl Changes {
         let ifindex = link.ifindex;
         let mut above = self.backend.links().above(ifindex);
         let old = self.backend.links().set(link.clone());
+        self.backend.changed();
         if old.as_ref() != Some(&link) {
             above.extend(self.backend.links().above(ifindex));
         }
@@ -321,6 +446,7 @@ impl Changes {
             self.engine.retract_egress(ifindex);
         }
         self.backend.links().remove(ifindex);
+        self.backend.changed();
         self.backend.fdb().forget(ifindex);
         if has_above || self.backend.is_watched(ifindex) {
             super::watch(&self.backend, &self.engine);
@@ -335,6 +461,7 @@ impl Changes {
 
     /// No rule may keep sending to an old MAC address.
     fn neighbour(&self, ifindex: Ifindex, address: IpAddr, mac: Option<MacAddr>) {
+        self.backend.changed();
         {
             let mut used = self.backend.neighbours.lock().unwrap_or_else(PoisonError::into_inner);
             match used.get(&(ifindex, address)) {
@@ -357,15 +484,16 @@ impl Changes {
     /// lead elsewhere. Where one direction moves from one egress to another, the rules of the other
     /// direction on the old egress go too: its packets will arrive on the new one.
     fn reroute(&self, rerouted: &Rerouted) {
-        let mut answers: HashMap<(Ifindex, IpAddr, IpAddr, u32), Option<PathTaken>> =
-            HashMap::new();
-        let mut rules = 0;
+        let mut answers: HashMap<_, Result<PathTaken, Reason>> = HashMap::new();
+        let (mut rules, mut again) = (0, 0);
         for conn in self.engine.conns() {
             let slots = self.engine.slots(&conn);
             let mark = self.backend.known_of(&conn).map_or(0, |k| k.mark);
             for slot in &slots {
                 // No route leads what is bridged.
-                let Some(path) = slot.path.filter(|p| !p.bridged) else { continue };
+                if slot.path.is_some_and(|p| p.bridged) {
+                    continue;
+                }
                 rules += u32::from(
                     self.is_bypassed(&conn, slot, &slots, mark, rerouted)
                         && self.retract(&conn, slot),
@@ -374,19 +502,37 @@ impl Changes {
                 if !rerouted.covers(leaving.dst()) {
                     continue;
                 }
+                let refused = slot.rejection.as_ref().map(|r| r.reason);
+                if refused.is_some_and(|r| !depends_on_routes(r)) {
+                    continue;
+                }
+                let Some(iif) = self.routed_on(&conn, slot) else { continue };
                 let source = conn.arriving(slot.direction).src();
                 let now = answers
-                    .entry((path.iif.unwrap_or(slot.netdev.ifindex), source, leaving.dst(), mark))
-                    .or_insert_with(|| self.path_now(&conn, slot, path.iif, mark));
-                let same = now.is_some_and(|n| {
-                    (n.egress, n.oif, n.next_hop, n.dst_mac)
-                        == (path.egress, path.oif, path.next_hop, path.dst_mac)
+                    .entry((slot.netdev.ifindex, iif, source, leaving.dst(), mark))
+                    .or_insert_with(|| self.path_now(&conn, slot, iif, mark));
+                if let Some(refused) = refused {
+                    // What it was refused for may have gone: its next packet is told.
+                    if now.as_ref().err() != Some(&refused) {
+                        again += 1;
+                        self.retract(&conn, slot);
+                    }
+                    continue;
+                }
+                // None: it is resolved after this, or is being taken back.
+                let Some(path) = slot.path else { continue };
+                let same = now.is_ok_and(|n| {
+                    (n.egress, n.oif, n.next_hop, n.dst_mac, n.answer)
+                        == (path.egress, path.oif, path.next_hop, path.dst_mac, path.answer)
                 });
                 if same {
                     continue;
                 }
                 rules += u32::from(self.retract(&conn, slot));
-                if now.is_none_or(|n| (n.egress, n.oif) != (path.egress, path.oif)) {
+                if now.is_ok_and(|n| (n.egress, n.oif) == (path.egress, path.oif)) {
+                    continue;
+                }
+                {
                     let opposite = slot.direction.opposite();
                     for other in slots
                         .iter()
@@ -397,8 +543,8 @@ impl Changes {
                 }
             }
         }
-        if rules > 0 {
-            tracing::info!(rules, "routes changed: rules taken back");
+        if rules + again > 0 {
+            tracing::info!(rules, again, "routes changed: rules taken back, refusals reconsidered");
         }
     }
 
@@ -438,25 +584,77 @@ impl Changes {
         &self,
         conn: &ConnHandle,
         slot: &SlotView,
-        iif: Option<Ifindex>,
+        iif: Ifindex,
         mark: u32,
-    ) -> Option<PathTaken> {
+    ) -> Result<PathTaken, Reason> {
         let sight = Sight {
             ifindex: slot.netdev.ifindex,
             generation: slot.netdev.generation,
             conn: conn.clone(),
             direction: slot.direction,
         };
-        let hint = PathHint { ingress: iif, mark, ..PathHint::default() };
-        let path = self.backend.resolver().resolve(&sight, &hint).ok()?;
-        Some(PathTaken {
+        let ingress = (iif != slot.netdev.ifindex).then_some(iif);
+        let hint = PathHint { ingress, mark, ..PathHint::default() };
+        let path = self.backend.resolver().resolve(&sight, &hint).map_err(|r| r.reason)?;
+        Ok(PathTaken {
             egress: path.forward.egress,
             next_hop: path.next_hop,
             dst_mac: path.forward.macs.map(|m| m.dst),
             iif: path.iif,
             oif: path.oif,
+            answer: path.answer,
             nat: false,
             bridged: false,
         })
+    }
+}
+
+/// Whether what is refused for this reason can be possible by another route.
+const fn depends_on_routes(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::NoRoute
+            | Reason::NotForwarded
+            | Reason::EgressUnsupported
+            | Reason::NeighbourUnresolved
+            | Reason::MtuMismatch
+            | Reason::Busy
+    )
+}
+
+/// All addresses of a family.
+fn whole(ipv6: bool) -> (IpAddr, u8) {
+    if ipv6 { (Ipv6Addr::UNSPECIFIED.into(), 0) } else { (Ipv4Addr::UNSPECIFIED.into(), 0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_found_by_each_length_of_prefix() {
+        let mut rerouted = Rerouted::default();
+        assert!(rerouted.is_empty());
+        for (network, length) in [("10.1.0.0", 16), ("10.2.0.77", 24), ("2001:db8::", 32)] {
+            rerouted.add((network.parse().unwrap(), length));
+        }
+        let covers = |r: &Rerouted, a: &str| r.covers(a.parse().unwrap());
+        for inside in ["10.1.2.3", "10.2.0.1", "2001:db8::1"] {
+            assert!(covers(&rerouted, inside), "{inside}");
+        }
+        for outside in ["10.2.1.1", "10.0.0.1", "2001:db9::1"] {
+            assert!(!covers(&rerouted, outside), "{outside}");
+        }
+        // A default route is that of its own family.
+        rerouted.add(whole(false));
+        assert!(covers(&rerouted, "192.0.2.1") && !covers(&rerouted, "2001:db9::1"));
+        rerouted.add(whole(true));
+        assert!(covers(&rerouted, "2001:db9::1"));
+        // A whole table of a routing protocol.
+        let mut table = Rerouted::default();
+        for n in 0..100_000u32 {
+            table.add((Ipv4Addr::from_bits(n << 8).into(), 24));
+        }
+        assert!(!table.all && covers(&table, "0.0.1.2") && !covers(&table, "10.0.0.1"));
     }
 }

@@ -122,6 +122,8 @@ pub struct PathTaken {
     pub iif: Option<Ifindex>,
     /// The netdev above [`egress`](Self::egress) that they are routed to, where there is one.
     pub oif: Option<Ifindex>,
+    /// See [`Path::answer`](super::datapath::Path::answer).
+    pub answer: u16,
     /// True when addresses or ports are rewritten.
     pub nat: bool,
     /// True when a bridge forwards the packets, and nobody routes them.

@@ -49,6 +49,10 @@ pub struct Path {
     /// The netdev of the route (and of [`next_hop`](Self::next_hop)), where it is not
     /// [`Forward::egress`] itself but one above it. Of bridged packets the bridge's port.
     pub oif: Option<Ifindex>,
+    /// Stands for all that the datapath was answered when it asked for this path, where that is more than the
+    /// other fields say: a path with another number is another path, and a rule that was made for it is taken
+    /// back. 0 where nothing is asked.
+    pub answer: u16,
 }
 
 /// The packets of a direction of a connection, and what becomes of them on this path.
@@ -102,6 +106,13 @@ pub trait Datapath: Send + Sync {
     /// # Errors
     /// Why the direction cannot be offloaded now (no route, neighbour unresolved …).
     fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection>;
+
+    /// Counts the changes of what [`resolve`](Self::resolve) answers. A change that is counted while a path is
+    /// being resolved may have looked for the rules that it concerns before this one was among them: the path
+    /// is resolved again.
+    fn changes(&self) -> u64 {
+        0
+    }
 
     /// These are about to be offloaded: from now on the datapath may not see their packets. One
     /// result each, in order; an error keeps that one on the slow path.

@@ -654,6 +654,7 @@ fn known_path() -> PathSpec {
         next_hop: None,
         iif: None,
         oif: None,
+        answer: 0,
     }))
 }
 

@@ -121,12 +121,16 @@ impl Held {
     }
 
     pub(super) fn remove(&mut self, conn: &ConnHandle, d: Direction, egress: Option<Ifindex>) {
-        let key = HeldKey::new(conn.epoch(), d);
-        self.slots.remove(&key);
-        if let Some(egress) = egress
-            && let Some(set) = self.by_egress.get_mut(&egress)
-        {
-            set.remove(&key);
+        self.slots.remove(&HeldKey::new(conn.epoch(), d));
+        if let Some(egress) = egress {
+            self.clear_egress(conn, d, egress);
+        }
+    }
+
+    /// The slot's rule is not to lead there after all.
+    pub(super) fn clear_egress(&mut self, conn: &ConnHandle, d: Direction, egress: Ifindex) {
+        if let Some(set) = self.by_egress.get_mut(&egress) {
+            set.remove(&HeldKey::new(conn.epoch(), d));
             if set.is_empty() {
                 self.by_egress.remove(&egress);
             }

@@ -116,6 +116,7 @@ fn path(conn: &ConnHandle, d: Direction, egress: Ifindex) -> Path {
         next_hop: None,
         iif: None,
         oif: None,
+        answer: 0,
     }
 }
 

@@ -40,6 +40,9 @@ mod flush;
 /// Operations handed to the provider at once. Large enough to fill a few sends, small enough that a
 /// delete does not wait long behind it.
 const BATCH: usize = 256;
+/// How often a path is resolved while changes come in between.
+const RESOLVE_ATTEMPTS: usize = 5;
+
 pub(super) struct Writer {
     port: Arc<Port>,
     provider: Arc<dyn Provider>,
@@ -248,21 +251,19 @@ impl Writer {
             op
         };
         let sight = self.sight(conn.clone(), d);
-        let ready = self.path_and_flow(&sight, spec).and_then(|ready| {
+        let ready = self.stable_path_and_flow(slot, &sight, spec).and_then(|ready| {
             // What is there already has its place.
-            if found.is_none() {
-                self.make_room(slot, staged)?;
+            if found.is_none()
+                && let Err(full) = self.make_room(slot, staged)
+            {
+                self.note_path(slot, &sight, None);
+                return Err(full);
             }
             Ok(ready)
         });
         match ready {
             Ok((path, flow)) => {
                 self.port.rules.fetch_add(1, Ordering::SeqCst);
-                {
-                    let mut detail = slot.detail();
-                    detail.path = Some(taken(&path, &flow));
-                    self.port.held().set_egress(conn, d, path.forward.egress);
-                }
                 staged.push(Staged::Add { sight, op, path, flow, found });
             }
             Err(rejection) => {
@@ -311,6 +312,39 @@ impl Writer {
                 self.port.counters.evictions.fetch_add(1, Ordering::Relaxed);
                 self.stage_delete(&conn, d, staged);
             }
+        }
+    }
+
+    /// The path, noted in the slot for those who look for rules that a change concerns: either they find it
+    /// there, or it is resolved after the change.
+    fn stable_path_and_flow(
+        &self,
+        slot: &Slot,
+        sight: &Sight,
+        spec: PathSpec,
+    ) -> Result<(Path, Box<Flow>), Rejection> {
+        for _ in 0..RESOLVE_ATTEMPTS {
+            let changes = self.shared.datapath.changes();
+            let (path, flow) = self.path_and_flow(sight, spec.clone())?;
+            self.note_path(slot, sight, Some(taken(&path, &flow)));
+            if self.shared.datapath.changes() == changes {
+                return Ok((path, flow));
+            }
+            self.note_path(slot, sight, None);
+        }
+        let why = "routes, neighbours or policies changed each time that its path was resolved";
+        Err(Rejection::with_detail(Reason::Busy, why))
+    }
+
+    fn note_path(&self, slot: &Slot, sight: &Sight, path: Option<PathTaken>) {
+        let mut detail = slot.detail();
+        let before = std::mem::replace(&mut detail.path, path);
+        let mut held = self.port.held();
+        if let Some(before) = before {
+            held.clear_egress(&sight.conn, sight.direction, before.egress);
+        }
+        if let Some(path) = path {
+            held.set_egress(&sight.conn, sight.direction, path.egress);
         }
     }
 
@@ -559,6 +593,7 @@ fn taken(path: &Path, flow: &Flow) -> PathTaken {
         dst_mac: path.forward.macs.map(|m| m.dst).or(path.eth_dst),
         iif: path.iif,
         oif: path.oif,
+        answer: path.answer,
         nat: flow.has_nat(),
         bridged: path.forward.macs.is_none(),
     }

@@ -128,6 +128,7 @@ impl Datapath for OneWay {
             next_hop: Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 254))),
             iif: None,
             oif: None,
+            answer: 0,
         })
     }
     fn rearm(&self, _: &[Sight]) {}

@@ -322,6 +322,7 @@ impl World {
             next_hop: None,
             iif: None,
             oif: None,
+            answer: 0,
         };
         let worker = self.engine.worker();
         let port = worker.port(ifindex("p0")).unwrap();

@@ -28,6 +28,7 @@ mod names;
 mod nat;
 mod neighbours;
 mod stack;
+mod world;
 
 /// A router with netdevs `lan` and `wan`, and a host behind each.
 pub(crate) struct Router {

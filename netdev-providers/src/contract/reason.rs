@@ -67,7 +67,7 @@ reasons! {
     NeighbourUnresolved = 6, "neighbour-unresolved", Transient;
     /// There is no route for the packets of this direction.
     NoRoute = 7, "no-route", Transient;
-    /// The packets are for this host itself, or are broadcast or multicast: they are not forwarded.
+    /// The packets are for this host itself, or are broadcast or multicast, or forwarding is switched off for the netdev that they arrive on.
     NotForwarded = 8, "not-forwarded", Permanent;
     /// The egress netdev is not one that packets can be redirected to (no Ethernet, a tunnel, two VLAN tags, a bridge that filters VLANs).
     EgressUnsupported = 9, "egress-unsupported", Permanent;
@@ -101,6 +101,8 @@ reasons! {
     ProviderSlow = 24, "provider-slow", Transient;
     /// The NIC said that it had the rule, and software went on seeing the packets: the NIC lost the rule, or never acted on it.
     NoEffect = 25, "no-effect", Transient;
+    /// An IPsec policy concerns the packets: it encrypts them, or blocks them.
+    IpsecPolicy = 26, "ipsec-policy", Permanent;
     /// A hook of others stands behind the one that sees the packets, and could refuse them yet.
     FirewallBehind = 28, "firewall-behind", Transient;
 }

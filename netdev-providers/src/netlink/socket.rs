@@ -20,6 +20,8 @@ pub enum Family {
     Route,
     /// `NETLINK_NETFILTER`: nf_tables, conntrack, NFLOG.
     Netfilter,
+    /// `NETLINK_XFRM`: IPsec policies and states.
+    Xfrm,
 }
 
 /// `libc` has the constants of `struct nlmsghdr` as `int`; the fields have 16 bits.
@@ -106,6 +108,7 @@ impl Socket {
         let protocol = match family {
             Family::Route => libc::NETLINK_ROUTE,
             Family::Netfilter => libc::NETLINK_NETFILTER,
+            Family::Xfrm => libc::NETLINK_XFRM,
         };
         let io = |call| move |source| NetlinkError::Io { call, source };
         let mut inner = netlink_sys::Socket::new(protocol as isize).map_err(io("socket"))?;

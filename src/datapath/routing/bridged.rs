@@ -95,6 +95,7 @@ pub fn resolve(
         next_hop: None,
         iif: (iif != real).then_some(iif),
         oif: (oif != egress).then_some(oif),
+        answer: 0,
     })
 }
 

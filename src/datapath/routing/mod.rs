@@ -4,17 +4,22 @@
 //! * [`fdb`]: what bridges have learnt, likewise;
 //! * [`stack`]: from a netdev that routes down to the real one, and its tag;
 //! * `tolerant`: the socket that they come by, which leaves out what a codec cannot read;
+//! * [`switches`]: which netdevs' packets are forwarded, likewise;
+//! * [`ipsec`]: the policies of IPsec;
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own), `nexthops` among them;
 //! * [`bridged`]: where a bridge sends the frames of one direction;
 //! * `neighbour`: MAC addresses of neighbours, and which of them are told that they are in use;
 //! * [`path`]: where the packets of one direction go, asked of the kernel for each.
 
 pub mod bridged;
+mod events;
 pub mod fdb;
+pub mod ipsec;
 pub mod links;
 pub mod monitor;
 mod neighbour;
 mod nexthops;
 pub mod path;
 pub mod stack;
+pub mod switches;
 mod tolerant;

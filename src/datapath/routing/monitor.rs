@@ -1,4 +1,4 @@
-//! Link, neighbour, route and address events. `rtnetlink` runs on a single-threaded runtime on a
+//! Link, neighbour, route and address events, those of switches and of IPsec's policies. `rtnetlink` runs on a single-threaded runtime on a
 //! thread of its own; what matters goes into a channel, in the order of the kernel.
 
 use std::io;
@@ -7,6 +7,8 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
+use netdev_providers::netlink::socket::{DUMP, REQUEST};
+use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
 use netdev_providers::{Ifindex, MacAddr};
 use netlink_packet_core::{NetlinkPayload, Nla};
 use netlink_packet_route::AddressFamily;
@@ -19,12 +21,15 @@ use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::MulticastGroup;
 use rtnetlink::sys::AsyncSocket;
+use rtnetlink::sys::protocols::{NETLINK_ROUTE, NETLINK_XFRM};
 use tokio::sync::oneshot;
 
+use super::events::Events;
 use super::fdb::Behind;
 use super::links::{BridgePort, Link};
-use super::nexthops::NexthopEvents;
+use super::switches::{RTM_GETNETCONF, SwitchEvent};
 use super::tolerant::Tolerant;
+use super::{ipsec, nexthops, switches};
 
 /// Something changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +58,10 @@ pub enum NetEvent {
     },
     /// What a port of a bridge may do.
     BridgePort(Ifindex, BridgePort),
+    /// A switch of forwarding, or another one that routing obeys, changed or is read.
+    Switch(SwitchEvent),
+    /// IPsec's policies changed, or are to be read.
+    Policies,
     /// Routes to this prefix changed: for a rule and for an address, to the whole of its family.
     Routes((IpAddr, u8)),
     /// Events were lost: everything may have changed. The links that there are follow as
@@ -107,13 +116,24 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
         ])?;
-    let nexthops = NexthopEvents::open()?;
-    for socket in [connection.socket_mut().socket_ref(), nexthops.socket()] {
+    let [v4, v6] = switches::GROUPS;
+    let others = Events::open(NETLINK_ROUTE, &[nexthops::GROUP, v4, v6])?;
+    let policies = match Events::open(NETLINK_XFRM, &[ipsec::GROUP]) {
+        Ok(policies) => Some(policies),
+        // Without IPsec, or without what tells of it (`xfrm_user`): nobody can make a policy.
+        Err(e) if e.raw_os_error() == Some(libc::EPROTONOSUPPORT) => None,
+        Err(e) => return Err(e),
+    };
+    let sockets = [connection.socket_mut().socket_ref(), others.socket()];
+    for socket in sockets.into_iter().chain(policies.as_ref().map(Events::socket)) {
         // The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
         let _ = setsockopt(socket, sockopt::RcvBufForce, &RCVBUF);
     }
     let connection = tokio::spawn(connection);
     let ended = async {
+        if events.send(NetEvent::Policies).is_err() || !send_switches(events)? {
+            return Ok(Ended::NobodyListens);
+        }
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await.map_err(io::Error::other)? {
             if !send_link(events, &link) {
@@ -149,12 +169,23 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
                         _ => true,
                     },
                 },
-                changed = nexthops.changed() => match changed {
-                    // An object of one family can be that of the other's routes.
-                    Ok(()) => [AddressFamily::Inet, AddressFamily::Inet6]
-                        .into_iter()
-                        .filter_map(whole)
-                        .all(|prefix| events.send(NetEvent::Routes(prefix)).is_ok()),
+                datagram = others.next() => match datagram {
+                    Ok(datagram) => datagram.messages().all(|m| {
+                        if let Some(switch) = SwitchEvent::parse(&m) {
+                            return events.send(NetEvent::Switch(switch)).is_ok();
+                        }
+                        // An object of one family can be that of the other's routes.
+                        !nexthops::tells_of_one(m.ty)
+                            || [AddressFamily::Inet, AddressFamily::Inet6]
+                                .into_iter()
+                                .filter_map(whole)
+                                .all(|prefix| events.send(NetEvent::Routes(prefix)).is_ok())
+                    }),
+                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Ended::Lost),
+                    Err(e) => return Err(e),
+                },
+                datagram = changed(policies.as_ref()) => match datagram {
+                    Ok(()) => events.send(NetEvent::Policies).is_ok(),
                     Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Ended::Lost),
                     Err(e) => return Err(e),
                 },
@@ -167,6 +198,44 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
     .await;
     connection.abort();
     ended
+}
+
+/// Whatever a message of this group tells: all policies are read anew.
+async fn changed(policies: Option<&Events>) -> io::Result<()> {
+    match policies {
+        Some(policies) => policies.next().await.map(|_| ()),
+        None => std::future::pending().await,
+    }
+}
+
+/// All switches as they are. False when nobody listens any more.
+fn send_switches(events: &Sender<NetEvent>) -> io::Result<bool> {
+    let mut socket = Socket::open(Family::Route).map_err(io::Error::other)?;
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let mut tries = 0;
+        loop {
+            let (mut buf, seq) = (Vec::new(), socket.next_seq());
+            let mut m = Message::new(&mut buf, RTM_GETNETCONF, REQUEST | DUMP, seq);
+            m.raw(&[u8::try_from(family).unwrap_or(0), 0, 0, 0]);
+            m.finish();
+            let mut somebody_listens = true;
+            let dumped = socket.dump(&buf, seq, |m| {
+                if let Some(switch) = SwitchEvent::parse(&m) {
+                    somebody_listens &= events.send(NetEvent::Switch(switch)).is_ok();
+                }
+            });
+            tries += 1;
+            match dumped {
+                _ if !somebody_listens => return Ok(false),
+                Err(NetlinkError::Interrupted) if tries < 10 => {}
+                // A kernel without IPv6.
+                Err(NetlinkError::Kernel(_)) if family == libc::AF_INET6 => break,
+                Ok(()) => break,
+                Err(e) => return Err(io::Error::other(e)),
+            }
+        }
+    }
+    Ok(true)
 }
 
 fn send_link(events: &Sender<NetEvent>, m: &LinkMessage) -> bool {

@@ -18,9 +18,11 @@ use netlink_packet_route::route::{
 
 use super::bridged;
 use super::fdb::Fdb;
+use super::ipsec::Ipsec;
 use super::links::{Layer, Links};
 use super::neighbour;
 use super::stack::{Frames, Stack, descend};
+use super::switches::Switches;
 use crate::engine::datapath::{Path, PathHint, Sight};
 
 const RTM_NEWROUTE: u16 = 24;
@@ -38,7 +40,11 @@ struct Route {
 pub struct PathResolver {
     links: Links,
     fdb: Fdb,
+    switches: Switches,
+    ipsec: Ipsec,
     socket: Mutex<Socket>,
+    /// IPv6's own MTU of netdevs that paths lead to, as first read or last looked at.
+    ipv6_mtus: Mutex<HashMap<Ifindex, Option<u32>>>,
 }
 
 impl PathResolver {
@@ -46,8 +52,14 @@ impl PathResolver {
     ///
     /// # Errors
     /// When the kernel refuses the socket.
-    pub fn new(links: Links, fdb: Fdb) -> Result<Self, NetlinkError> {
-        Ok(Self { links, fdb, socket: Mutex::new(Socket::open(Family::Route)?) })
+    pub fn new(
+        links: Links,
+        fdb: Fdb,
+        switches: Switches,
+        ipsec: Ipsec,
+    ) -> Result<Self, NetlinkError> {
+        let socket = Mutex::new(Socket::open(Family::Route)?);
+        Ok(Self { links, fdb, switches, ipsec, socket, ipv6_mtus: Mutex::default() })
     }
 
     /// The path of a direction on a port.
@@ -83,6 +95,13 @@ impl PathResolver {
         if arrival.real.ifindex != sight.ifindex {
             let why = format!("{} is above {} now", self.links.name(iif), arrival.real.name);
             return Err(Rejection::with_detail(Reason::Busy, why));
+        }
+        if let Some(switch) = self.switches.off(iif, leaving.is_ipv6()) {
+            let why = format!("net.{} is 0", switch.replace('*', &self.links.name(iif)));
+            return Err(Rejection::with_detail(Reason::NotForwarded, why));
+        }
+        if self.ipsec.concerns(&arriving, &leaving) {
+            return Err(Reason::IpsecPolicy.into());
         }
         let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         // At the time of the routing decision the destination is translated, the source is not.
@@ -133,6 +152,16 @@ impl PathResolver {
         };
         let (out_mac, departure) = out_of(neighbour)?;
         let egress = departure.real.ifindex;
+        let mut mtu = route.mtu.unwrap_or(u32::MAX).min(departure.mtu);
+        if leaving.is_ipv6() {
+            // The route's counts only where it is locked (`ip6_dst_mtu_maybe_forward`): what is below both
+            // certainly passes.
+            let own = self.ipv6_mtu(oif);
+            let mut seen = self.ipv6_mtus.lock().unwrap_or_else(PoisonError::into_inner);
+            // Not if another one was seen before: older paths were resolved with that.
+            seen.entry(oif).or_insert(own);
+            mtu = mtu.min(own.unwrap_or(u32::MAX));
+        }
         Ok(Path {
             eth_dst: Some(in_mac),
             vlan: arrival.vlan,
@@ -141,14 +170,37 @@ impl PathResolver {
             forward: Forward {
                 egress,
                 vlan: departure.vlan,
-                mtu: route.mtu.unwrap_or(u32::MAX).min(departure.mtu),
+                mtu,
                 tuple: leaving,
                 macs: Some(MacRewrite { src: out_mac, dst: neighbour }),
             },
             next_hop: Some(next_hop),
             iif: (iif != sight.ifindex).then_some(iif),
             oif: (oif != egress).then_some(oif),
+            // No packet is longer.
+            answer: u16::try_from(mtu).unwrap_or(u16::MAX),
         })
+    }
+
+    /// Looks at what the kernel tells nobody of: true when paths may be others since the last look.
+    pub fn look(&self) -> bool {
+        let mut seen = self.ipv6_mtus.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = false;
+        seen.retain(|netdev, before| {
+            let now = self.ipv6_mtu(*netdev);
+            changed |= now != *before;
+            *before = now;
+            now.is_some()
+        });
+        changed
+    }
+
+    /// IPv6's own MTU of a netdev (`net.ipv6.conf.*.mtu`), which can be below the netdev's. Nobody tells when it
+    /// is changed by hand.
+    fn ipv6_mtu(&self, netdev: Ifindex) -> Option<u32> {
+        let link = self.links.get(netdev)?;
+        let file = format!("/proc/sys/net/ipv6/conf/{}/mtu", link.name);
+        std::fs::read_to_string(file).ok()?.trim().parse().ok()
     }
 
     /// The MAC address of a netdev that routes, and what stands below it.

@@ -1,0 +1,297 @@
+//! What changes the router's answer under traffic: packets of an offloaded flow must get the new one. Each test
+//! measures the time from the change to the last packet that got the old one, and sees that none does later.
+
+use std::net::{IpAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+/// How long after a change nothing may be wrong any more. (Emulated processors are slow: the figure itself is
+/// printed.)
+const SETTLED: Duration = Duration::from_millis(1500);
+/// How long it is looked at afterwards.
+const WATCHED: Duration = Duration::from_millis(2500);
+
+/// A flow of UDP from the host behind `lan`, every 5 ms, whose far end answers each datagram.
+struct Stream {
+    stop: Arc<AtomicBool>,
+    /// When datagrams arrived at the far end.
+    arrived: Arc<Mutex<Vec<Instant>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Datagrams are sent whole however long they are, and not made shorter by what routers answer.
+fn never_fragment(socket: &UdpSocket, ipv6: bool) {
+    let (level, option, probe) = if ipv6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)
+    };
+    set_int(socket, level, option, probe);
+}
+
+fn set_int(socket: &UdpSocket, level: i32, option: i32, value: i32) {
+    // SAFETY: the value is an int, as these options take, and lives during the call.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            libc::socklen_t::try_from(size_of::<i32>()).expect("a length"),
+        )
+    };
+    assert_eq!(set, 0, "setsockopt: {}", std::io::Error::last_os_error());
+}
+
+impl Stream {
+    fn start(r: &Router, from: &str, to: &str, size: usize) -> Self {
+        let [from, to]: [IpAddr; 2] = [from, to].map(|a| a.parse().expect("an address"));
+        let (stop, arrived) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let (ready, listening) = mpsc::channel();
+        let server = in_netns(r.host("wan"), {
+            let (stop, arrived) = (Arc::clone(&stop), Arc::<Mutex<Vec<Instant>>>::clone(&arrived));
+            move || {
+                let socket = UdpSocket::bind((to, 5000)).expect("bind");
+                socket.set_read_timeout(Some(Duration::from_millis(100))).expect("a time-out");
+                ready.send(()).expect("ready");
+                let mut buf = [0; 2000];
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok((_, whom)) = socket.recv_from(&mut buf) else { continue };
+                    arrived.lock().expect("a list").push(Instant::now());
+                    let _ = socket.send_to(b"y", whom);
+                }
+            }
+        });
+        listening.recv().expect("the server listens");
+        let client = in_netns(r.host("lan"), {
+            let stop = Arc::clone(&stop);
+            move || {
+                let socket = UdpSocket::bind((from, 7000)).expect("bind");
+                never_fragment(&socket, to.is_ipv6());
+                socket.connect((to, 5000)).expect("connect");
+                socket.set_nonblocking(true).expect("non-blocking");
+                let data = vec![0; size];
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = socket.send(&data);
+                    while socket.recv(&mut [0; 8]).is_ok() {}
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        });
+        Self { stop, arrived, threads: vec![server, client] }
+    }
+
+    fn arrivals_since(&self, at: Instant) -> Vec<Instant> {
+        let arrived = self.arrived.lock().expect("a list");
+        arrived.iter().copied().filter(|a| *a > at).collect()
+    }
+
+    /// Datagrams arrive, and go by these rules.
+    fn is_offloaded(&self, r: &Router, rules: &[&str]) {
+        let mut last = Vec::new();
+        wait_until(&format!("{rules:?} carry the flow"), || {
+            let now = r.slots();
+            if now != last {
+                println!("{now:?}");
+                last = now;
+            }
+            r.installed() == rules
+        });
+        let at = Instant::now();
+        wait_until("datagrams arrive", || self.arrivals_since(at).len() > 20);
+        assert_eq!(r.installed(), rules);
+    }
+
+    /// Makes a change that stops the flow, and returns how long after it the last datagram arrived.
+    fn stops(&self, what: &str, change: impl FnOnce()) -> Duration {
+        let control = Instant::now();
+        wait_until(&format!("it flows before the change: {what}"), || {
+            self.arrivals_since(control).len() > 10
+        });
+        change();
+        let changed = Instant::now();
+        std::thread::sleep(SETTLED + WATCHED);
+        let after = self.arrivals_since(changed);
+        let last = after.last().map_or(Duration::ZERO, |last| *last - changed);
+        println!("{what}: {} datagrams after the change, the last {last:?}", after.len());
+        assert!(last < SETTLED, "{what}: a datagram {last:?} after the change");
+        last
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Router {
+    fn with_ipv6(&self) {
+        for (i, dev) in [(1, "lan"), (2, "wan")] {
+            let host = self.host(dev);
+            self.run(&format!(
+                "ip addr add fd0{i}::1/64 dev {dev} nodad
+                 ip -n {host} addr add fd0{i}::2/64 dev e0 nodad
+                 ip -n {host} route add default via fd0{i}::1"
+            ));
+        }
+        self.run("sysctl -qw net.ipv6.conf.all.forwarding=1");
+    }
+}
+
+#[test]
+fn a_switch_of_forwarding_stops_offloaded_flows_and_lets_them_return() {
+    let mut r = Router::new("switch");
+    r.with_ipv6();
+    r.start(&PORTS);
+    let v4 =
+        ["net.ipv4.ip_forward", "net.ipv4.conf.lan.forwarding", "net.ipv4.conf.all.forwarding"];
+    let v4 = v4.map(|switch| (switch, "10.1.0.2", "10.2.0.2"));
+    for (switch, from, to) in
+        v4.into_iter().chain([("net.ipv6.conf.all.forwarding", "fd01::2", "fd02::2")])
+    {
+        let stream = Stream::start(&r, from, to, 100);
+        stream.is_offloaded(&r, &BOTH);
+        stream.stops(switch, || drop(r.run(&format!("sysctl -qw {switch}=0"))));
+        assert_eq!(r.rules("lan"), 0, "{switch}");
+        r.run(&format!("sysctl -qw {switch}=1"));
+        stream.is_offloaded(&r, &BOTH);
+        drop(stream);
+        r.run("conntrack -D -p udp");
+        wait_until("it has ended", || r.rules("lan") + r.rules("wan") == 0);
+    }
+    // Of the netdev that replies arrive on: the other direction stays.
+    let stream = Stream::start(&r, "10.1.0.2", "10.2.0.2", 100);
+    stream.is_offloaded(&r, &BOTH);
+    r.run("sysctl -qw net.ipv4.conf.wan.forwarding=0");
+    wait_until("its rule is gone", || r.installed() == ["lan original"]);
+    r.run("sysctl -qw net.ipv4.conf.wan.forwarding=1");
+    stream.is_offloaded(&r, &BOTH);
+}
+
+/// Replies have a mark that the filter does not look the way back up with: a rule for `iif wan` would not do, as
+/// that is where the filter takes the way back to come from.
+#[test]
+fn the_reverse_path_filter_stops_offloaded_flows() {
+    let mut r = Router::new("rpf");
+    let host = r.host("lan");
+    r.run(&format!(
+        "ip -n {host} addr add 10.8.0.2/32 dev lo
+         ip route add 10.8.0.2 via 10.1.0.2 dev lan table 100
+         ip rule add fwmark 1 lookup 100
+         nft 'table ip mark {{ chain c {{ type filter hook prerouting priority mangle; iifname wan meta mark set 1; }}; }}'
+         sysctl -qw net.ipv4.conf.all.rp_filter=0
+         sysctl -qw net.ipv4.conf.lan.rp_filter=0"
+    ));
+    r.start(&PORTS);
+    let stream = Stream::start(&r, "10.8.0.2", "10.2.0.2", 100);
+    stream.is_offloaded(&r, &BOTH);
+    stream.stops("rp_filter", || drop(r.run("sysctl -qw net.ipv4.conf.lan.rp_filter=1")));
+    r.run("sysctl -qw net.ipv4.conf.lan.rp_filter=0");
+    stream.is_offloaded(&r, &BOTH);
+}
+
+#[test]
+fn an_ipsec_policy_stops_plaintext() {
+    let mut r = Router::new("ipsec");
+    r.start(&PORTS);
+    let stream = Stream::start(&r, "10.1.0.2", "10.2.0.2", 100);
+    let (of, tunnel) =
+        ("src 10.1.0.0/24 dst 10.2.0.0/24", "tmpl src 10.2.0.1 dst 10.2.0.2 proto esp mode tunnel");
+    for policy in [
+        format!("{of} dir out {tunnel}"),
+        format!("{of} dir fwd {tunnel}"),
+        format!("{of} dir out action block"),
+        format!("{of} proto udp dport 5000 dir fwd action block priority 7"),
+    ] {
+        stream.is_offloaded(&r, &BOTH);
+        stream.stops(&policy, || drop(r.run(&format!("ip xfrm policy add {policy}"))));
+        assert_eq!(r.rules("lan"), 0, "{policy}");
+        // Its answers are no policy's business.
+        r.run("ip xfrm policy flush");
+    }
+    stream.is_offloaded(&r, &BOTH);
+    // One that concerns others takes nothing back.
+    let cookie = |r: &Router| r.conns()[0]["slots"][0]["cookie"].clone();
+    let before = cookie(&r);
+    r.run("ip xfrm policy add src 10.1.0.7/32 dst 10.2.0.0/24 dir out action block");
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(r.installed(), BOTH);
+    assert_eq!(cookie(&r), before);
+}
+
+#[test]
+fn a_lowered_mtu_of_a_route_or_of_ipv6_stops_what_is_too_long() {
+    let mut r = Router::new("mtu");
+    r.with_ipv6();
+    r.start(&PORTS);
+    let route = "10.2.0.0/24 dev wan src 10.2.0.1";
+    let lock = "fd02::/64 dev wan metric 1";
+    for (from, to, change, back) in [
+        (
+            "10.1.0.2",
+            "10.2.0.2",
+            format!("ip route change {route} mtu 1300"),
+            format!("ip route change {route}"),
+        ),
+        (
+            "fd01::2",
+            "fd02::2",
+            format!("ip route add {lock} mtu lock 1300"),
+            format!("ip route del {lock}"),
+        ),
+        (
+            "fd01::2",
+            "fd02::2",
+            "sysctl -qw net.ipv6.conf.wan.mtu=1300".to_owned(),
+            "sysctl -qw net.ipv6.conf.wan.mtu=1500".to_owned(),
+        ),
+    ] {
+        let stream = Stream::start(&r, from, to, 1400);
+        stream.is_offloaded(&r, &BOTH);
+        stream.stops(&change, || drop(r.run(&change)));
+        r.run(&back);
+        stream.is_offloaded(&r, &BOTH);
+        wait_until("no rule looks at the length", || {
+            !r.run("tc filter show dev lan ingress").contains("police")
+        });
+        drop(stream);
+        r.run("conntrack -D -p udp");
+        wait_until("it has ended", || r.rules("lan") + r.rules("wan") == 0);
+    }
+}
+
+#[test]
+fn what_was_refused_for_a_route_is_offloaded_when_the_route_comes_back() {
+    let mut r = Router::new("tunnel");
+    let (lan, wan) = (r.host("lan"), r.host("wan"));
+    r.run(&format!(
+        "ip -n {wan} addr add 10.9.0.1/32 dev lo
+         ip route add 10.9.0.1/32 via 10.2.0.2
+         ip link add tun0 type ipip local 10.2.0.1 remote 10.2.0.2 && ip link set tun0 up
+         ip -n {wan} link add tun0 type ipip local 10.2.0.2 remote 10.2.0.1
+         ip -n {wan} link set tun0 up
+         ip netns exec {wan} sysctl -qw net.ipv4.conf.all.rp_filter=0
+         ip netns exec {wan} sysctl -qw net.ipv4.conf.tun0.rp_filter=0"
+    ));
+    drop(lan);
+    r.start(&PORTS);
+    let stream = Stream::start(&r, "10.1.0.2", "10.9.0.1", 100);
+    stream.is_offloaded(&r, &BOTH);
+    r.run("ip route replace 10.9.0.1/32 dev tun0");
+    let refused = |r: &Router| r.refusal("lan", "original").map(|(reason, _)| reason);
+    wait_until("a tunnel is refused", || refused(&r).as_deref() == Some("egress-unsupported"));
+    let at = Instant::now();
+    wait_until("it goes on by the tunnel", || stream.arrivals_since(at).len() > 20);
+    r.run("ip route replace 10.9.0.1/32 via 10.2.0.2");
+    let back = Instant::now();
+    wait_until("it is offloaded again", || r.installed() == BOTH);
+    println!("offloaded again {:?} after the route came back", back.elapsed());
+    assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+}
