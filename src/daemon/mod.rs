@@ -151,6 +151,9 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     let filter = tracing_subscriber::EnvFilter::try_new(&args.log)
         .map_err(|source| DaemonError::LogFilter { filter: args.log.clone(), source })?;
     tracing_subscriber::fmt()
+        // It would be told on stderr, where the log goes: whoever read that is gone, and to fail to say so
+        // is a panic of whichever thread had something to log.
+        .log_internal_errors(false)
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
@@ -176,8 +179,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     }
     // Blocked before any thread starts, so that they all inherit it and one waits.
     let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
+    STOPPING.iter().chain(&OTHERS).for_each(|&signal| signals.add(signal));
     signals.thread_block().map_err(|e| DaemonError::Os("blocking signals", e.into()))?;
     allow_many_sockets();
 
@@ -237,8 +239,12 @@ fn run(args: &Args) -> Result<(), DaemonError> {
             if serving.is_finished() {
                 break None;
             }
-            if let Some(signal) = wait_signal(&signals) {
-                break Some(signal);
+            match wait_signal(&signals) {
+                Some(signal) if STOPPING.contains(&signal) => break Some(signal),
+                Some(signal) => tracing::info!(
+                    "{signal}: going on as before (the configuration is read at the start only)"
+                ),
+                None => {}
             }
         };
         if let Some(signal) = signal {
@@ -267,6 +273,13 @@ fn run(args: &Args) -> Result<(), DaemonError> {
 }
 
 /// A signal, or `None` after a second.
+/// Signals that stop the daemon, cleanly.
+const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];
+
+/// Signals that would end a process that does not ask for them, at once: with the rules in place, and
+/// nobody to take them back. A terminal that goes sends the first of them.
+const OTHERS: [Signal; 4] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGALRM];
+
 fn wait_signal(signals: &SigSet) -> Option<Signal> {
     // nix has sigwait, which cannot time out; a signalfd can be polled.
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

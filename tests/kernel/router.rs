@@ -27,6 +27,7 @@ mod firewall;
 mod names;
 mod nat;
 mod neighbours;
+mod signals;
 mod stack;
 mod world;
 

@@ -68,7 +68,7 @@ reasons! {
     /// There is no route for the packets of this direction.
     NoRoute = 7, "no-route", Transient;
     /// The packets are for this host itself, or are broadcast or multicast, or forwarding is switched off for the netdev that they arrive on.
-    NotForwarded = 8, "not-forwarded", Permanent;
+    NotForwarded = 8, "not-forwarded", Transient;
     /// The egress netdev is not one that packets can be redirected to (no Ethernet, a tunnel, two VLAN tags, a bridge that filters VLANs).
     EgressUnsupported = 9, "egress-unsupported", Permanent;
     /// The egress MTU is below the ingress MTU, and a packet too long cannot be told apart here.

@@ -175,28 +175,6 @@ fn a_switch_of_forwarding_stops_offloaded_flows_and_lets_them_return() {
     stream.is_offloaded(&r, &BOTH);
 }
 
-/// Replies have a mark that the filter does not look the way back up with: a rule for `iif wan` would not do, as
-/// that is where the filter takes the way back to come from.
-#[test]
-fn the_reverse_path_filter_stops_offloaded_flows() {
-    let mut r = Router::new("rpf");
-    let host = r.host("lan");
-    r.run(&format!(
-        "ip -n {host} addr add 10.8.0.2/32 dev lo
-         ip route add 10.8.0.2 via 10.1.0.2 dev lan table 100
-         ip rule add fwmark 1 lookup 100
-         nft 'table ip mark {{ chain c {{ type filter hook prerouting priority mangle; iifname wan meta mark set 1; }}; }}'
-         sysctl -qw net.ipv4.conf.all.rp_filter=0
-         sysctl -qw net.ipv4.conf.lan.rp_filter=0"
-    ));
-    r.start(&PORTS);
-    let stream = Stream::start(&r, "10.8.0.2", "10.2.0.2", 100);
-    stream.is_offloaded(&r, &BOTH);
-    stream.stops("rp_filter", || drop(r.run("sysctl -qw net.ipv4.conf.lan.rp_filter=1")));
-    r.run("sysctl -qw net.ipv4.conf.lan.rp_filter=0");
-    stream.is_offloaded(&r, &BOTH);
-}
-
 #[test]
 fn an_ipsec_policy_stops_plaintext() {
     let mut r = Router::new("ipsec");
