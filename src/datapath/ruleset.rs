@@ -298,7 +298,10 @@ impl Watch {
         for (family, hook) in
             [NFPROTO_IPV4, NFPROTO_IPV6].into_iter().flat_map(|f| hooks.map(|h| (f, h)))
         {
-            let Some(all) = self.registered(family, hook) else { return };
+            let Some(all) = self.registered(family, hook) else {
+                legacy = legacy_tables();
+                break;
+            };
             legacy |= all.iter().any(is_legacy);
             if hook == NF_INET_POST_ROUTING {
                 let ipv6 = family == NFPROTO_IPV6;
@@ -307,7 +310,7 @@ impl Watch {
         }
         if self.backend.config().bridged {
             for hook in hooks {
-                let Some(all) = self.registered(NFPROTO_BRIDGE, hook) else { return };
+                let Some(all) = self.registered(NFPROTO_BRIDGE, hook) else { break };
                 legacy |= all.iter().any(is_legacy);
                 // All that is in the hook after the one where we are is behind us.
                 if hook != NF_INET_PRE_ROUTING {
@@ -436,6 +439,15 @@ fn is_legacy(r: &Registered) -> bool {
         |m: &str| MODULES.iter().any(|known| m.starts_with(known)) && !m.ends_with("_nat");
     r.module.as_deref().is_some_and(of_module)
         || r.function.as_deref().is_some_and(|f| FUNCTIONS.contains(&f))
+}
+
+/// Whether this network namespace has tables of iptables-legacy: what the kernel tells where it does not
+/// tell who is registered in a hook (nfnetlink_hook; Debian's 6.1 has none).
+fn legacy_tables() -> bool {
+    ["ip", "ip6"].iter().any(|family| {
+        std::fs::read_to_string(format!("/proc/self/net/{family}_tables_names"))
+            .is_ok_and(|names| !names.trim().is_empty())
+    })
 }
 
 #[cfg(test)]
