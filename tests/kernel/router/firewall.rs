@@ -209,10 +209,14 @@ fn a_chain_that_stands_behind_ours_keeps_from_offloading_and_is_named() {
     };
     wait_until("it is refused, and who is behind is named", refused);
     assert_eq!(r.installed(), <[&str; 0]>::default());
-    assert!(r.json(&["port", "show", "lan"]).to_string().contains("firewall-behind"));
-    let told = r.cli(&["explain", "udp", "10.1.0.2:5000", "10.2.0.2:5000"]);
-    let told = String::from_utf8_lossy(&told.stdout).into_owned();
-    assert!(told.contains("chain last of table late (priority 2147483647)"), "{told}");
+    wait_until("the port counts it", || {
+        r.json(&["port", "show", "lan"]).to_string().contains("firewall-behind")
+    });
+    wait_until("explain names it", || {
+        let told = r.cli(&["explain", "udp", "10.1.0.2:5000", "10.2.0.2:5000"]);
+        String::from_utf8_lossy(&told.stdout)
+            .contains("chain last of table late (priority 2147483647)")
+    });
     // It goes, and comes back: in front of ours now.
     r.run("nft delete table ip late");
     wait_until("it is offloaded", || r.installed() == BOTH);
