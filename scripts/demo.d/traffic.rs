@@ -18,6 +18,8 @@
 //! finish         end the stream                         intact BYTES | corrupt BYTES
 //! blast SECONDS  as much as goes through (TCP)          rate KB/S
 //! count          small messages                         count SENT ANSWERED
+//! spoil          every byte of FILE, so that what is sent is corrupt; once more, and it is not
+//!                                                       spoilt
 //! close          end the connection                     closed
 //! ```
 //! "intact": the server has FILE too, and every byte that it received was the one that belongs
@@ -261,6 +263,10 @@ fn client(proto: &str, address: &str, port: &str, file: &str) -> Result<()> {
             ["count"] => {
                 let c = lock(client);
                 format!("count {} {}", c.sent, c.answered)
+            }
+            ["spoil"] => {
+                lock(client).file.iter_mut().for_each(|byte| *byte ^= 0xff);
+                "spoilt".into()
             }
             ["close"] => {
                 *lock(mode) = Mode::Quiet;
