@@ -177,6 +177,18 @@ impl Queue {
         Some(command)
     }
 
+    /// Takes what waits up to the last of the offers that wait now. Those that come meanwhile stay: workers
+    /// that push cannot keep whoever takes.
+    pub(super) fn take_offers(&self, mut take: impl FnMut(Command)) {
+        let mut adds = self.pending();
+        while adds > 0
+            && let Some(command) = self.pop_waiting()
+        {
+            adds -= usize::from(matches!(command, Command::Add(..)));
+            take(command);
+        }
+    }
+
     /// So many of the commands taken have been carried out: what they change is in the port's list
     /// of held slots, or with the provider.
     pub(super) fn finished(&self, commands: usize) {

@@ -9,6 +9,7 @@ use crate::engine::conn::Moment;
 use crate::engine::datapath::{NoDatapath, SlotChange};
 use crate::engine::latency::OpKind;
 use crate::engine::port::{Held, PortCounters, Shape};
+use crate::engine::queue::{Command, Queue};
 
 /// A hasher that keeps what it is given.
 #[derive(Default)]
@@ -52,6 +53,39 @@ fn a_moment_is_the_one_it_was_made_for() {
     assert_eq!(Moment::default().ms(), None);
     assert_eq!([0, 1, 7].map(|ms| Moment::at(ms).ms()), [Some(0), Some(1), Some(7)]);
     assert_eq!(Moment::at(u64::MAX).ms(), Some(u64::MAX - 1), "the end of time is early");
+}
+
+#[test]
+fn offers_that_come_while_those_that_wait_are_taken_stay() {
+    let b = Bench::new(&[]);
+    let queue = Queue::new(16);
+    let offer = |n| {
+        assert!(queue.push_add(b.conn(n), Original, PathSpec::Resolve(PathHint::default())));
+    };
+    let retracted = |n| queue.push(Command::Retracted(ifindex(n)));
+    retracted(10);
+    offer(1);
+    retracted(11);
+    offer(2);
+    retracted(12);
+    let mut taken = Vec::new();
+    queue.take_offers(|command| {
+        // Workers go on.
+        offer(100);
+        taken.push(match command {
+            Command::Add(conn, ..) => conn.tag(),
+            Command::Retracted(netdev) => netdev.get().into(),
+            _ => 0,
+        });
+    });
+    assert_eq!(taken, [10, 1, 11, 2], "in their order, up to the last offer");
+    assert_eq!(queue.pending(), 4);
+    assert!(matches!(queue.pop(), Some(Command::Retracted(n)) if n == ifindex(12)));
+    // Where nobody offers anything nothing is taken.
+    let queue = Queue::new(16);
+    queue.push(Command::Repair);
+    queue.take_offers(|_| panic!("what waits for its turn has it"));
+    assert!(queue.pop().is_some());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Empties the port: of what leads into another port, of everything, and for good.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -132,20 +133,15 @@ impl Writer {
     /// The adds that wait are taken back: they may be offered again. What else waits among them has
     /// its turn next.
     fn cancel_waiting(&mut self) {
-        let mut adds = self.port.queue.pending();
-        while adds > 0
-            && let Some(command) = self.port.queue.pop_waiting()
-        {
-            match command {
-                Command::Add(conn, d, _) => {
-                    adds -= 1;
-                    self.done += 1;
-                    self.reset(&conn, d);
-                    self.push_rearm(conn, d);
-                }
-                other => self.deferred.push_back(other),
+        let port = Arc::clone(&self.port);
+        port.queue.take_offers(|command| match command {
+            Command::Add(conn, d, _) => {
+                self.done += 1;
+                self.reset(&conn, d);
+                self.push_rearm(conn, d);
             }
-        }
+            other => self.deferred.push_back(other),
+        });
     }
 
     /// The slot is empty, whatever it was, if it is this port's.
