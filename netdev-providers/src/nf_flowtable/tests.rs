@@ -1,11 +1,11 @@
 //! What is written, read back by a decoder that others made.
 
 use netlink_bindings::nftables::{
-    ChainAttrs, ExprOps, FlowtableAttrs, RuleAttrs, SetAttrs, TableAttrs,
+    ChainAttrs, ExprListAttrs, ExprOps, FlowtableAttrs, RuleAttrs, SetAttrs, TableAttrs,
 };
 use proptest::prelude::*;
 
-use super::key::{ConnId, Key, SetOf};
+use super::key::{ConnId, Key, SetOf, load, load_opposite};
 use super::readback::goes_on;
 use super::table::describe;
 use crate::contract::flow::{Above, Flow, FlowMatch, Forward, MacRewrite};
@@ -14,7 +14,7 @@ use crate::netlink::link::Link;
 use crate::netlink::netfilter::conntrack::{CtEntry, CtStatus, TcpState};
 use crate::netlink::netfilter::nft::*;
 use crate::netlink::socket::{Family, Socket};
-use crate::netlink::wire::MessageIter;
+use crate::netlink::wire::{AttrIter, Message, MessageIter};
 
 fn ifindex(n: u32) -> Ifindex {
     Ifindex::new(n).unwrap()
@@ -92,6 +92,114 @@ fn the_table_is_what_an_independent_decoder_reads() {
         let want = [("ports", 4), ("orig4", 32), ("reply4", 32), ("orig6", 56), ("reply6", 56)];
         assert_eq!(sets, want);
         assert_eq!(rules, 10);
+    }
+}
+
+/// Sets of one transaction have numbers of their own, and a rule names a set by both.
+#[test]
+fn rules_look_up_the_sets_that_they_name() {
+    let bytes = built(false);
+    let all: Vec<_> = MessageIter::new(&bytes).collect();
+    let mut sets = std::collections::HashMap::new();
+    for m in all.iter().filter(|m| m.ty & 0xff == NFT_MSG_NEWSET) {
+        let s = SetAttrs::new(&m.payload[4..]);
+        // The decoder leaves it in network order.
+        let id = u32::from_be(s.get_id().unwrap());
+        assert!(id != 0 && sets.insert(id, s.get_name().unwrap()).is_none(), "{id} twice");
+    }
+    let mut looked_up = Vec::new();
+    for m in all.iter().filter(|m| m.ty & 0xff == NFT_MSG_NEWRULE) {
+        let rule = RuleAttrs::new(&m.payload[4..]);
+        for e in rule.get_expressions().unwrap().get_elem() {
+            if let Ok(ExprOps::Lookup(e)) = e.get_data() {
+                // NFTA_LOOKUP_SET_ID, which the decoder takes for another.
+                let id = AttrIter::new(e.get_buf()).find_type(4).and_then(|a| a.be32()).unwrap();
+                assert_eq!(sets[&id], e.get_set().unwrap());
+                looked_up.push(e.get_set().unwrap().to_str().unwrap());
+            }
+        }
+    }
+    // Other netdevs; then, for each set: to no port, and between ports.
+    let mut wanted = vec!["ports"];
+    for (one, other) in
+        [("orig4", "reply4"), ("reply4", "orig4"), ("orig6", "reply6"), ("reply6", "orig6")]
+    {
+        wanted.extend(["ports", one, one, other]);
+    }
+    assert_eq!(looked_up, wanted);
+}
+
+/// Where a register's 4 bytes stand in a key, counted from the first.
+fn place_of(register: u32) -> usize {
+    usize::try_from(register - 8).unwrap() * 4
+}
+
+/// The registers are filled so that the packet's element is the one that was added.
+#[test]
+fn what_is_loaded_stands_where_the_key_has_it() {
+    for (ipv6, tuple) in
+        [(false, "udp 10.1.2.3:258 > 10.4.5.6:772"), (true, "udp [1:2:3::4]:258 > [5:6:7::8]:772")]
+    {
+        let key = Key::new(ifindex(7), &flow(tuple, tuple, Direction::Original));
+        let tuple: Tuple = tuple.parse().unwrap();
+        let octets = |a: std::net::IpAddr| match a {
+            std::net::IpAddr::V4(a) => a.octets().to_vec(),
+            std::net::IpAddr::V6(a) => a.octets().to_vec(),
+        };
+        let mut bytes = Vec::new();
+        let mut m = Message::new(&mut bytes, 0, 0, 0);
+        load(&mut m, ipv6);
+        m.finish();
+        let mut expected = vec![0; key.as_ref().len()];
+        for e in ExprListAttrs::new(&bytes[16..]).get_elem() {
+            let (register, value) = match e.get_data().unwrap() {
+                ExprOps::Meta(e) => {
+                    let value = match e.get_key().unwrap() {
+                        4 => 7u32.to_ne_bytes().to_vec(), // iif
+                        5 => 9u32.to_ne_bytes().to_vec(), // oif
+                        16 => vec![17],                   // l4proto
+                        other => panic!("{other}"),
+                    };
+                    (e.get_dreg().unwrap(), value)
+                }
+                ExprOps::Ct(e) => {
+                    assert_eq!(e.get_direction().unwrap(), 0);
+                    let value = match e.get_key().unwrap() {
+                        17 => 3u16.to_ne_bytes().to_vec(),          // zone
+                        11 => tuple.sport().to_be_bytes().to_vec(), // proto-src
+                        12 => tuple.dport().to_be_bytes().to_vec(), // proto-dst
+                        19 | 21 => octets(tuple.src()),
+                        20 | 22 => octets(tuple.dst()),
+                        other => panic!("{other}"),
+                    };
+                    (e.get_dreg().unwrap(), value)
+                }
+                other => panic!("{other:?}"),
+            };
+            expected[place_of(register)..][..value.len()].copy_from_slice(&value);
+        }
+        assert_eq!(key.as_ref(), expected);
+    }
+}
+
+#[test]
+fn the_opposite_element_has_the_netdevs_the_other_way_round() {
+    let mut bytes = Vec::new();
+    let mut m = Message::new(&mut bytes, 0, 0, 0);
+    load_opposite(&mut m);
+    m.finish();
+    let loaded: Vec<_> = ExprListAttrs::new(&bytes[16..])
+        .get_elem()
+        .map(|e| match e.get_data().unwrap() {
+            ExprOps::Meta(e) => (e.get_key().unwrap(), place_of(e.get_dreg().unwrap())),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(loaded, [(5, 0), (4, 4)], "oif, iif");
+    for set in SetOf::ALL {
+        let opposite = set.opposite();
+        assert_eq!((opposite.ipv6, opposite.opposite()), (set.ipv6, set));
+        assert_ne!(opposite, set);
     }
 }
 

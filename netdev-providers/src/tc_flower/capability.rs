@@ -315,6 +315,8 @@ pub(super) fn trial_flow(ifindex: Ifindex, shape: Shape) -> Flow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tc_flower::probe::Mode;
+    use nix::errno::Errno;
 
     #[test]
     fn shapes_are_named_by_what_they_match_and_do() {
@@ -335,5 +337,125 @@ mod tests {
             };
             assert_eq!(shape.family(), wanted, "{shape}");
         }
+    }
+
+    #[test]
+    fn a_trial_is_of_the_shape_that_it_is_for_and_of_no_connection() {
+        for shape in Shape::all() {
+            let flow = trial_flow(Ifindex::new(7).unwrap(), shape);
+            assert_eq!(Family::of(&flow.matches), shape.family(), "{shape}");
+            let untagged = matches!(shape.does, Does::Nothing | Does::Nat);
+            let does = if untagged { shape.does } else { Does::Nothing };
+            let mut wanted = vec![Shape { does, ..shape }];
+            wanted.extend((!untagged).then_some(shape));
+            assert_eq!(Shape::of(&flow).collect::<Vec<_>>(), wanted, "{shape}");
+            let tuple = &flow.matches.tuple;
+            assert!(tuple.src().is_unspecified() && tuple.dst().is_unspecified(), "{shape}");
+            assert_eq!((tuple.sport(), tuple.dport(), flow.forward.egress.get()), (0, 0, 7));
+        }
+    }
+
+    #[test]
+    fn shapes_are_tried_where_the_port_has_its_rules() {
+        let shape = |does| Shape { ipv6: false, proto: L4Proto::Tcp, does };
+        let all = [Does::Nothing, Does::Nat, Does::Untag, Does::Tag].map(shape);
+        let places = |found: &Found| all.map(|s| s.places(found));
+        for (mode, places_of_mode) in [
+            (Mode::Software, [true, false]),
+            (Mode::Hardware, [false, true]),
+            (Mode::Both, [true, true]),
+        ] {
+            let found = Found::everything(mode);
+            assert_eq!(places(&found), [places_of_mode; 4], "{mode:?}");
+            // The NIC's guard for tagged frames is missing.
+            let in_software = [places_of_mode[0], false];
+            let found = found.but(|f| f.tagged_in_hw = false);
+            let (a, b) = (places_of_mode, in_software);
+            assert_eq!(places(&found), [a, a, b, a], "{mode:?}");
+            let found = found.but(|f| f.vlan = Err("no".to_owned()));
+            assert_eq!(places(&found), [a, a, [false; 2], [false; 2]], "{mode:?}");
+        }
+    }
+
+    fn refused(errno: Errno, words: &str) -> Answer {
+        Some(Err(KernelError { errno, extack: Some(words.into()) }))
+    }
+
+    fn line(shape: Option<Shape>, software: Answer, hardware: Answer) -> Line {
+        Line {
+            name: shape.map_or_else(|| "a part".to_owned(), |s| s.to_string()),
+            shape,
+            software,
+            hardware,
+        }
+    }
+
+    /// What is said of a flow without NAT whose shape was answered so.
+    fn said(software: Answer, hardware: Answer) -> Option<Rejection> {
+        let shape = Shape::new(true, L4Proto::Udp, false);
+        let other = Shape::new(true, L4Proto::Udp, true);
+        let no = || refused(Errno::EINVAL, "of something else");
+        let found = Capabilities(vec![
+            line(None, no(), no()),
+            line(Some(other), no(), no()),
+            line(Some(shape), software, hardware),
+        ]);
+        found.refusal(&trial_flow(Ifindex::new(7).unwrap(), shape))
+    }
+
+    #[test]
+    fn a_shape_is_refused_when_every_place_in_which_it_was_tried_refused_it() {
+        let no = |words| refused(Errno::EOPNOTSUPP, words);
+        let yes = || Some(Ok(()));
+        for (software, hardware) in
+            [(yes(), yes()), (yes(), no("nic")), (no("tc"), yes()), (yes(), None), (None, yes())]
+        {
+            assert_eq!(said(software, hardware), None);
+        }
+        assert_eq!(said(None, None), None, "nobody was asked");
+        let told = |software, hardware| said(software, hardware).map(|r| (r.reason, r.detail));
+        let words = |w: &str| Some(Box::from(w));
+        assert_eq!(told(no("tc"), no("nic")), Some((Reason::Unsupported, words("tc"))));
+        assert_eq!(told(no("tc"), None), Some((Reason::Unsupported, words("tc"))));
+        assert_eq!(told(None, no("nic")), Some((Reason::NotInHardware, words("nic"))));
+        let einval = || refused(Errno::EINVAL, "wrong");
+        assert_eq!(told(einval(), None), Some((Reason::Refused, words("wrong"))));
+    }
+
+    #[test]
+    fn what_passes_says_nothing_about_a_shape() {
+        for errno in [Errno::ENOSPC, Errno::EBUSY, Errno::EEXIST] {
+            assert_eq!(said(None, refused(errno, "just now")), None);
+        }
+    }
+
+    #[test]
+    fn a_tag_that_cannot_be_put_on_or_taken_off_is_enough() {
+        let plain = Shape::new(false, L4Proto::Tcp, false);
+        for does in [Does::Untag, Does::Tag] {
+            let shape = Shape { does, ..plain };
+            let found = Capabilities(vec![
+                line(Some(plain), Some(Ok(())), None),
+                line(Some(shape), refused(Errno::EOPNOTSUPP, "no tags"), None),
+            ]);
+            let flow = |shape| trial_flow(Ifindex::new(7).unwrap(), shape);
+            assert_eq!(found.refusal(&flow(plain)), None);
+            assert_eq!(found.refusal(&flow(shape)).unwrap().detail, Some("no tags".into()));
+        }
+    }
+
+    #[test]
+    fn the_table_is_in_the_kernels_words() {
+        let shape = Shape::new(false, L4Proto::Udp, true);
+        let found = Capabilities(vec![
+            line(None, None, Some(Ok(()))),
+            line(Some(shape), refused(Errno::EINVAL, "no"), None),
+        ]);
+        let no = Some(Err("no (EINVAL)".to_owned()));
+        let wanted = [
+            Capability { name: "a part".into(), software: None, hardware: Some(Ok(())) },
+            Capability { name: "ipv4 udp nat".into(), software: no, hardware: None },
+        ];
+        assert_eq!(found.table(), wanted);
     }
 }

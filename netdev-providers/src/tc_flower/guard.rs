@@ -174,3 +174,24 @@ pub(super) fn flower_ttl(
 pub(super) fn is_guard(cookie: &Cookie) -> bool {
     matches!(cookie.epoch, GUARD | GUARD_AND_QDISC)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guard_is_told_from_a_flow_and_says_who_made_the_qdisc() {
+        let instance = Instance(NonZeroU32::MIN);
+        let (others, ours) = (cookie(instance, false), cookie(instance, true));
+        assert_ne!(others, ours);
+        assert_eq!(ours.epoch, GUARD_AND_QDISC);
+        for guard in [others, ours] {
+            // As it is read back.
+            assert!(is_guard(&Cookie::from_bytes(&guard.to_bytes()).unwrap()));
+        }
+        // Epochs of connections are counted from 1 on.
+        for epoch in [1, u64::MAX / 2] {
+            assert!(!is_guard(&Cookie { epoch: Epoch(epoch), ..ours }));
+        }
+    }
+}

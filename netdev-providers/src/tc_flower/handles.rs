@@ -274,6 +274,15 @@ mod tests {
         let mut handles = Handles::default();
         handles.give_back(Handle(NonZeroU32::MAX));
         assert_eq!(handles.live(), 0);
+        let cookie = |n| Cookie {
+            instance: Instance(NonZeroU32::MIN),
+            epoch: Epoch(n),
+            direction: Direction::Original,
+        };
+        let next = Handle(NonZeroU32::MIN);
+        handles.give_to(next, cookie(1));
+        assert_eq!(handles.take(LaneNumber::default()), Some(next));
+        assert!(handles.is_of(next, cookie(2)), "it was nobody's then");
     }
 
     /// 64 of them to a word, whichever way they were taken.

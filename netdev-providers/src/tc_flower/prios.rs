@@ -98,5 +98,7 @@ mod tests {
         assert_eq!(Prios::new(0), None);
         assert_eq!(Prios::new(0xfff5), None);
         assert_eq!(Prios::new(0xfff4).unwrap().next(), None);
+        let second = Prios::new(0xc100).unwrap().next().unwrap();
+        assert_eq!(second.to_string(), "49420-49431", "behind the first");
     }
 }

@@ -106,6 +106,34 @@ impl Found {
     }
 }
 
+#[cfg(test)]
+impl Found {
+    /// Of a netdev that takes everything there, in this mode.
+    pub(super) fn everything(mode: Mode) -> Self {
+        let nat = super::bpf::tests::not_loaded();
+        Self {
+            prios: Prios::new(0xc100).expect("it fits"),
+            mode,
+            no_hardware: None,
+            qdisc_kind: "clsact".to_owned(),
+            made_qdisc: true,
+            percpu_stats: true,
+            nat: Ok(Arc::new(nat)),
+            capabilities: Capabilities::default(),
+            left: Vec::new(),
+            vlan: Ok(()),
+            tagged_in_hw: mode.has_hardware(),
+            length: Ok(()),
+        }
+    }
+
+    /// The same with a difference.
+    pub(super) fn but(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+}
+
 /// Probes the netdev and prepares it.
 pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<Found, BindError> {
     let hardware_type = hook.hardware_type().map_err(|e| failed("reading the link", e))?;

@@ -134,7 +134,10 @@ fn parameters(
 
 /// What the kernel calls a program of ours: a digest of its instructions.
 pub(super) fn program_tag(fd: RawFd) -> Option<[u8; 8]> {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+    tag_in(&std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?)
+}
+
+fn tag_in(info: &str) -> Option<[u8; 8]> {
     let hex = info.lines().find_map(|l| l.strip_prefix("prog_tag:"))?.trim();
     let mut tag = [0; 8];
     for (byte, at) in tag.iter_mut().zip((0..).step_by(2)) {
@@ -164,8 +167,11 @@ pub(super) fn tuple_of(options: &AttrIter<'_>) -> Option<Tuple> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
     use crate::netlink::wire::Message;
+    use crate::tc_flower::bpf::NatPrograms;
 
     type Fill<'a> = &'a dyn Fn(&mut Message<'_>);
 
@@ -268,6 +274,78 @@ mod tests {
             None,
             "too short"
         );
+    }
+
+    /// Each kind has the struct that all begin with under a number of its own, and the times.
+    #[test]
+    fn of_every_kind_of_action_the_parameters_count_and_the_times_do_not() {
+        let kinds =
+            [("csum", 1, 2), ("pedit", 4, 1), ("mirred", 2, 1), ("gact", 2, 1), ("vlan", 2, 1)];
+        for (kind, parms, times) in kinds {
+            let with = |index: u8, verdict: u8, last: u8, time: u8| {
+                let mut b = [0; 24];
+                (b[0], b[8], b[12], b[23]) = (index, verdict, index, last);
+                rule(0, &[(kind, &|m| _ = m.attr(parms, &b).attr(times, &[time; 32]))])
+            };
+            let mine = with(0, 3, 5, 0);
+            assert!(mine.is_some(), "{kind}");
+            assert_eq!(with(7, 3, 5, 9), mine, "{kind}: what the kernel counts and chooses");
+            assert_ne!(with(0, 4, 5, 0), mine, "{kind}: another verdict");
+            assert_ne!(with(0, 3, 6, 0), mine, "{kind}: another parameter");
+            // Numbers that mean something else in the action `bpf`, and one of nobody.
+            for ty in [5, 7, 8, 9] {
+                let more = |value: u32| {
+                    rule(0, &[(kind, &|m| _ = m.attr(parms, &[0; 24]).u32(ty, value))])
+                };
+                let nested = (kind, ty) == ("pedit", TCA_PEDIT_KEYS_EX);
+                assert_eq!(more(1) == more(2), nested, "{kind}, {ty}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_tag_is_what_the_kernel_says_of_a_descriptor() {
+        let info = "pos:\t0\nprog_type:\t4\nprog_tag:\t01a0b2c3d4e5f6ff\nmemlock:\t4096\n";
+        assert_eq!(tag_in(info), Some([0x01, 0xa0, 0xb2, 0xc3, 0xd4, 0xe5, 0xf6, 0xff]));
+        assert_eq!(tag_in("prog_tag:\t01a0\n"), None, "cut short");
+        assert_eq!(tag_in("prog_tag:\tno number ...\n"), None);
+        assert_eq!(tag_in("pos:\t0\n"), None, "of no program");
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(program_tag(file.as_raw_fd()), None);
+        // Without the privilege to load them the kernel tests of the lab decide.
+        let Ok(programs) = NatPrograms::load() else { return };
+        let (before, after) = programs.pair(Family::Ipv4, L4Proto::Tcp);
+        let tags = [before, after].map(|p| program_tag(p.raw_fd()).unwrap());
+        assert!(tags[0] != tags[1] && !tags.contains(&[0; 8]), "{tags:?}");
+    }
+
+    #[test]
+    fn a_tuple_is_read_where_the_rule_matches_exactly_one() {
+        let tuple = |fill: Fill<'_>| tuple_of(&AttrIter::new(&attributes(fill)));
+        let v4 = |m: &mut Message<'_>| {
+            m.attr(TCA_FLOWER_KEY_IPV4_SRC, &[10, 0, 0, 1]);
+            m.attr(TCA_FLOWER_KEY_IPV4_DST, &[10, 0, 0, 2]);
+        };
+        let tcp = |m: &mut Message<'_>| {
+            m.u8(TCA_FLOWER_KEY_IP_PROTO, 6);
+            m.be16(TCA_FLOWER_KEY_TCP_SRC, 4000).be16(TCA_FLOWER_KEY_TCP_DST, 80);
+        };
+        let wanted = |s: &str| Some(s.parse::<Tuple>().unwrap());
+        let both = tuple(&|m| {
+            v4(m);
+            tcp(m);
+        });
+        assert_eq!(both, wanted("tcp 10.0.0.1:4000 > 10.0.0.2:80"));
+        let v6 = tuple(&|m| {
+            let (mut src, mut dst) = ([0; 16], [0; 16]);
+            (src[15], dst[15]) = (1, 2);
+            m.u8(TCA_FLOWER_KEY_IP_PROTO, 17);
+            m.attr(TCA_FLOWER_KEY_IPV6_SRC, &src).attr(TCA_FLOWER_KEY_IPV6_DST, &dst);
+            m.be16(TCA_FLOWER_KEY_UDP_SRC, 5).be16(TCA_FLOWER_KEY_UDP_DST, 6);
+        });
+        assert_eq!(v6, wanted("udp [::1]:5 > [::2]:6"));
+        assert_eq!(tuple(&v4), None, "without ports");
+        assert_eq!(tuple(&tcp), None, "without addresses");
     }
 
     #[test]

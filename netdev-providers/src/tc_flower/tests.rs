@@ -8,8 +8,8 @@ use netlink_bindings::tc;
 use netlink_bindings::tc::{ActOptionsMsg, OptionsMsg};
 use proptest::prelude::*;
 
-use super::actions::NatForm;
-use super::bpf::NatPrograms;
+use super::actions::{Action, ActionList, NatForm};
+use super::bpf::tests::not_loaded;
 use super::encode::flow_keys;
 use super::parse::Filter;
 use super::prios::{Prios, Use};
@@ -358,6 +358,7 @@ proptest! {
         }
         let (shapes, with_template) = templates.counts();
         prop_assert_eq!(shapes, with_template, "a shape that is encoded one by one");
+        prop_assert!(shapes > 0);
     }
 
     #[test]
@@ -440,8 +441,7 @@ fn run_pedit(options: AttrIter<'_>, packet: &mut [u8], l4: usize) {
 
 #[test]
 fn a_nat_rule_in_software_has_its_programs_around_the_pedit() {
-    // Without the privilege to load them there is nothing to look at: the lab's tests do.
-    let Ok(programs) = NatPrograms::load() else { return };
+    let programs = not_loaded();
     let mut flow = example();
     flow.forward.tuple = "tcp 10.0.2.1:5000 > 10.0.2.2:80".parse().unwrap();
     let (before, after) = programs.pair(Family::Ipv4, L4Proto::Tcp);
@@ -454,8 +454,59 @@ fn a_nat_rule_in_software_has_its_programs_around_the_pedit() {
     rule::add(&mut buf, 1, place(Family::Ipv4), handle(1), &flow, cookie(), form);
     let (_, attrs) = tc::OpNewtfilterDo::decode_request(only_message(&buf).payload);
     let OptionsMsg::Flower(options) = attrs.get_options().unwrap() else { unreachable!() };
-    let kinds: Vec<_> = options.get_act().unwrap().map(|a| a.get_kind().unwrap()).collect();
+    let (mut kinds, mut named) = (Vec::new(), Vec::new());
+    for action in options.get_act().unwrap() {
+        kinds.push(action.get_kind().unwrap());
+        if let Ok(ActOptionsMsg::Bpf(o)) = action.get_options() {
+            named.push((o.get_fd().unwrap().cast_signed(), o.get_name().unwrap()));
+            assert_eq!(&o.get_parms().unwrap()[8..12], &3i32.to_ne_bytes());
+        }
+    }
     assert_eq!(kinds, [c"bpf", c"pedit", c"bpf", c"csum", c"mirred"]);
+    let wanted = [(before.raw_fd(), c"nat4_tcp_before"), (after.raw_fd(), c"nat4_tcp_after")];
+    assert_eq!(named, wanted);
+}
+
+/// The actions of a message, as attributes.
+fn actions_of(buf: &[u8]) -> Vec<(u16, AttrIter<'_>)> {
+    let options = only_message(buf).attrs(20).find_type(TCA_OPTIONS).unwrap().nested();
+    let actions = options.find_type(TCA_FLOWER_ACT).unwrap().nested();
+    actions.map(|a| (a.ty, a.nested())).collect()
+}
+
+#[test]
+fn actions_are_numbered_and_count_per_processor_where_they_are_told_to() {
+    for percpu_stats in [true, false] {
+        let mut flow = example();
+        flow.forward.vlan = VlanId::new(7);
+        let form = Form { flags: 0, nat: None, percpu_stats };
+        let mut buf = Vec::new();
+        rule::add(&mut buf, 1, place(Family::Ipv4), handle(1), &flow, cookie(), form);
+        let actions = actions_of(&buf);
+        assert_eq!(actions.iter().map(|(n, _)| *n).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        for (n, action) in actions {
+            // struct nla_bitfield32: value, selector.
+            let flags = action.find_type(TCA_ACT_FLAGS).map(|a| a.payload.to_vec());
+            let none = [1u32.to_ne_bytes(), 1u32.to_ne_bytes()].concat();
+            assert_eq!(flags, (!percpu_stats).then_some(none), "action {n}");
+        }
+    }
+}
+
+#[test]
+fn an_action_alone_is_of_the_kind_that_it_is_called_by_and_so_is_its_module() {
+    for action in [Action::Vlan, Action::Police].into_iter().chain(Action::ALL) {
+        let mut buf = Vec::new();
+        let at = place(Family::Ipv4);
+        rule::add_with(&mut buf, 1, at, handle(1), &example().matches, 0, |m| {
+            ActionList::new(m, true).one(&example(), action, &cookie().to_bytes());
+        });
+        let [(1, one)] = &actions_of(&buf)[..] else { panic!("{action:?}") };
+        let kind = one.find_type(TCA_ACT_KIND).unwrap().str().unwrap();
+        assert_eq!(kind, action.kind());
+        let option = kind.to_uppercase();
+        assert_eq!(action.module(), format!("act_{kind}: CONFIG_NET_ACT_{option}"));
+    }
 }
 
 #[test]

@@ -41,7 +41,7 @@ pub(super) const TC_ACT_PIPE: i32 = 3;
 pub(super) const TC_ACT_STOLEN: i32 = 4;
 
 // linux/pkt_cls.h: flags of a rule
-pub(super) const TCA_CLS_FLAGS_SKIP_HW: u32 = 1 << 0;
+pub(super) const TCA_CLS_FLAGS_SKIP_HW: u32 = 1;
 pub(super) const TCA_CLS_FLAGS_SKIP_SW: u32 = 1 << 1;
 pub(super) const TCA_CLS_FLAGS_IN_HW: u32 = 1 << 2;
 pub(super) const TCA_CLS_FLAGS_NOT_IN_HW: u32 = 1 << 3;
@@ -252,6 +252,18 @@ impl TcMsg {
 mod tests {
     use super::*;
     use crate::netlink::wire::{Message, MessageIter};
+
+    #[test]
+    fn flags_of_a_rule_have_the_kernels_numbers() {
+        assert_eq!([TCA_CLS_FLAGS_SKIP_HW, TCA_CLS_FLAGS_SKIP_SW], [1, 2]);
+        assert_eq!([TCA_CLS_FLAGS_IN_HW, TCA_CLS_FLAGS_NOT_IN_HW], [4, 8]);
+        assert_eq!(TCA_CLS_FLAGS_VERBOSE, 16);
+    }
+
+    #[test]
+    fn families_are_numbered_as_they_are_listed() {
+        assert_eq!(Family::ALL.map(Family::index), [0, 1, 2, 3]);
+    }
 
     #[test]
     fn a_tcmsg_reads_back_what_it_writes() {

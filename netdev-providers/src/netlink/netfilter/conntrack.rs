@@ -545,6 +545,8 @@ mod tests {
             .unwrap()
             .helper
         );
+        let labelled = parsed(&t, &t.inverted(), |m| _ = m.attr(CTA_LABELS, &[0; 16])).unwrap();
+        assert!(labelled.labels_changed && !bare.labels_changed);
         let mut buf = Vec::new();
         about(&mut buf, IPCTNL_MSG_CT_NEW, 0, 1, Zone(0), &t).finish();
         let m = MessageIter::new(&buf).next().unwrap();

@@ -46,6 +46,14 @@ fn requests_about_rules_are_those_of_the_generated_encoder() {
         }
         same(
             RTM_DELTFILTER,
+            REQUEST,
+            |buf| rule::delete(buf, 9, at, handle(5)),
+            |buf| {
+                tc::OpDeltfilterDo::encode_request(buf, &header(at, 5)).push_kind(c"flower");
+            },
+        );
+        same(
+            RTM_DELTFILTER,
             REQUEST | ACK,
             |buf| rule::delete_all(buf, 9, at),
             |buf| drop(tc::OpDeltfilterDo::encode_request(buf, &header(at, 0))),
@@ -132,4 +140,24 @@ fn the_generated_decoder_understands_the_guards() {
             assert!(is_pass(o.get_act().unwrap()));
         }
     }
+}
+
+#[test]
+fn the_last_message_of_a_batch_asks_for_an_answer() {
+    let at = place(Family::Ipv4);
+    let mut buf = Vec::new();
+    rule::delete(&mut buf, 1, at, handle(1));
+    let second = buf.len();
+    rule::delete(&mut buf, 2, at, handle(2));
+    let flags = |buf: &[u8]| MessageIter::new(buf).map(|m| m.flags).collect::<Vec<_>>();
+    let before = buf.clone();
+    // What asks already goes on asking.
+    for _ in 0..2 {
+        rule::ask_for_ack(&mut buf, second);
+        assert_eq!(flags(&buf), [1, 5]);
+    }
+    buf[second + 6..second + 8].copy_from_slice(&before[second + 6..second + 8]);
+    assert_eq!(buf, before, "nothing else has changed");
+    rule::ask_for_ack(&mut buf, second + 1000);
+    assert_eq!(buf, before, "there is no message");
 }

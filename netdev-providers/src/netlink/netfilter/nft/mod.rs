@@ -175,3 +175,6 @@ pub fn get_of(
     m.finish();
     buf
 }
+
+#[cfg(test)]
+mod tests;
