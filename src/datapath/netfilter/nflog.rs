@@ -454,6 +454,107 @@ mod tests {
         assert!(!read(&unhex(&WITH_CT[..0]), &mut expected).1);
     }
 
+    /// A log with these attributes behind its packet header, which says this ethertype.
+    fn log(family: u8, ethertype: [u8; 2], fill: impl FnOnce(&mut Message<'_>)) -> Sight {
+        let mut bytes = Vec::new();
+        let mut m = Message::new(&mut bytes, msg_type(SUBSYS_ULOG, NFULNL_MSG_PACKET), 0, 0);
+        m.raw(&nfgenmsg(family, 1));
+        m.attr(NFULA_PACKET_HDR, &[ethertype[0], ethertype[1], 2, 0]);
+        m.be32(NFULA_IFINDEX_INDEV, 3).be32(NFULA_IFINDEX_OUTDEV, 4);
+        fill(&mut m);
+        m.finish();
+        read(&bytes, &mut None).0.remove(0)
+    }
+
+    const IPV4: [u8; 2] = [0x08, 0x00];
+    const IPV6: [u8; 2] = [0x86, 0xdd];
+
+    #[test]
+    fn a_log_says_all_of_its_packet() {
+        let header = *b"receivsender08+vid";
+        let fill = |m: &mut Message<'_>| {
+            // Priority 5, VLAN 100; the protocol stands before.
+            m.nested(NFULA_VLAN, |m| _ = m.be16(1, 0x8100).be16(NFULA_VLAN_TCI, 5 << 13 | 100));
+            m.be32(NFULA_MARK, 0x0102_0304).attr(NFULA_PAYLOAD, &[9; 5]);
+            m.be32(NFULA_IFINDEX_PHYSINDEV, 5).be32(NFULA_IFINDEX_PHYSOUTDEV, 6);
+            m.attr(NFULA_HWHEADER, &header).attr(NFULA_L2HDR, &[7; 14]);
+        };
+        let stack = log(AF_INET, IPV4, fill);
+        assert_eq!((stack.hook, stack.vlan, stack.mark), (Hook::Inet, Some(100), 0x0102_0304));
+        assert_eq!(&*stack.packet, [9; 5]);
+        // The netdevs that route; the header in the length of those of the egress.
+        assert_eq!((stack.in_dev.get(), stack.out_dev.map(Ifindex::get)), (3, Some(4)));
+        assert_eq!(stack.hw_header, header.first_chunk().copied());
+
+        // The ports, and the frame's own header.
+        let bridge = log(NFPROTO_BRIDGE, IPV4, fill);
+        assert_eq!((bridge.hook, bridge.vlan), (Hook::Bridge, Some(100)));
+        assert_eq!((bridge.in_dev.get(), bridge.out_dev.map(Ifindex::get)), (5, Some(6)));
+        assert_eq!(bridge.hw_header, Some([7; 14]));
+
+        // A kernel without br_netfilter has the ports in the place of the bridge. What is told of the
+        // egress netdev's headers is not the frame's.
+        let bare = log(NFPROTO_BRIDGE, IPV4, |m| _ = m.attr(NFULA_HWHEADER, &header));
+        assert_eq!((bare.in_dev.get(), bare.out_dev.map(Ifindex::get)), (3, Some(4)));
+        assert_eq!((bare.vlan, bare.hw_header, bare.mark), (None, None, 0));
+    }
+
+    #[test]
+    fn from_the_third_state_on_a_packet_is_a_reply() {
+        let direction = |info| log(AF_INET, IPV4, |m| _ = m.be32(NFULA_CT_INFO, info)).direction;
+        // Established, related, new; the same of replies.
+        assert_eq!([0, 1, 2].map(direction), [Some(Direction::Original); 3]);
+        assert_eq!([3, 4, 5].map(direction), [Some(Direction::Reply); 3]);
+        assert_eq!(log(AF_INET, IPV4, |_| {}).direction, None);
+    }
+
+    /// The connection is of the family of the message; of a bridge's, of that of the frame.
+    #[test]
+    fn a_frame_says_of_which_family_its_connection_is() {
+        let connection = |family, ethertype, tuple: &str| {
+            let original: Tuple = tuple.parse().unwrap();
+            let mut entry = Vec::new();
+            let mut m = netdev_providers::netlink::netfilter::conntrack::about(
+                &mut entry,
+                0,
+                0,
+                0,
+                Zone(0),
+                &original,
+            );
+            m.be32(3, 0);
+            m.finish();
+            // The reply is the original once more, under its own number.
+            let mut told = entry[20..].to_vec();
+            let len = usize::from(u16::from_ne_bytes([told[0], told[1]]));
+            let mut reply = told[..len].to_vec();
+            reply[2] = 2;
+            told.extend_from_slice(&reply);
+            let sight = log(family, ethertype, |m| _ = m.attr(NFULA_CT, &told));
+            sight.ct.map(|ct| ct.original == original)
+        };
+        let (v4, v6) = ("udp 10.0.0.1:1 > 10.0.0.2:2", "udp [::1]:1 > [::2]:2");
+        assert_eq!(connection(NFPROTO_BRIDGE, IPV4, v4), Some(true));
+        assert_eq!(connection(NFPROTO_BRIDGE, IPV6, v6), Some(true));
+        assert_eq!(connection(NFPROTO_BRIDGE, IPV4, v6), None);
+        assert_eq!(connection(AF_INET, IPV6, v4), Some(true), "whatever the header says");
+        assert_eq!(connection(AF_INET6, IPV4, v6), Some(true));
+    }
+
+    #[test]
+    fn only_a_packet_with_a_plain_header_has_a_tuple() {
+        let with = |change: &dyn Fn(&mut [u8])| {
+            let mut sight = read(&unhex(WITH_CT), &mut None).0.remove(0);
+            change(&mut sight.packet);
+            sight.leaving_tuple()
+        };
+        assert!(with(&|_| {}).is_some());
+        // TCP, were it an IPv6 header.
+        assert_eq!(with(&|p| (p[0], p[6]) = (0x46, 6)), None, "with options");
+        assert_eq!(with(&|p| (p[0], p[6]) = (0x55, 6)), None, "of no IP version");
+        assert_eq!(with(&|p| p[9] = 1), None, "ICMP");
+    }
+
     proptest! {
         #[test]
         fn no_bytes_make_the_reader_panic(b in proptest::collection::vec(any::<u8>(), 0..400)) {

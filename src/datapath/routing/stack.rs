@@ -443,4 +443,21 @@ pub(super) mod tests {
         links.set(enslaved);
         assert_eq!(found(&links, &fdb, 1, any).2, "n1 is enslaved to n2");
     }
+
+    #[test]
+    fn only_a_real_netdev_can_be_a_port() {
+        let links = links([link(1, Layer::Real)]);
+        let why = |layer| not_a_port(&links, &link(9, layer));
+        assert_eq!(why(Layer::Real), None);
+        let said = |layer, words: &str| {
+            let why = why(layer).unwrap();
+            assert!(why.starts_with("n9 is a ") && why.contains(words), "{why}");
+        };
+        said(vlan(1, 10), "offloaded on n1");
+        let elsewhere = Layer::Vlan { lower: None, id: 10, dot1q: true, qos: false };
+        said(elsewhere, "offloaded on another namespace");
+        said(BRIDGE, "offloaded on the ports that they arrive on");
+        said(Layer::ActiveBackup { active: None }, "offloaded on its ports");
+        said(Layer::Other { kind: "vxlan".into(), lower: None }, "vxlan");
+    }
 }

@@ -1,5 +1,5 @@
-use netdev_providers::netlink::wire::MessageIter;
-use netlink_bindings::nftables::{ChainAttrs, RuleAttrs, SetAttrs, TableAttrs};
+use netdev_providers::netlink::wire::{AttrIter, MessageIter};
+use netlink_bindings::nftables::{ChainAttrs, ExprOps, RuleAttrs, SetAttrs, TableAttrs};
 use proptest::prelude::*;
 
 use super::*;
@@ -31,28 +31,42 @@ fn built(config: &LedgerConfig) -> Vec<u8> {
 }
 
 fn built_in(hook: Hook, config: &LedgerConfig) -> Vec<u8> {
+    described(&[hook], config, true)
+}
+
+fn described(hooks: &[Hook], config: &LedgerConfig, with_xfrm: bool) -> Vec<u8> {
     let mut socket = Socket::open(Family::Netfilter).unwrap();
     let mut t = Transaction::new(&mut socket);
-    describe(&mut t, config, hook, true);
+    for hook in hooks {
+        describe(&mut t, config, *hook, with_xfrm);
+    }
     t.bytes().to_vec()
 }
 
 #[test]
 fn the_table_is_what_an_independent_decoder_reads() {
-    // In a bridge without the two on IPsec.
-    for (hook, family, rules) in [(Hook::Inet, 1, 10), (Hook::Bridge, 7, 8)] {
-        is_read(hook, family, rules);
+    // In a bridge, and in a kernel without IPsec, without the two on that.
+    for (hook, family, with_xfrm, rules) in [
+        (Hook::Inet, 1, true, 10),
+        (Hook::Inet, 1, false, 8),
+        (Hook::Bridge, 7, true, 8),
+        (Hook::Bridge, 7, false, 8),
+    ] {
+        is_read(hook, family, with_xfrm, rules);
     }
 }
 
-fn is_read(hook: Hook, family: u8, want_rules: usize) {
+fn is_read(hook: Hook, family: u8, with_xfrm: bool, want_rules: usize) {
     let config = LedgerConfig { size: 1000, min_bytes: u64::MAX, ..LedgerConfig::default() };
-    let bytes = built_in(hook, &config);
+    let bytes = described(&[hook], &config, with_xfrm);
     let mut rules = 0;
     for m in MessageIter::new(&bytes) {
         let attrs = m.payload.get(4..).unwrap();
         if m.ty != NFNL_MSG_BATCH_BEGIN {
             assert_eq!(m.payload[0], family);
+            // Made anew, but for the rules, which are appended.
+            let made = if m.ty & 0xff == NFT_MSG_NEWRULE { 0xc01 } else { 0x601 };
+            assert_eq!(m.flags, made);
         }
         match m.ty & 0xff {
             NFT_MSG_NEWTABLE => {
@@ -63,7 +77,7 @@ fn is_read(hook: Hook, family: u8, want_rules: usize) {
             NFT_MSG_NEWCHAIN => {
                 let c = ChainAttrs::new(attrs);
                 let ipsec = c.get_name().unwrap() == c"from-ipsec";
-                assert!(ipsec || c.get_name().unwrap() == c"sight");
+                assert!(ipsec && with_xfrm || c.get_name().unwrap() == c"sight");
                 assert_eq!(c.get_type().unwrap(), c"filter");
                 assert_eq!(c.get_policy().unwrap(), 1);
                 let at = c.get_hook().unwrap();
@@ -96,8 +110,6 @@ fn is_read(hook: Hook, family: u8, want_rules: usize) {
     assert_eq!(rules, want_rules);
 }
 
-/// Their beginnings, byte for byte what `nft` 1.0.6 sends for `meta protocol ip`, `meta protocol ip6`
-/// and `meta pkttype != other` in family `bridge`.
 /// `nft list` shows keys by the type that the set says it has: three of its numbers, six bits each.
 #[test]
 fn the_type_of_a_sights_key_is_netdev_number_and_direction() {
@@ -108,6 +120,74 @@ fn the_type_of_a_sights_key_is_netdev_number_and_direction() {
         .collect();
     // iface_index 20, integer 4, ct_dir 27; the other set is one of netdevs.
     assert_eq!(types, [20, 20 << 12 | 4 << 6 | 27]);
+}
+
+/// One transaction makes the sets of both tables: each has a number of its own.
+#[test]
+fn sets_of_both_tables_have_numbers_of_their_own() {
+    let bytes = described(&Hook::BOTH, &LedgerConfig::default(), true);
+    let sets: Vec<_> = MessageIter::new(&bytes)
+        .filter(|m| m.ty & 0xff == NFT_MSG_NEWSET)
+        .map(|m| {
+            let s = SetAttrs::new(&m.payload[4..]);
+            // The decoder leaves it in network order.
+            (m.payload[0], s.get_name().unwrap().to_owned(), u32::from_be(s.get_id().unwrap()))
+        })
+        .collect();
+    let numbers: std::collections::HashSet<_> = sets.iter().map(|(_, _, id)| *id).collect();
+    assert_eq!((sets.len(), numbers.len(), numbers.contains(&0)), (4, 4, false));
+    for m in MessageIter::new(&bytes).filter(|m| m.ty & 0xff == NFT_MSG_NEWRULE) {
+        for e in RuleAttrs::new(&m.payload[4..]).get_expressions().unwrap().get_elem() {
+            if let Ok(ExprOps::Lookup(e)) = e.get_data() {
+                // NFTA_LOOKUP_SET_ID, which the decoder takes for another.
+                let id = AttrIter::new(e.get_buf()).find_type(4).and_then(|a| a.be32()).unwrap();
+                let set = (m.payload[0], e.get_set().unwrap().to_owned(), id);
+                assert!(sets.contains(&set), "{set:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bridges_have_a_table_where_it_was_asked_for() {
+    let hooks = |bridged| {
+        let config = LedgerConfig { bridged, ..LedgerConfig::default() };
+        config.hooks().map(|h| h.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(hooks(false), ["inet"]);
+    assert_eq!(hooks(true), ["inet", "bridge"]);
+}
+
+/// `ct status`, for what cannot be offloaded, for TCP, for UDP.
+#[test]
+fn udp_without_a_reply_is_sighted_if_asked_for() {
+    let tests_of_status = |one_way_udp| {
+        let bytes = built(&LedgerConfig { one_way_udp, ..LedgerConfig::default() });
+        let mut tests = 0;
+        for m in MessageIter::new(&bytes).filter(|m| m.ty & 0xff == NFT_MSG_NEWRULE) {
+            for e in RuleAttrs::new(&m.payload[4..]).get_expressions().unwrap().get_elem() {
+                let Ok(ExprOps::Ct(e)) = e.get_data() else { continue };
+                tests += u32::from(e.get_key().unwrap() == 2);
+            }
+        }
+        tests
+    };
+    assert_eq!((tests_of_status(false), tests_of_status(true)), (3, 2));
+}
+
+/// Only then is the installation tried again when modules have come.
+#[test]
+fn what_is_absent_may_come_and_what_was_refused_is_refused() {
+    let lacks = |errno| LedgerError::Unsupported {
+        what: "a part",
+        needs: NEEDS_NFT,
+        source: KernelError { errno, extack: None },
+    };
+    assert!(lacks(Errno::ENOENT).is_of_something_absent());
+    assert!(!lacks(Errno::EOPNOTSUPP).is_of_something_absent());
+    let source = KernelError { errno: Errno::ENOENT, extack: None };
+    assert!(!LedgerError::Refused { what: "a part", source }.is_of_something_absent());
+    assert!(!LedgerError::NotPermitted.is_of_something_absent());
 }
 
 #[test]
@@ -126,6 +206,8 @@ fn what_cannot_be_offloaded_is_told_by_its_status_and_what_is_already_if_asked_f
     }
 }
 
+/// Their beginnings, byte for byte what `nft` 1.0.6 sends for `meta protocol ip`, `meta protocol ip6`
+/// and `meta pkttype != other` in family `bridge`.
 #[test]
 fn the_tests_of_a_frame_are_the_bytes_of_nft() {
     let meta = |key: &str| {
