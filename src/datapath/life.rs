@@ -12,6 +12,8 @@
 //! - A RST that conntrack saw and did not believe leaves the state and 10 seconds (`nf_conntrack_tcp_packet`:
 //!   `timeouts[TCP_CONNTRACK_CLOSE]`). Rules go then: if the connection lives, its packets set that right
 //!   and it is offloaded again; if not, the entry goes as that of a closed one.
+//! - While the kernel's flowtable has a connection it keeps the timeout up itself, and tells neither that
+//!   nor the state; where the connection leaves it, its packets are conntrack's again.
 //! - What is silent goes back into software before its entry ends: a late packet then prolongs it as it
 //!   would without us, and no rule outlives its entry.
 //! - conntrack is asked again after each write: a FIN between the question and the write would leave a
@@ -52,6 +54,8 @@ pub(super) struct Seen {
     pub fixed: bool,
     /// conntrack compares a RST with what it has seen acknowledged.
     pub acked: bool,
+    /// The kernel's flowtable has it.
+    pub kept: bool,
 }
 
 impl Seen {
@@ -64,6 +68,7 @@ impl Seen {
             assurable: status.seen_reply() && !status.nat_clash(),
             fixed: status.fixed_timeout(),
             acked: entry.tcp_maxack != [false; 2],
+            kept: status.offload(),
         }
     }
 }
@@ -219,6 +224,11 @@ impl Life {
         let becomes = self.proto == L4Proto::Udp && !seen.assured && seen.assurable;
         let assure = becomes && after(ms(times.pause));
         let timeout = self.timeout_of(seen.assured || (becomes && after(0)), timeouts);
+        if seen.kept {
+            self.looked = None;
+            self.due_ms = now_ms.saturating_add(LOOK_MS.min(ms(timeout / 2)));
+            return Verdict::Keep(assure.then_some(Write { assure, ..Write::default() }));
+        }
         let not_believed = seen.tcp == Some(TcpState::Established)
             && seen.left <= timeouts.tcp_close
             && timeout > timeouts.tcp_close * 2;

@@ -27,7 +27,13 @@ fn tcp(left: u64) -> Seen {
         assurable: true,
         fixed: false,
         acked: false,
+        kept: false,
     }
+}
+
+/// The kernel tells neither timeout nor state of what its flowtable has.
+fn kept() -> Seen {
+    Seen { tcp: None, kept: true, ..tcp(0) }
 }
 
 fn udp(left: u64) -> Seen {
@@ -63,6 +69,27 @@ fn what_is_open_and_used_gets_the_timeout_of_its_state_when_half_is_gone() {
     assert_eq!(look(&mut policy.clone(), tcp(300), Some(1000), 1000), timeout(500_000));
     assert_eq!(
         look(&mut policy.clone(), Seen { fixed: true, ..tcp(300) }, Some(1000), 1000),
+        Verdict::Keep(None)
+    );
+}
+
+#[test]
+fn what_the_kernels_flowtable_has_is_left_to_it_also_when_it_is_silent() {
+    let mut l = life(L4Proto::Tcp, None);
+    for now_ms in (1000..600_000).step_by(5000) {
+        assert_eq!(look(&mut l, kept(), Some(1000), now_ms), Verdict::Keep(None));
+        assert!((now_ms + 5000..=now_ms + 60_000).contains(&l.due_ms()));
+        assert_eq!(l.step(Some(1000), true, at(now_ms + 60_000)), Step::Look);
+    }
+    // When it has left it, conntrack's word counts again.
+    assert_eq!(look(&mut l, tcp(9), Some(1000), 601_000), Verdict::TakeBack);
+    // A stream is assured all the same: nothing else lets conntrack see that it is one.
+    let mut l = life(L4Proto::Udp, None);
+    let assured = Verdict::Keep(Some(Write { assure: true, ..Write::default() }));
+    let stream = Seen { assured: false, ..kept() };
+    assert_eq!(look(&mut l, stream, Some(8000), 9000), assured);
+    assert_eq!(
+        look(&mut l, Seen { assured: true, ..stream }, Some(8000), 99_000),
         Verdict::Keep(None)
     );
 }
@@ -251,6 +278,7 @@ impl Model {
             assurable: true,
             fixed: false,
             acked: self.acked,
+            kept: false,
         })
     }
 
