@@ -160,7 +160,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::NeighbourUnresolved => "check `ip neigh show` for the next hop: does it answer?",
         Reason::IpsecPolicy => "see `ip xfrm policy`",
         Reason::NoRoute => "check `ip route get` for the destination",
-        Reason::EgressUnsupported => "see `ip -d link show` of the egress netdev",
+        Reason::EgressUnsupported => {
+            "see `ip -d link show` of the egress netdev; nf-flowtable may want it as a port of its own too"
+        }
         Reason::MtuMismatch => {
             "make the egress MTU at least as large as the ingress MTU; in software: load act_police"
         }

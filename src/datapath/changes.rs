@@ -310,6 +310,7 @@ impl Changes {
         }
         let renamed = old.as_ref().is_none_or(|o| o.name != link.name);
         if renamed && self.synced.is_none() {
+            self.engine.put_in_order(ifindex);
             self.attach(&link);
         }
     }
@@ -511,24 +512,25 @@ impl Changes {
                 let now = answers
                     .entry((slot.netdev.ifindex, iif, source, leaving.dst(), mark))
                     .or_insert_with(|| self.path_now(&conn, slot, iif, mark));
-                if let Some(refused) = refused {
+                if let Some(refused) = refused
+                    && now.as_ref().err() != Some(&refused)
+                {
                     // What it was refused for may have gone: its next packet is told.
-                    if now.as_ref().err() != Some(&refused) {
-                        again += 1;
-                        self.retract(&conn, slot);
-                    }
-                    continue;
+                    again += 1;
+                    self.retract(&conn, slot);
                 }
-                // None: it is resolved after this, or is being taken back.
+                // None: it is resolved after this, or is being taken back, or has none.
                 let Some(path) = slot.path else { continue };
-                let same = now.is_ok_and(|n| {
-                    (n.egress, n.oif, n.next_hop, n.dst_mac, n.answer)
-                        == (path.egress, path.oif, path.next_hop, path.dst_mac, path.answer)
-                });
-                if same {
-                    continue;
+                if refused.is_none() {
+                    let same = now.is_ok_and(|n| {
+                        (n.egress, n.oif, n.next_hop, n.dst_mac, n.answer)
+                            == (path.egress, path.oif, path.next_hop, path.dst_mac, path.answer)
+                    });
+                    if same {
+                        continue;
+                    }
+                    rules += u32::from(self.retract(&conn, slot));
                 }
-                rules += u32::from(self.retract(&conn, slot));
                 if now.is_ok_and(|n| (n.egress, n.oif) == (path.egress, path.oif)) {
                     continue;
                 }

@@ -86,7 +86,18 @@ impl Engine {
             "port added"
         );
         self.0.publication.publish(table.with(port));
+        for other in table.iter().filter(|p| p.binding.is_some() && p.may_lead_to(new.ifindex)) {
+            other.queue.push(Command::Joined(new.ifindex));
+        }
         Ok(generation)
+    }
+
+    /// Something about the netdev has changed that its provider may have to follow (its name, say).
+    pub fn put_in_order(&self, ifindex: Ifindex) {
+        let table = self.0.publication.table();
+        if let Some(port) = table.get(ifindex).filter(|p| p.binding.is_some()) {
+            port.queue.push(Command::Repair);
+        }
     }
 
     /// Removes what engines that died have left on a netdev that is not a port. Blocks.

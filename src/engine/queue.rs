@@ -37,6 +37,8 @@ pub(super) enum Command {
     Reconcile(Option<Sender<Reconciled>>),
     /// The adds that were queued before a [`Retract`](Self::Retract) of this netdev are through.
     Retracted(Ifindex),
+    /// This netdev has become a port: what was refused because of it may be offered again.
+    Joined(Ifindex),
     /// Answers when everything queued before has been carried out: for tests, since nobody else
     /// waits for adds.
     #[cfg(test)]
@@ -67,7 +69,8 @@ impl Command {
             | Self::Rejected(..)
             | Self::Repair
             | Self::Reconcile(_)
-            | Self::Retracted(_) => false,
+            | Self::Retracted(_)
+            | Self::Joined(_) => false,
             #[cfg(test)]
             Self::Barrier(_) => false,
         }

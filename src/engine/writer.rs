@@ -150,6 +150,10 @@ impl Writer {
             Command::Rejected(conn, d) => self.arm_retry(conn, d),
             Command::Rearm(conn, d) => self.push_rearm(conn, d),
             Command::Retracted(egress) => self.count_retraction(egress, -1),
+            Command::Joined(netdev) => {
+                self.submit(staged);
+                self.reconsider(netdev, staged);
+            }
             Command::Stop(answer) => return Some(answer),
             Command::Flush(answer) => {
                 let flushed = self.flush(staged);

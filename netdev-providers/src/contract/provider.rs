@@ -155,8 +155,8 @@ pub trait Provider: Send + Sync {
     /// should need few round trips for it. Ownership of the operations passes to the provider,
     /// which may complete them before it returns or later.
     ///
-    /// An **empty** batch follows on a [`usage`](Self::usage) that failed: an occasion to put in
-    /// order what was found broken.
+    /// An **empty** batch follows on a [`usage`](Self::usage) that failed, and on a change of the netdev's
+    /// name: an occasion to put in order what was found broken.
     fn submit(&self, batch: Vec<Operation>);
 
     /// Reads what stands on the netdev beside this provider's own rules. The first half of a

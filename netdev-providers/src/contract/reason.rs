@@ -69,7 +69,7 @@ reasons! {
     NoRoute = 7, "no-route", Transient;
     /// The packets are for this host itself, or are broadcast or multicast, or forwarding is switched off for the netdev that they arrive on.
     NotForwarded = 8, "not-forwarded", Transient;
-    /// The egress netdev is not one that packets can be redirected to (no Ethernet, a tunnel, two VLAN tags, a bridge that filters VLANs).
+    /// The egress netdev is not one that packets can be redirected to (no Ethernet, a tunnel, two VLAN tags, a bridge that filters VLANs; for nf-flowtable on Linux from 7.2 on: one that is no port of it).
     EgressUnsupported = 9, "egress-unsupported", Permanent;
     /// The egress MTU is below the ingress MTU, and a packet too long cannot be told apart here.
     MtuMismatch = 10, "mtu-mismatch", Permanent;

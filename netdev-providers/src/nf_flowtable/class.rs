@@ -66,6 +66,8 @@ pub(super) struct State {
     pub(super) selected: HashMap<ConnId, u32>,
     /// Accounting was off, and we switched it on.
     switched_on: bool,
+    /// The kernel makes entries of which one netdev alone is in the flowtable.
+    pub(super) alone: bool,
 }
 
 impl NfFlowtableClass {
@@ -132,6 +134,7 @@ impl Shared {
             })?;
             *readback = Some(Readback::open()?);
             state.table = Some(table);
+            state.alone = makes_entries_of_one_netdev();
             state.switched_on = self.config.accounting && switch_accounting_on();
             return Ok(());
         };
@@ -172,6 +175,25 @@ impl Shared {
         *self.readback.lock().unwrap_or_else(PoisonError::into_inner) = None;
         table.remove().map_err(fault)
     }
+}
+
+/// From 7.2 on, Linux makes an entry only where it finds both netdevs of a connection in the flowtable
+/// (`nft_dev_forward_path` gives up instead of going by the route). Nothing in its interface tells which of
+/// the two it does. A kernel that does not say what it is counts as an older one: the worst is an element
+/// that selects in vain.
+fn makes_entries_of_one_netdev() -> bool {
+    release().is_none_or(|release| release < (7, 2))
+}
+
+/// The kernel's version, without its last part.
+fn release() -> Option<(u32, u32)> {
+    version_of(&std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+}
+
+fn version_of(release: &str) -> Option<(u32, u32)> {
+    let (major, rest) = release.split_once('.')?;
+    let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// True when it was off.
@@ -248,6 +270,26 @@ mod tests {
             let config = NfFlowtableConfig { table: table.to_owned(), ..Default::default() };
             assert!(NfFlowtableClass::new(config).init().is_err());
         }
+    }
+
+    #[test]
+    fn a_kernel_is_known_by_what_it_calls_itself() {
+        for (release, version) in [
+            ("6.1.0-41-amd64\n", (6, 1)),
+            ("6.12.57+deb13-amd64\n", (6, 12)),
+            ("7.3.4+deb13-amd64\n", (7, 3)),
+            ("7.2-rc1\n", (7, 2)),
+            ("10.0\n", (10, 0)),
+        ] {
+            assert_eq!(version_of(release), Some(version), "{release}");
+        }
+        for nonsense in ["", "7", "7.", "seven.3", "7.x"] {
+            assert_eq!(version_of(nonsense), None, "{nonsense}");
+        }
+        assert!(
+            (7, 1) < (7, 2) && (6, 18) < (7, 2) && (10, 0) > (7, 2),
+            "as versions, not as text"
+        );
     }
 
     #[test]

@@ -32,6 +32,12 @@
 //! * a port B of this class makes the entry once B has its element for the other direction too, and
 //!   leads back to A. Until then both stay on the slow path.
 //!
+//! **From Linux 7.2 on** the kernel makes an entry only where both netdevs are in the flowtable
+//! (`nft_dev_forward_path`). To put the other one in would offload what it has not seen, on a netdev of
+//! another provider. So the first of the two is refused there
+//! ([`EgressUnsupported`](crate::contract::reason::Reason::EgressUnsupported)), and offered again when that
+//! netdev becomes a port of this class. The kernel is told by its version, since nothing else tells.
+//!
 //! The element names the egress, so an entry is never made for a path that no port has sighted. Where
 //! the two directions take different netdevs of this class the rule holds for neither, and the
 //! connection stays on the slow path: the kernel's entry would bend one direction to the other's path.
@@ -44,8 +50,8 @@
 //! bridge which has ports of this class and others, to one of the others.
 //!
 //! # How a deletion takes effect
-//! The kernel lets nobody delete an entry. It ends by itself when its connection ends (FIN, RST, or an
-//! entry of conntrack that dies), when its route is replaced, when a netdev of it goes down, or after
+//! The kernel lets nobody delete an entry. It ends by itself when its connection ends (FIN or RST before
+//! 6.14, or an entry of conntrack that dies), when its route is replaced, when a netdev of it goes down, or after
 //! `nf_flowtable_tcp_timeout` or `_udp_timeout` (30 s) without a packet. A delete removes the element,
 //! and then looks (`IPS_OFFLOAD`) whether the entry has ended. If it has not, and the connection is not
 //! closing anyway, the flowtable is **renewed**: one transaction puts a new one in the place of the
@@ -63,8 +69,14 @@
 //! While an entry lives the kernel keeps the timeouts of conntrack up by itself.
 //!
 //! # What to know
-//! * **Packets too long** for the path, fragments, options, TTL 1, FIN and RST take the slow path: told
-//!   apart by the kernel, so no MTU is refused.
+//! * **FIN and RST** take the slow path before Linux 6.14, and end the entry. From then on they go through
+//!   the flowtable, and conntrack hears nothing of them: the entry ends after its timeout without a packet,
+//!   conntrack then has the connection as closed (`nf_conntrack_tcp_timeout_close`, 10 s), and its element
+//!   goes with it.
+//! * **Names.** From 6.16 on a flowtable is about the names of netdevs: one that is renamed leaves it. The
+//!   flowtable is renewed when that is found, at the latest by the next sweep.
+//! * **Packets too long** for the path, fragments, options and TTL 1 take the slow path: told apart by the
+//!   kernel, so no MTU is refused.
 //! * **MAC addresses** are the neighbour's at the time of each packet, in software. The destination
 //!   address on arrival is not looked at: a frame that was flooded to a port is forwarded.
 //! * **`flush ruleset`** passes the table over, as it does every table that has an owner; so no other

@@ -47,9 +47,12 @@ struct Broken {
     unsettled: Vec<Key>,
     /// Connections whose elements are gone and whose entry had ended when it was looked for.
     lately: Vec<ConnId>,
-    /// One of them is in the flowtable again.
-    stray: bool,
+    /// Why the flowtable is to be renewed.
+    renew: Option<&'static str>,
 }
+
+const STRAY: &str = "connections that are selected no more are in the flowtable";
+const RENAMED: &str = "the flowtable knows the netdev by another name than it has now";
 
 /// An operation on its way.
 struct Pending {
@@ -103,7 +106,10 @@ impl NfFlowtable {
                 }
             },
             Request::Add { cookie, flow } => {
-                let fits = self.can_offload(&flow).and_then(|()| self.look_above(state, &flow));
+                let fits = self
+                    .can_offload(&flow)
+                    .and_then(|()| self.look_above(state, &flow))
+                    .and_then(|()| state.takes_to(&flow));
                 if let Err(why) = fits {
                     ticket.complete(Err(why));
                     return None;
@@ -245,9 +251,9 @@ impl NfFlowtable {
 
     /// Puts in order what was found broken.
     fn repair(&self, state: &mut State) {
-        let (unsettled, stray) = {
+        let (unsettled, renew) = {
             let mut broken = lock(&self.broken);
-            (std::mem::take(&mut broken.unsettled), std::mem::take(&mut broken.stray))
+            (std::mem::take(&mut broken.unsettled), broken.renew.take())
         };
         let Some(table) = &mut state.table else { return };
         if !unsettled.is_empty() {
@@ -266,14 +272,36 @@ impl NfFlowtable {
                 }
             }
         }
-        if stray && let Err(e) = table.renew() {
+        if renew.is_some()
+            && let Err(e) = table.renew()
+        {
             warn!(port = %self.netdev, "renewing the flowtable: {e}");
-            lock(&self.broken).stray = true;
+            lock(&self.broken).renew = renew;
+        }
+    }
+
+    /// Looks whether the flowtable has lost the netdev to another name.
+    fn look_for_name(&self, state: &mut State) {
+        let Some(table) = &mut state.table else { return };
+        match table.is_known_by_name(self.netdev.ifindex) {
+            Ok(true) => {}
+            Ok(false) => lock(&self.broken).renew = Some(RENAMED),
+            Err(e) => debug!(port = %self.netdev, "reading its name: {e}"),
         }
     }
 }
 
 impl State {
+    /// Whether the kernel makes an entry for packets that leave by this netdev.
+    fn takes_to(&self, flow: &Flow) -> Result<(), Rejection> {
+        let Some(table) = &self.table else { return Ok(()) };
+        if self.alone || table.ports().contains(&flow.forward.egress) {
+            return Ok(());
+        }
+        let why = "the packets leave by a netdev that is no port of nf-flowtable: this kernel makes an entry only where both netdevs of a connection are in the flowtable";
+        Err(Rejection::with_detail(Reason::EgressUnsupported, why))
+    }
+
     fn deselect(&mut self, conn: &ConnId) {
         if let Some(n) = self.selected.get_mut(conn) {
             *n -= 1;
@@ -317,6 +345,9 @@ impl Provider for NfFlowtable {
 
     fn submit(&self, batch: Vec<Operation>) {
         let mut state = self.shared.state();
+        if batch.is_empty() {
+            self.look_for_name(&mut state);
+        }
         self.repair(&mut state);
         let mut completed: Vec<(Ticket, Outcome)> = Vec::with_capacity(batch.len());
         let mut batch = batch.into_iter().peekable();
@@ -348,7 +379,7 @@ impl Provider for NfFlowtable {
         if let Err(e) = self.end_entries(&mut state, &ending) {
             // The elements are gone, so nobody would ask again: the entries go at the next occasion.
             warn!(port = %self.netdev, "{e}");
-            lock(&self.broken).stray = true;
+            lock(&self.broken).renew = Some(STRAY);
         }
         drop(state);
         completed.extend(deleted.into_iter().map(|t| (t, Ok(Done::Deleted))));
@@ -359,7 +390,8 @@ impl Provider for NfFlowtable {
 
     fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault> {
         let hardware = {
-            let state = self.shared.state();
+            let mut state = self.shared.state();
+            self.look_for_name(&mut state);
             let mut broken = lock(&self.broken);
             // One sweep after the delete is soon enough to be sure, and late enough.
             let lately: Vec<_> = std::mem::take(&mut broken.lately)
@@ -368,7 +400,9 @@ impl Provider for NfFlowtable {
                 .collect();
             if !lately.is_empty() {
                 let entries = self.shared.read_back(|r| r.get(&lately))?;
-                broken.stray |= entries.iter().flatten().any(goes_on);
+                if entries.iter().flatten().any(goes_on) {
+                    broken.renew = Some(STRAY);
+                }
             }
             state.table.as_ref().is_some_and(|t| t.is_hardware())
         };
@@ -398,10 +432,10 @@ impl Provider for NfFlowtable {
                 }
             })
         })?;
-        if lock(&self.broken).stray {
-            return Err(Fault::new("connections that are selected no more are in the flowtable"));
+        match lock(&self.broken).renew {
+            Some(why) => Err(Fault::new(why)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn flush(&self) -> Result<u64, Fault> {
@@ -432,6 +466,9 @@ impl Provider for NfFlowtable {
             table.flowtable(),
             self.shared.config.table
         );
+        if !state.alone {
+            text += "; for connections between its ports, as this kernel has it";
+        }
         if is_accounting() == Some(false) {
             text += "; no counters: net.netfilter.nf_conntrack_acct is 0";
         }

@@ -90,6 +90,9 @@ pub(super) struct Table {
     name: String,
     /// The ports, in the order in which they came.
     ports: Vec<Ifindex>,
+    /// By which names the flowtable knows them. From Linux 6.16 on it is about names, not about netdevs: it
+    /// lets go of one that is renamed, keeps the name of one that is deleted, and takes the next that has it.
+    names: Vec<(Ifindex, String)>,
     /// Netdevs that route, each with a netdev below it, as far as flows have named them. (What has gone
     /// again stays: no index is given twice while the other is in use.)
     above: HashSet<(Ifindex, Ifindex)>,
@@ -123,12 +126,12 @@ impl Table {
             other => other,
         })?;
         debug!(table = name, port = port.name, hardware, "flowtable made");
-        let ports = vec![port.ifindex];
         Ok(Self {
             socket,
             links,
             name: name.to_owned(),
-            ports,
+            ports: vec![port.ifindex],
+            names: vec![(port.ifindex, port.name.clone())],
             above: HashSet::new(),
             generation: 0,
             hardware,
@@ -167,9 +170,11 @@ impl Table {
     }
 
     /// Takes a port out: from now on no packet that comes in there is looked up. Entries that other
-    /// ports are served by stay. A netdev that is gone has been taken out by the kernel.
+    /// ports are served by stay.
     pub(super) fn remove_port(&mut self, port: Ifindex) -> Result<(), TableError> {
         self.ports.retain(|p| *p != port);
+        let at = self.names.iter().position(|(p, _)| *p == port);
+        let known = at.map(|at| self.names.remove(at).1);
         let link = self.links.get(port)?;
         let members = self.members(port);
         let mut t = Transaction::new(&mut self.socket);
@@ -178,20 +183,36 @@ impl Table {
             && !self.without_flowtable
         {
             let flowtable = flowtable_name(self.generation);
-            t.add(
-                Step::new("taking the port out of the flowtable", NEEDS_FLOWTABLE),
-                NFT_MSG_DELFLOWTABLE,
-                0,
-                |m| {
-                    put_flowtable(m, &self.name, &flowtable, self.hardware, [&*link.name]);
-                },
-            );
+            delete_device(&mut t, &self.name, &flowtable, self.hardware, &link.name);
         }
         match done(t, &self.name) {
             // The netdev went, or got another name, since it was looked up.
-            Err(e) if link.is_some() && e.errno() == Some(Errno::ENOENT) => self.renew().map(drop),
+            Err(e) if link.is_some() && e.errno() == Some(Errno::ENOENT) => self.renew(),
+            Ok(()) if link.is_none() => self.forget_name(known),
             other => other,
         }
+    }
+
+    /// The netdev is gone, and its name is to go too, which another may get. A kernel that keeps no names
+    /// has taken it out already.
+    fn forget_name(&mut self, name: Option<String>) -> Result<(), TableError> {
+        let Some(name) = name else { return Ok(()) };
+        if self.without_flowtable || self.names.iter().any(|(_, n)| *n == name) {
+            return Ok(());
+        }
+        let flowtable = flowtable_name(self.generation);
+        let mut t = Transaction::new(&mut self.socket);
+        delete_device(&mut t, &self.name, &flowtable, self.hardware, &name);
+        match done(t, &self.name) {
+            Err(e) if e.errno() == Some(Errno::ENOENT) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Whether the flowtable knows the port by the name that it has. (One that is gone has none.)
+    pub(super) fn is_known_by_name(&mut self, port: Ifindex) -> Result<bool, TableError> {
+        let link = self.links.get(port)?;
+        Ok(link.is_none_or(|l| self.names.contains(&(port, l.name))))
     }
 
     /// What stands in the set of ports for this one alone: itself, and netdevs above it that are above
@@ -253,9 +274,9 @@ impl Table {
         loop {
             let mut names = Vec::with_capacity(self.ports.len());
             for port in &self.ports {
-                names.extend(self.links.get(*port)?.map(|l| l.name));
+                names.extend(self.links.get(*port)?.map(|l| (*port, l.name)));
             }
-            match self.try_renew(&names, hardware) {
+            match self.try_renew(names, hardware) {
                 // A driver that takes one flowtable at a time.
                 Err(e) if e.errno() == Some(Errno::EBUSY) && !self.without_flowtable => {
                     self.remove_flowtable()?;
@@ -276,7 +297,11 @@ impl Table {
         Ok(())
     }
 
-    fn try_renew(&mut self, names: &[String], hardware: bool) -> Result<(), TableError> {
+    fn try_renew(
+        &mut self,
+        names: Vec<(Ifindex, String)>,
+        hardware: bool,
+    ) -> Result<(), TableError> {
         let new = flowtable_name(self.generation + 1);
         let table = &*self.name;
         let mut t = Transaction::new(&mut self.socket);
@@ -288,11 +313,12 @@ impl Table {
             NFT_MSG_NEWFLOWTABLE,
             CREATE | EXCL,
             |m| {
-                put_flowtable(m, table, &new, hardware, names.iter().map(|n| &**n));
+                put_flowtable(m, table, &new, hardware, names.iter().map(|(_, n)| &**n));
             },
         );
         put_offload_rule(&mut t, table, &new);
         done(t, table)?;
+        self.names = names;
         self.generation += 1;
         self.hardware = hardware;
         self.without_flowtable = false;
@@ -403,6 +429,19 @@ fn put_flowtable<'n>(
                     }
                 });
         });
+}
+
+fn delete_device(
+    t: &mut Transaction<'_>,
+    table: &str,
+    flowtable: &str,
+    hardware: bool,
+    device: &str,
+) {
+    let step = Step::new("taking the port out of the flowtable", NEEDS_FLOWTABLE);
+    t.add(step, NFT_MSG_DELFLOWTABLE, 0, |m| {
+        put_flowtable(m, table, flowtable, hardware, [device]);
+    });
 }
 
 fn delete_flowtable(t: &mut Transaction<'_>, table: &str, flowtable: &str) {

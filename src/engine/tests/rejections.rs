@@ -47,6 +47,41 @@ fn a_shape_the_backend_does_not_support_is_asked_once_and_again_after_a_flush() 
     b.install(1, &b.conn(1), Original);
 }
 
+/// A flowtable takes what leaves by another of its ports, and by no other netdev.
+#[test]
+fn what_its_egress_was_refused_for_is_offered_again_when_that_becomes_a_port() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let [installed, refused, unsupported, elsewhere] = [1, 2, 3, 4].map(|n| b.conn(n));
+    let lead_to = |n| *b.datapath.egress.lock().unwrap() = Some(ifindex(n));
+    lead_to(2);
+    b.install(1, &installed, Original);
+    for (to, conn, reason) in [
+        (2, &refused, Reason::EgressUnsupported),
+        (2, &unsupported, Reason::Refused),
+        (3, &elsewhere, Reason::EgressUnsupported),
+    ] {
+        lead_to(to);
+        dummy.fail_next(1, reason);
+        b.offer(1, conn, Original);
+        b.settle();
+        assert_eq!(b.state(1, conn, Original), Some(SlotState::Rejected));
+    }
+    let requests = dummy.requests();
+    b.rearmed();
+    b.port(2);
+    b.settle();
+    assert_eq!(b.rearmed(), [(ifindex(1), 2, Original)]);
+    assert_eq!(b.state(1, &refused, Original), None);
+    assert_eq!(b.state(1, &installed, Original), Some(SlotState::Installed));
+    assert_eq!(b.state(1, &unsupported, Original), Some(SlotState::Rejected));
+    assert_eq!(b.state(1, &elsewhere, Original), Some(SlotState::Rejected));
+    assert_eq!(dummy.requests(), requests, "what stands is left alone");
+    lead_to(2);
+    b.install(1, &refused, Original);
+}
+
 #[test]
 fn what_completes_after_its_slot_has_moved_on_is_uninstalled() {
     let dummy = DummyClass::new("dummy");

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use netdev_providers::{Direction, Fault, Ifindex};
+use netdev_providers::{Direction, Fault, Ifindex, Reason};
 
 use super::completion::{forget, unwind};
 use super::{BATCH, Staged, Writer};
 use crate::engine::conn::ConnHandle;
 use crate::engine::queue::{Command, Stopped};
-use crate::engine::slot::Unwind;
+use crate::engine::slot::{SlotState, Unwind};
 
 /// Rounds of deletes that follow from what was in flight: the add comes back, and its delete is
 /// queued; the message about the reply, and the same.
@@ -103,6 +103,19 @@ impl Writer {
         let n = self.delete_each(towards, staged, true);
         self.finish_removals(staged);
         n
+    }
+
+    /// What was refused because of the netdev that it leaves by may be offered again. (What an asynchronous
+    /// provider refuses later knows of the change already.)
+    pub(super) fn reconsider(&mut self, egress: Ifindex, staged: &mut Vec<Staged>) {
+        let mut refused = self.port.held().towards(egress);
+        refused.retain(|(conn, d)| {
+            conn.slot(self.port.generation(), *d).map(|s| s.word.load()).is_some_and(|now| {
+                now.state() == SlotState::Rejected
+                    && now.reason() == Some(Reason::EgressUnsupported)
+            })
+        });
+        self.delete_each(refused, staged, false);
     }
 
     /// Deletes the rules of these slots one by one; returns how many there were, with those that are
@@ -240,6 +253,7 @@ impl Writer {
                 | Command::Rearm(..)
                 | Command::Repair
                 | Command::Retracted(_)
+                | Command::Joined(_)
                 | Command::Reconcile(_)
                 | Command::DeleteRule(..) => {}
             }
