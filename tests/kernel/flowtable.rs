@@ -13,12 +13,13 @@ use std::time::Duration;
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::{
     Above, BindError, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, HwFlags, Instance,
-    L4Proto, MacAddr, MacRewrite, Outcome, Provider, ProviderClass, Request, RuleId, RuleReport,
-    Tuple, Zone,
+    L4Proto, MacAddr, MacRewrite, Outcome, Provider, ProviderClass, Reason, Request, RuleId,
+    RuleReport, Tuple, Zone,
 };
 
 use crate::host::Host;
 use crate::netns::NetNs;
+use crate::release::flowtable_wants_both;
 use crate::router::reset_counters;
 use crate::submit::{ifindex, netdev, submit};
 use crate::wait::{PATIENCE, wait_until};
@@ -247,11 +248,15 @@ impl Port {
     }
 
     fn add(&self, epoch: u64, flow: Flow) -> RuleId {
-        let cookie = cookie(epoch, flow.direction);
-        match self.submit(vec![Request::Add { cookie, flow: Box::new(flow) }]).remove(0) {
+        match self.try_add(epoch, flow) {
             Ok(Done::Added { rule, .. }) => rule,
             other => panic!("{other:?}"),
         }
+    }
+
+    fn try_add(&self, epoch: u64, flow: Flow) -> Outcome {
+        let cookie = cookie(epoch, flow.direction);
+        self.submit(vec![Request::Add { cookie, flow: Box::new(flow) }]).remove(0)
     }
 
     fn delete(&self, epoch: u64, direction: Direction, rule: RuleId) {
@@ -329,7 +334,8 @@ fn flowtable_between_two_ports_a_connection_is_offloaded_when_both_have_seen_it(
 }
 
 /// Where the other netdev is no port of ours, nobody is waited for, and only the port's own
-/// direction leaves the slow path.
+/// direction leaves the slow path. A kernel that makes no such entry is not asked to, until the other
+/// netdev is a port.
 #[test]
 fn flowtable_beside_a_netdev_of_another_kind_its_own_direction_alone_is_offloaded() {
     let net = Net::new();
@@ -339,6 +345,29 @@ fn flowtable_beside_a_netdev_of_another_kind_its_own_direction_alone_is_offloade
             let port = net.bind(&class, dev);
             let mut c = net.connect(proto, to);
             c.talk(5);
+            if flowtable_wants_both() {
+                assert!(port.provider.describe().contains("between its ports"));
+                let why = port.try_add(n, net.flow(&c, direction)).unwrap_err();
+                assert_eq!(why.reason, Reason::EgressUnsupported);
+                assert!(why.detail.unwrap().contains("both netdevs"));
+                let (there, back) = net.forwarded_of(&mut c, 20);
+                assert!(there >= 20 && back >= 20, "{there}, {back}");
+                let others = if dev == "lan0" { "wan0" } else { "lan0" };
+                let other = net.bind(&class, others);
+                port.add(n, net.flow(&c, direction));
+                other.add(n, net.flow(&c, direction.opposite()));
+                wait_until("it is offloaded between two ports", || {
+                    c.talk(1);
+                    net.is_offloaded(&c)
+                });
+                net.wait_passing_by(&mut c);
+                other.provider.release().unwrap();
+                port.provider.release().unwrap();
+                wait_until("the table takes its entries along", || !net.is_offloaded(&c));
+                c.talk(5);
+                continue;
+            }
+            assert!(!port.provider.describe().contains("between its ports"));
             port.add(n, net.flow(&c, direction));
             wait_until("it is offloaded", || {
                 c.talk(1);
@@ -360,24 +389,53 @@ fn flowtable_beside_a_netdev_of_another_kind_its_own_direction_alone_is_offloade
     }
 }
 
+/// The provider takes kernels by their version for such as make entries of one netdev alone, or not:
+/// this is what they do, without it.
+#[test]
+fn flowtable_of_one_netdev_has_entries_or_not_as_the_provider_takes_this_kernel() {
+    let net = Net::new();
+    net.ns.run(
+        "nft '
+         table inet user {
+           flowtable f { hook ingress priority 0; devices = { lan0 }; }
+           chain forward { type filter hook forward priority 0; tcp dport 80 counter flow add @f; }
+         }
+         '",
+    );
+    let mut c = net.connect(L4Proto::Tcp, "10.0.2.2");
+    if flowtable_wants_both() {
+        let (there, back) = net.forwarded_of(&mut c, 100);
+        assert!(there >= 100 && back >= 100, "{there}, {back}");
+        assert!(!net.is_offloaded(&c), "{}", net.entry(&c));
+        // It is not that the rule or the connection was no good.
+        net.ns.run("nft 'add flowtable inet user f { devices = { wan0 }; }'");
+    }
+    wait_until("it is offloaded", || {
+        c.talk(1);
+        net.is_offloaded(&c)
+    });
+}
+
 /// The path is part of the element: packets that go another way make no entry.
 #[test]
 fn flowtable_a_path_that_nobody_has_sighted_is_not_offloaded() {
     let net = Net::new();
     let class = net.class();
-    let (lan, wan) = (net.bind(&class, "lan0"), net.bind(&class, "wan0"));
+    net.ns.run("ip link add name other0 type veth peer name far0 && ip link set other0 up");
+    let [lan, wan, other] = ["lan0", "wan0", "other0"].map(|dev| net.bind(&class, dev));
     let mut c = net.connect(L4Proto::Tcp, "10.0.2.2");
     c.talk(5);
     // The replies leave by another netdev than the original packets came in on.
     lan.add(1, net.flow(&c, ORIGINAL));
     let mut bent = net.flow(&c, REPLY);
-    bent.forward.egress = ifindex("lo");
+    bent.forward.egress = ifindex("other0");
     wan.add(1, bent);
     let (there, back) = net.forwarded_of(&mut c, 20);
     assert!(!net.is_offloaded(&c));
     assert!(there >= 20 && back >= 20);
-    lan.provider.release().unwrap();
-    wan.provider.release().unwrap();
+    for port in [lan, wan, other] {
+        port.provider.release().unwrap();
+    }
 }
 
 #[test]
@@ -484,7 +542,7 @@ fn flowtable_many_elements_go_in_batches_and_are_swept_flushed_and_bounded() {
     let net = Net::new();
     let config = NfFlowtableConfig { max_rules: usize::from(MANY), ..Default::default() };
     let class = NfFlowtableClass::new(config);
-    let lan = net.bind(&class, "lan0");
+    let (lan, wan) = (net.bind(&class, "lan0"), net.bind(&class, "wan0"));
     let flow_of = |port: u16, v6: bool| {
         let text = if v6 {
             format!("udp [fd01::2]:{port} > [fd02::2]:53")
@@ -507,7 +565,7 @@ fn flowtable_many_elements_go_in_batches_and_are_swept_flushed_and_bounded() {
     let one_more =
         Request::Add { cookie: cookie(9999, ORIGINAL), flow: Box::new(flow_of(60000, false)) };
     let full = lan.submit(vec![one_more]).remove(0).unwrap_err();
-    assert_eq!(full.reason, netdev_providers::Reason::TableFull);
+    assert_eq!(full.reason, Reason::TableFull);
     let elements = |net: &Net, set: &str| {
         net.ns
             .run(&format!("nft -j list set inet ctoffload_flow {set}"))
@@ -519,6 +577,7 @@ fn flowtable_many_elements_go_in_batches_and_are_swept_flushed_and_bounded() {
     assert_eq!(lan.usage(), []);
     assert_eq!(elements(&net, "orig4") + elements(&net, "orig6"), 0);
     lan.provider.release().unwrap();
+    wan.provider.release().unwrap();
 }
 
 fn pipes() -> [Box<dyn Pipe>; 2] {
@@ -595,10 +654,32 @@ fn flowtable_a_netdev_that_goes_is_no_failure() {
     });
     // 6.1 renames only what is down.
     net.ns.run("ip link set lan0 down && ip link set lan0 name lan9 && ip link set lan9 up");
-    net.ns.run("ip link del wan0");
+    // As the engine does when the netdev is renamed, and after a sweep that finds it.
+    lan.submit(Vec::new());
+    lan.usage();
+    let devices = |net: &Net| {
+        let shown = net.ns.run("nft list flowtables");
+        shown.lines().find(|l| l.contains("devices")).map(str::trim).map(str::to_owned)
+    };
+    assert_eq!(devices(&net).as_deref(), Some("devices = { lan9, wan0 }"));
+    net.ns.run("ip link set wan0 name wan9 || { ip link set wan0 down; ip link set wan0 name wan9; ip link set wan9 up; }");
+    let found = wan.provider.usage(&mut |_| {});
+    let why = found.unwrap_err().to_string();
+    assert!(why.contains("another name"), "{why}");
+    wan.submit(Vec::new());
+    assert_eq!(devices(&net).as_deref(), Some("devices = { lan9, wan9 }"));
+    c.talk(5);
+    wait_until("it is offloaded under other names", || {
+        c.talk(1);
+        net.is_offloaded(&c)
+    });
+    net.ns.run("ip link del wan9");
     wan.provider.flush().unwrap();
     wan.provider.release().unwrap();
-    assert!(net.ns.run("nft list flowtables").contains("lan9"));
+    assert_eq!(devices(&net).as_deref(), Some("devices = { lan9 }"));
+    // The name is nobody's: the next netdev that has it is not the flowtable's.
+    net.ns.run("ip link add wan9 type veth peer name far9 && ip link set wan9 up");
+    assert_eq!(devices(&net).as_deref(), Some("devices = { lan9 }"));
     lan.provider.release().unwrap();
     assert!(!net.ns.run("nft list tables").contains("ctoffload"));
 }

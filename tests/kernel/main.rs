@@ -16,6 +16,7 @@ mod netns;
 mod nic;
 mod nic_faults;
 mod oracle;
+mod release;
 mod router;
 mod script;
 mod shown;
