@@ -7,7 +7,9 @@
 pub mod config;
 mod handler;
 
+use std::io::Write;
 use std::num::NonZeroU32;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,8 +20,10 @@ use clap::Parser;
 use netdev_providers::ProviderClass;
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Group, geteuid};
 
 use self::config::{Config, ConfigError};
@@ -30,6 +34,7 @@ use crate::control::server::Server;
 use crate::datapath::netfilter::conntrack::ConntrackError;
 use crate::datapath::netfilter::ledger::LedgerError;
 use crate::datapath::netfilter::nflog::NflogError;
+use crate::datapath::supervisor::{Ended, Supervisor};
 use crate::datapath::{self, Backend, DatapathError, KernelDatapath, SweepBounds};
 use crate::engine::clock::Clock;
 use crate::engine::registry::RegistryError;
@@ -45,7 +50,9 @@ Exit status:
   2  bad command line or configuration
   3  another daemon runs in this network namespace
   4  not enough privilege (CAP_NET_ADMIN)
-  5  the kernel lacks something that is needed";
+  5  the kernel lacks something that is needed
+  8  a part of the daemon ended by itself, so offloading was stopped: as at a signal, nothing is left
+     behind, or the log says what";
 
 /// Offloads connections, on the netdev that sees them, when it first sees them.
 #[derive(Parser, Debug)]
@@ -90,11 +97,22 @@ enum DaemonError {
     #[error(transparent)]
     Server(#[from] ServerError),
     #[error("kernel datapath")]
-    Datapath(#[from] DatapathError),
+    Datapath(#[source] DatapathError),
+    #[error("offloading was stopped")]
+    Ended(#[source] Ended),
     #[error(transparent)]
     Registry(#[from] RegistryError),
     #[error("{0}")]
     Os(&'static str, #[source] std::io::Error),
+}
+
+impl From<DatapathError> for DaemonError {
+    fn from(e: DatapathError) -> Self {
+        match e {
+            DatapathError::Ended(ended) => Self::Ended(ended),
+            e => Self::Datapath(e),
+        }
+    }
 }
 
 impl DaemonError {
@@ -112,6 +130,8 @@ impl DaemonError {
             | Self::Datapath(DatapathError::Accounting)
             | Self::Datapath(DatapathError::Nflog(NflogError::Unsupported(_)))
             | Self::Datapath(DatapathError::Conntrack(ConntrackError::Unsupported(_))) => 5,
+            // The CLI's go up to 7.
+            Self::Ended(_) => 8,
             _ => 1,
         }
     }
@@ -130,7 +150,8 @@ pub fn main() -> ExitCode {
                 text.push_str(&format!(": {s}"));
                 source = s.source();
             }
-            eprintln!("{text}");
+            // Whoever read it may be gone.
+            let _ = writeln!(std::io::stderr(), "{text}");
             ExitCode::from(e.exit_code())
         }
     }
@@ -181,7 +202,11 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     let mut signals = SigSet::empty();
     STOPPING.iter().chain(&OTHERS).for_each(|&signal| signals.add(signal));
     signals.thread_block().map_err(|e| DaemonError::Os("blocking signals", e.into()))?;
+    // Once: later there may be no file descriptor left, and it has to be stopped all the same.
+    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(|e| DaemonError::Os("signalfd", e.into()))?;
     allow_many_sockets();
+    let supervisor = Supervisor::new().map_err(|e| DaemonError::Os("eventfd", e))?;
 
     let server = Server::bind(Access { group })?;
     let backend = Arc::new(Backend::open(datapath::Config {
@@ -227,32 +252,37 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         busy: Duration::from_secs(config.sweep_seconds.into()),
         max: Duration::from_secs(config.sweep_max_seconds.into()),
     };
-    let datapath = KernelDatapath::start(Arc::clone(&backend), engine.clone(), policy, sweeps)?;
+    let datapath =
+        KernelDatapath::start(Arc::clone(&backend), engine.clone(), policy, sweeps, &supervisor)?;
     let handler = Handler::new(engine, backend, datapath, config);
     tracing::info!("running");
 
     let stop = AtomicBool::new(false);
-    let served = std::thread::scope(|scope| {
+    let ended = std::thread::scope(|scope| {
         let waker = server.waker();
-        let serving = scope.spawn(|| server.run(&handler, || stop.load(Ordering::SeqCst)));
-        let signal = loop {
-            if serving.is_finished() {
-                break None;
-            }
-            match wait_signal(&signals) {
-                Some(signal) if STOPPING.contains(&signal) => break Some(signal),
-                Some(signal) => tracing::info!(
+        scope.spawn(|| {
+            supervisor.watch("control", || server.run(&handler, || stop.load(Ordering::SeqCst)));
+        });
+        let ended = loop {
+            match wait(&signals, &supervisor) {
+                Event::Signal(signal) if STOPPING.contains(&signal) => {
+                    tracing::info!("{signal}: stopping");
+                    break None;
+                }
+                Event::Signal(signal) => tracing::info!(
                     "{signal}: going on as before (the configuration is read at the start only)"
                 ),
-                None => {}
+                Event::Ended(ended) => {
+                    tracing::error!("stopping: without that thread nothing may be offloaded");
+                    break Some(ended);
+                }
+                Event::None => {}
             }
         };
-        if let Some(signal) = signal {
-            tracing::info!("{signal}: stopping");
-        }
+        supervisor.stopping();
         stop.store(true, Ordering::SeqCst);
         waker.wake();
-        serving.join()
+        ended
     });
     let left = handler.stop();
     for what in &left {
@@ -263,16 +293,9 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     } else {
         tracing::error!("stopped; what is left is adopted or removed at the next start");
     }
-    match served {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(DaemonError::Os(
-            "the control server panicked",
-            std::io::Error::other("see the log"),
-        )),
-    }
+    ended.map_or(Ok(()), |ended| Err(DaemonError::Ended(ended)))
 }
 
-/// A signal, or `None` after a second.
 /// Signals that stop the daemon, cleanly.
 const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];
 
@@ -280,19 +303,27 @@ const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT]
 /// nobody to take them back. A terminal that goes sends the first of them.
 const OTHERS: [Signal; 4] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGALRM];
 
-fn wait_signal(signals: &SigSet) -> Option<Signal> {
-    // nix has sigwait, which cannot time out; a signalfd can be polled.
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use nix::sys::signalfd::{SfdFlags, SignalFd};
-    use std::os::fd::AsFd;
-    let fd = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC).ok()?;
-    let timeout = PollTimeout::from(1000u16);
-    match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
-        Ok(n) if n > 0 => {}
-        _ => return None,
+/// What the daemon waits for.
+enum Event {
+    Signal(Signal),
+    Ended(Ended),
+    /// Neither, yet.
+    None,
+}
+
+fn wait(signals: &SignalFd, supervisor: &Supervisor) -> Event {
+    let mut fds =
+        [signals.as_fd(), supervisor.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    if poll(&mut fds, PollTimeout::from(1000u16)).is_err() {
+        // A signal that is none of ours, or no memory: not at once again.
+        std::thread::sleep(Duration::from_millis(10));
     }
-    let info = fd.read_signal().ok()??;
-    i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok())
+    if let Some(ended) = supervisor.ended() {
+        return Event::Ended(ended);
+    }
+    let info = signals.read_signal().ok().flatten();
+    let signal = info.and_then(|i| i32::try_from(i.ssi_signo).ok());
+    signal.and_then(|n| Signal::try_from(n).ok()).map_or(Event::None, Event::Signal)
 }
 
 fn find_group(name: &str) -> Result<nix::unistd::Gid, DaemonError> {
@@ -315,6 +346,7 @@ fn new_instance() -> Result<NonZeroU32, DaemonError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::datapath::supervisor::How;
 
     #[test]
     fn exit_codes_tell_privilege_from_a_second_daemon_and_from_what_the_kernel_lacks() {
@@ -327,5 +359,12 @@ mod tests {
         assert_eq!(code(DatapathError::Accounting), 5);
         assert_eq!(code(LedgerError::TableExists { table: "inet ctoffload".into() }.into()), 1);
         assert_eq!(DaemonError::NoGroup("readers".into()).exit_code(), 2);
+    }
+
+    #[test]
+    fn what_ended_by_itself_has_a_status_of_its_own_also_while_it_starts() {
+        let ended = || Ended { thread: "monitor".into(), how: How::Returned };
+        assert_eq!(DaemonError::Ended(ended()).exit_code(), 8);
+        assert_eq!(DaemonError::from(DatapathError::Ended(ended())).exit_code(), 8);
     }
 }

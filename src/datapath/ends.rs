@@ -7,16 +7,26 @@ use std::time::{Duration, Instant};
 
 use super::TICK;
 use super::backend::{Backend, Shared, key_of};
-use super::netfilter::conntrack::{CtEntry, CtEvent, CtEvents, CtId, EventRead, TcpState};
+use super::netfilter::conntrack::{
+    ConntrackError, CtEntry, CtEvent, CtEvents, CtId, EventRead, TcpState,
+};
+use super::supervisor::Failures;
 use crate::engine::Engine;
 use crate::engine::conn::ConnKey;
 
-pub(super) fn run(backend: &Shared, engine: &Engine, mut events: CtEvents, stop: &AtomicBool) {
+/// # Errors
+/// When the events cannot be read any more.
+pub(super) fn run(
+    backend: &Shared,
+    engine: &Engine,
+    mut events: CtEvents,
+    stop: &AtomicBool,
+) -> Result<(), ConntrackError> {
+    let mut failures = Failures::default();
     while !stop.load(Ordering::Relaxed) {
-        let read = match events.next(TICK) {
-            Ok(read) => read,
-            Err(e) => {
-                tracing::error!("conntrack events: {e}");
+        let read = match failures.passed("conntrack events", events.next(TICK))? {
+            Some(read) => read,
+            None => {
                 std::thread::sleep(TICK);
                 EventRead { lost: true, ..EventRead::default() }
             }
@@ -48,6 +58,7 @@ pub(super) fn run(backend: &Shared, engine: &Engine, mut events: CtEvents, stop:
             backend.events_lost.store(true, Ordering::Release);
         }
     }
+    Ok(())
 }
 
 /// The entry is gone: so are the connection's rules, on every port, and its elements in the ledger.

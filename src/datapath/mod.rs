@@ -22,6 +22,7 @@
 //! | `changes` | reads link, neighbour and route events; attaches and detaches ports |
 //! | `ruleset` | follows the firewall, since offloaded packets no longer pass it: nf_tables events, who stands in the hooks |
 //! | `firewall` | none: what a decision of the firewall stands on, and what a change concerns |
+//! | [`supervisor`] | none: whether one of these has ended, without which nothing may be offloaded |
 //! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive; by `life` (what is written to conntrack, and when: decisions alone) and `lives`; `resets` are closed by conntrack, and may live |
 //! | [`netfilter`], [`routing`] | none: what they speak with the kernel |
 
@@ -40,12 +41,15 @@ mod resets;
 pub mod routing;
 mod ruleset;
 mod sights;
+pub mod supervisor;
 
+use std::convert::Infallible;
+use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use netdev_providers::netlink::NetlinkError;
 use netdev_providers::{Generation, HwFlags, Ifindex};
@@ -60,6 +64,7 @@ use self::routing::links::Link;
 use self::routing::monitor::{self, NetEvent};
 use self::routing::stack::not_a_port;
 pub use self::ruleset::Revalidation;
+use self::supervisor::{Ended, Supervisor};
 use crate::engine::{Engine, NewPort, NoSuchPort, PortAddError, PortDeleted};
 
 /// How ports are attached when netdevs appear.
@@ -105,6 +110,9 @@ pub enum DatapathError {
     /// A thread could not be started.
     #[error("thread")]
     Thread(#[from] std::io::Error),
+    /// A thread ended at once.
+    #[error(transparent)]
+    Ended(#[from] Ended),
 }
 
 /// Why a netdev was not attached.
@@ -122,8 +130,12 @@ pub enum AttachError {
 pub struct KernelDatapath {
     backend: Arc<Backend>,
     engine: Engine,
+    supervisor: Supervisor,
     stop: Arc<AtomicBool>,
     stop_monitor: Option<oneshot::Sender<()>>,
+    /// Kept until the stop: `changes` ends with the last of them, and is not to be thought the one that
+    /// ended first where it was `monitor`.
+    net_events: Option<Sender<NetEvent>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -135,7 +147,8 @@ const FIRST_SYNC: Duration = Duration::from_secs(60);
 
 impl KernelDatapath {
     /// Starts the threads: ports are attached by `policy`, now and when netdevs appear. Returns
-    /// after the netdevs that are there have been looked at.
+    /// after the netdevs that are there have been looked at. When the supervisor tells that one of
+    /// them has ended, what is offloaded is nobody's any more: [`stop`](Self::stop).
     ///
     /// # Errors
     /// When a socket or a thread cannot be made; what was started is stopped again.
@@ -144,14 +157,18 @@ impl KernelDatapath {
         engine: Engine,
         policy: PortPolicy,
         sweeps: SweepBounds,
+        supervisor: &Supervisor,
     ) -> Result<Self, DatapathError> {
         let stop = Arc::new(AtomicBool::new(false));
         let (stop_monitor, monitor_stopped) = oneshot::channel();
+        let (events, net_events): (Sender<NetEvent>, Receiver<NetEvent>) = mpsc::channel();
         let mut datapath = Self {
             backend: Arc::clone(&backend),
             engine: engine.clone(),
+            supervisor: supervisor.clone(),
             stop: Arc::clone(&stop),
             stop_monitor: Some(stop_monitor),
+            net_events: Some(events.clone()),
             threads: Vec::new(),
         };
         let log = SightLog::open(backend.config().nflog_group)?;
@@ -160,7 +177,6 @@ impl KernelDatapath {
         for port in [backend.conntrack().port()?, keepers.port()?] {
             ct_events.ignore_updates_of(port);
         }
-        let (events, net_events): (Sender<NetEvent>, Receiver<NetEvent>) = mpsc::channel();
         let (synced, first_sync) = mpsc::channel();
 
         datapath.spawn("sights", {
@@ -173,37 +189,59 @@ impl KernelDatapath {
         })?;
         datapath.spawn("rearm", {
             let (backend, stop) = (Arc::clone(&backend), Arc::clone(&stop));
-            move || rearm::run(&backend, &stop)
+            move || {
+                rearm::run(&backend, &stop);
+                Ok::<_, Infallible>(())
+            }
         })?;
         let watch = ruleset::Watch::open(Arc::clone(&backend)).map_err(DatapathError::Ruleset)?;
         datapath.spawn("ruleset", {
             let (engine, stop) = (engine.clone(), Arc::clone(&stop));
             move || watch.run(&engine, &stop)
         })?;
-        datapath.spawn("monitor", move || {
-            if let Err(e) = monitor::run(&events, monitor_stopped) {
-                tracing::error!("rtnetlink events ended: {e}");
-            }
-        })?;
+        datapath.spawn("monitor", move || monitor::run(&events, monitor_stopped))?;
         datapath.spawn("changes", {
             let (backend, engine) = (Arc::clone(&backend), engine.clone());
-            move || changes::Changes::new(backend, engine, policy, synced).run(&net_events)
+            move || {
+                changes::Changes::new(backend, engine, policy, synced).run(&net_events);
+                Ok::<_, Infallible>(())
+            }
         })?;
         datapath.spawn("keepalive", {
             let stop = Arc::clone(&stop);
-            move || keepalive::Keeper::new(backend, engine, keepers, sweeps).run(&stop)
+            move || {
+                keepalive::Keeper::new(backend, engine, keepers, sweeps).run(&stop);
+                Ok::<_, Infallible>(())
+            }
         })?;
-        if first_sync.recv_timeout(FIRST_SYNC).is_err() {
+        if let Err(e) = datapath.wait_synced(&first_sync) {
             for left in datapath.stop() {
                 tracing::warn!("while closing: {left}");
             }
-            return Err(DatapathError::Links);
+            return Err(e);
         }
         Ok(datapath)
     }
 
-    fn spawn(&mut self, name: &str, f: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-        self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(f)?);
+    fn wait_synced(&self, first_sync: &Receiver<()>) -> Result<(), DatapathError> {
+        let deadline = Instant::now() + FIRST_SYNC;
+        while first_sync.recv_timeout(TICK).is_err() {
+            if let Some(ended) = self.supervisor.ended() {
+                return Err(ended.into());
+            }
+            if Instant::now() >= deadline {
+                return Err(DatapathError::Links);
+            }
+        }
+        Ok(())
+    }
+
+    fn spawn<E: Error>(
+        &mut self,
+        name: &str,
+        f: impl FnOnce() -> Result<(), E> + Send + 'static,
+    ) -> std::io::Result<()> {
+        self.threads.push(self.supervisor.spawn(name, f)?);
         Ok(())
     }
 
@@ -230,15 +268,16 @@ impl KernelDatapath {
         if self.stop.swap(true, Ordering::SeqCst) {
             return Vec::new();
         }
+        self.supervisor.stopping();
         // First the ledger: what is flushed below must not be sighted again.
         self.backend.remove_ledger();
         if let Some(stop) = self.stop_monitor.take() {
             let _ = stop.send(());
         }
+        self.net_events = None;
         for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a datapath thread panicked");
-            }
+            // How it ended is the supervisor's to tell.
+            let _ = thread.join();
         }
         let faults = self.engine.close().into_iter().flat_map(|deleted| deleted.faults);
         faults.map(|fault| fault.to_string()).collect()

@@ -32,6 +32,7 @@ use super::firewall::Behind;
 use super::firewall::model::{Concerns, Model, Transaction};
 use super::netfilter::hooks::{Hooks, Registered, behind, is_absent};
 use super::netfilter::ledger::{CHAIN, Hook};
+use super::supervisor::Failures;
 use crate::engine::conn::ConnHandle;
 use crate::engine::slot::SlotState;
 use crate::engine::{Engine, FlushFilter};
@@ -98,6 +99,7 @@ pub(super) struct Watch {
     looked: Option<Instant>,
     /// The kernel has no nfnetlink_hook; told.
     blind: bool,
+    failures: Failures,
 }
 
 /// Connections that go through the stack again, so many a second.
@@ -145,20 +147,23 @@ impl Watch {
             silent: Vec::new(),
             looked: None,
             blind: false,
+            failures: Failures::default(),
         };
         watch.read_all();
         watch.look();
         Ok(watch)
     }
 
-    pub(super) fn run(mut self, engine: &Engine, stop: &AtomicBool) {
+    /// # Errors
+    /// When the announcements cannot be read any more.
+    pub(super) fn run(mut self, engine: &Engine, stop: &AtomicBool) -> Result<(), NetlinkError> {
         // Due at once for the first change; the last of a burst is never forgotten.
         let (mut earliest, mut ticked) = (Instant::now(), Instant::now());
         while !stop.load(Ordering::Relaxed) {
-            self.read_announcements(earliest);
+            self.read_announcements(earliest)?;
             // At a stop our own tables go, with the socket that told them from others.
             if stop.load(Ordering::Relaxed) {
-                return;
+                break;
             }
             if self.concerns != Concerns::Nobody
                 && (self.concerns != Concerns::All || Instant::now() >= earliest)
@@ -173,10 +178,11 @@ impl Watch {
             self.renew(engine, now.saturating_duration_since(ticked));
             ticked = now;
         }
+        Ok(())
     }
 
     /// Waits for announcements, not longer than something else can wait.
-    fn read_announcements(&mut self, earliest: Instant) {
+    fn read_announcements(&mut self, earliest: Instant) -> Result<(), NetlinkError> {
         let wait = if self.concerns == Concerns::Nobody {
             TICK
         } else {
@@ -198,19 +204,29 @@ impl Watch {
                 }
             }
         });
-        match read {
-            Ok(()) | Err(NetlinkError::TimedOut(_)) => {}
-            Err(e) if e.errno() == Some(Errno::ENOBUFS) => {
+        let lost = |e: &NetlinkError| e.errno() == Some(Errno::ENOBUFS);
+        let passed = match read {
+            Err(NetlinkError::TimedOut(_)) => Ok(()),
+            Err(e) if lost(&e) => {
                 tracing::warn!("announcements of nf_tables were lost: reading the ruleset anew");
-                self.concerns = Concerns::All;
-                self.read_all();
-                self.looked = None;
+                self.read_anew();
+                Ok(())
             }
-            Err(e) => {
-                tracing::error!("nf_tables events: {e}");
-                std::thread::sleep(TICK);
-            }
+            other => other,
+        };
+        if self.failures.passed("nf_tables events", passed)?.is_none() {
+            std::thread::sleep(TICK);
+            // Whatever could not be read was something.
+            self.read_anew();
         }
+        Ok(())
+    }
+
+    /// Anything may have changed.
+    fn read_anew(&mut self) {
+        self.concerns = Concerns::All;
+        self.read_all();
+        self.looked = None;
     }
 
     /// Takes back what the change concerns.

@@ -13,7 +13,8 @@ use super::ends::JUST_CHANGED;
 use super::firewall::Quarantine;
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
 use super::netfilter::ledger::{Hook, LedgerKey};
-use super::netfilter::nflog::{LogRead, Sight, SightLog};
+use super::netfilter::nflog::{LogRead, NflogError, Sight, SightLog};
+use super::supervisor::Failures;
 use crate::engine::Engine;
 use crate::engine::conn::{ConnHandle, ConnKey};
 use crate::engine::datapath::{PathHint, PathSpec};
@@ -54,13 +55,15 @@ impl Reader {
         }
     }
 
-    pub(super) fn run(mut self, stop: &AtomicBool) {
-        let mut cleaned = Instant::now();
+    /// # Errors
+    /// When the log cannot be read any more.
+    pub(super) fn run(mut self, stop: &AtomicBool) -> Result<(), NflogError> {
+        let (mut cleaned, mut failures) = (Instant::now(), Failures::default());
         // Online only to offer: nobody who takes a port away waits for what the kernel is asked here.
         self.worker.offline();
         while !stop.load(Ordering::Relaxed) {
-            let lost = match self.log.next(TICK) {
-                Ok(LogRead { sights, lost, emptied }) => {
+            let lost = match failures.passed("sight log", self.log.next(TICK))? {
+                Some(LogRead { sights, lost, emptied }) => {
                     // After the read: what comes now is of this firewall, or is refused when it is
                     // looked at.
                     let firewall = self.backend.firewall().generation();
@@ -76,8 +79,7 @@ impl Reader {
                     }
                     lost
                 }
-                Err(e) => {
-                    tracing::error!("sight log: {e}");
+                None => {
                     std::thread::sleep(TICK);
                     true
                 }
@@ -91,6 +93,7 @@ impl Reader {
                 cleaned = Instant::now();
             }
         }
+        Ok(())
     }
 
     /// Packets that the firewall may have let pass as it was: the next of each is to be seen.

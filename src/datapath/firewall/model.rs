@@ -171,6 +171,23 @@ pub(crate) struct Transaction {
     concerns: Concerns,
 }
 
+/// Whether messages of this type say something that is followed.
+const fn is_followed(ty: u16) -> bool {
+    matches!(
+        ty,
+        NFT_MSG_DELTABLE
+            | NFT_MSG_NEWCHAIN
+            | NFT_MSG_DELCHAIN
+            | NFT_MSG_NEWRULE
+            | NFT_MSG_DELRULE
+            | NFT_MSG_NEWSET
+            | NFT_MSG_DELSET
+            | NFT_MSG_NEWSETELEM
+            | NFT_MSG_DELSETELEM
+            | NFT_MSG_NEWOBJ
+    )
+}
+
 impl Model {
     /// An announcement, or a message of a dump. What it concerns is known when
     /// [`end`](Self::end) is called.
@@ -178,8 +195,14 @@ impl Model {
         if m.ty >> 8 != SUBSYS_NFTABLES {
             return;
         }
-        let Some(&family) = m.payload.first() else { return };
-        let Some((table, about)) = self.about(m, family) else { return };
+        let read = m.payload.first().and_then(|&family| Some((family, self.about(m, family)?)));
+        let Some((family, (table, about))) = read else {
+            // What cannot be read can be anything.
+            if is_followed(m.ty & 0xff) {
+                t.concerns.add(Concerns::All);
+            }
+            return;
+        };
         let id = (family, table);
         // What it concerned as it was: a chain that goes, a reference that goes with it.
         t.concerns.add(self.concerns(&id, &about));

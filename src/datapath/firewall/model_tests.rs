@@ -302,3 +302,13 @@ proptest::proptest! {
         r.0.silent();
     }
 }
+
+#[test]
+fn what_cannot_be_read_can_concern_everything() {
+    let mut r = Ruleset::default();
+    for msg in [NFT_MSG_NEWRULE, NFT_MSG_DELSETELEM, NFT_MSG_NEWCHAIN, NFT_MSG_DELTABLE] {
+        assert_eq!(r.say(msg, |_| {}), Concerns::All, "{msg}");
+    }
+    // NFT_MSG_NEWTABLE, NFT_MSG_DELOBJ: what they say is followed nowhere.
+    assert_eq!([0, 20].map(|msg| r.say(msg, |_| {})), [Concerns::Nobody, Concerns::Nobody]);
+}

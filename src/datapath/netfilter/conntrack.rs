@@ -9,7 +9,7 @@ use netdev_providers::netlink::netfilter::conntrack::{
     CTA_ID, CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_FLAGS_ORIGINAL,
     CTA_PROTOINFO_TCP_FLAGS_REPLY, CTA_PROTOINFO_TCP_STATE, CTA_STATUS, CTA_TIMEOUT,
     IP_CT_TCP_FLAG_BE_LIBERAL, IP_CT_TCP_FLAG_MAXACK_SET, IPCTNL_MSG_CT_DELETE, IPCTNL_MSG_CT_GET,
-    IPCTNL_MSG_CT_NEW, about,
+    IPCTNL_MSG_CT_NEW, about, is_other_protocol,
 };
 pub use netdev_providers::netlink::netfilter::conntrack::{CtEntry, CtId, CtStatus, TcpState};
 use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_CTNETLINK, msg_type, nfgenmsg};
@@ -396,7 +396,8 @@ pub struct EventRead {
     /// What updates of ours have changed ([`CtEvents::ignore_updates_of`]). That it is told says that
     /// the entry has events.
     pub own: Vec<CtEntry>,
-    /// Events were lost (the receive buffer was full): compare with a [`Conntrack::dump`].
+    /// Events were lost (the receive buffer was full), or cannot be read: compare with a
+    /// [`Conntrack::dump`].
     pub lost: bool,
 }
 
@@ -443,8 +444,7 @@ impl CtEvents {
         let mut read = EventRead::default();
         let ours = &self.ours;
         read.lost = drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
-            read_events(messages, ours, &mut read);
-            false
+            read_events(messages, ours, &mut read)
         })?;
         Ok(read)
     }
@@ -456,9 +456,11 @@ impl AsFd for CtEvents {
     }
 }
 
-fn read_events(messages: MessageIter<'_>, ours: &[u32], read: &mut EventRead) {
+/// Reads one datagram; `true` when something of it cannot be read.
+fn read_events(messages: MessageIter<'_>, ours: &[u32], read: &mut EventRead) -> bool {
     const NEW: u16 = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW);
     const DELETE: u16 = msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE);
+    let mut lost = false;
     for m in messages {
         let kind = match m.ty {
             // NLM_F_CREATE | NLM_F_EXCL mark a new one.
@@ -467,15 +469,19 @@ fn read_events(messages: MessageIter<'_>, ours: &[u32], read: &mut EventRead) {
             DELETE => CtEvent::Destroy,
             _ => continue,
         };
-        let Some(&family) = m.payload.first() else { continue };
         let attrs: AttrIter<'_> = m.attrs(NFGENMSG_LEN);
-        let Some(entry) = CtEntry::parse(family, attrs) else { continue };
+        let entry = m.payload.first().and_then(|&family| CtEntry::parse(family, attrs));
+        let Some(entry) = entry else {
+            lost |= !is_other_protocol(m.attrs(NFGENMSG_LEN));
+            continue;
+        };
         // The port is that of the request which caused the event; 0 for what packets caused.
         match kind(entry) {
             CtEvent::Update(entry) if m.port != 0 && ours.contains(&m.port) => read.own.push(entry),
             event => read.events.push(event),
         }
     }
+    lost
 }
 
 /// Reads what is there, waiting for the first datagram only. `true` when something was lost: the

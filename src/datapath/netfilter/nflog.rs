@@ -246,7 +246,8 @@ impl AsFd for SightLog {
     }
 }
 
-/// Reads one datagram; `true` when the sequence numbers tell of a loss before or in it.
+/// Reads one datagram; `true` when the sequence numbers tell of a loss before or in it, and when there is
+/// a message of which nothing can be made.
 fn read_logs(
     messages: MessageIter<'_>,
     expected: &mut Option<u32>,
@@ -258,7 +259,9 @@ fn read_logs(
             lost |= expected.is_some_and(|e| e != seq);
             *expected = Some(seq.wrapping_add(1));
         }
-        sights.extend(parse_sight(&m));
+        let sight = parse_sight(&m);
+        lost |= sight.is_none();
+        sights.extend(sight);
     }
     lost
 }
@@ -388,6 +391,16 @@ mod tests {
         let mut sights = Vec::new();
         let lost = read_logs(MessageIter::new(bytes), expected, &mut sights);
         (sights, lost)
+    }
+
+    #[test]
+    fn a_log_that_does_not_say_where_the_packet_came_in_is_a_loss() {
+        let mut bytes = unhex(WITH_CT);
+        // NFULA_IFINDEX_INDEV becomes an attribute that nobody knows.
+        let at = bytes.windows(4).position(|w| w == [8, 0, 4, 0]).unwrap();
+        bytes[at + 2] = 0x7f;
+        let (sights, lost) = read(&bytes, &mut None);
+        assert!(sights.is_empty() && lost, "{sights:?}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, TryStreamExt};
 use netdev_providers::netlink::socket::{DUMP, REQUEST};
@@ -71,26 +71,48 @@ pub enum NetEvent {
     Synced,
 }
 
+/// How often in a row it is tried to listen anew.
+const TRIES: u32 = 5;
+/// Who has listened for so long has listened.
+const LISTENED: Duration = Duration::from_secs(10);
+
 /// Runs until `stop` is signalled or nobody listens any more. Sends all links first.
 ///
 /// # Errors
-/// When the runtime or the socket cannot be set up, or the links cannot be dumped.
+/// When the runtime cannot be set up; when the sockets cannot, or the links cannot be dumped, or events cannot be
+/// received, several times in a row.
 pub fn run(events: &Sender<NetEvent>, mut stop: oneshot::Receiver<()>) -> io::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     runtime.block_on(async {
+        let mut failed = 0;
         loop {
-            tokio::select! {
-                ended = listen(events) => match ended? {
-                    Ended::NobodyListens => return Ok(()),
-                    Ended::Lost => {
-                        if events.send(NetEvent::Lost).is_err() {
-                            return Ok(());
-                        }
-                        // Whatever flooded us is given a moment; the kernel's state is read anew.
-                        tokio::time::sleep(Duration::from_millis(20)).await;
+            let began = Instant::now();
+            let ended = tokio::select! {
+                ended = listen(events) => ended,
+                _ = &mut stop => return Ok(()),
+            };
+            // Whatever flooded us is given a moment; the kernel's state is read anew.
+            let pause = match ended {
+                Ok(Ended::NobodyListens) => return Ok(()),
+                Ok(Ended::Lost) => {
+                    failed = 0;
+                    Duration::from_millis(20)
+                }
+                Err(e) => {
+                    failed = if began.elapsed() >= LISTENED { 1 } else { failed + 1 };
+                    if failed >= TRIES {
+                        return Err(e);
                     }
-                },
+                    tracing::error!("rtnetlink events: {e}; listening anew");
+                    Duration::from_millis(100)
+                }
+            };
+            if events.send(NetEvent::Lost).is_err() {
+                return Ok(());
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
                 _ = &mut stop => return Ok(()),
             }
         }
@@ -170,6 +192,9 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
                     },
                 },
                 datagram = others.next() => match datagram {
+                    Ok(datagram) if datagram.messages().any(|m| switches::is_unreadable(&m)) => {
+                        return Ok(Ended::Lost);
+                    }
                     Ok(datagram) => datagram.messages().all(|m| {
                         if let Some(switch) = SwitchEvent::parse(&m) {
                             return events.send(NetEvent::Switch(switch)).is_ok();

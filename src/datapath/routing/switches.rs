@@ -79,6 +79,12 @@ impl SwitchEvent {
     }
 }
 
+/// Whether this is an announcement of switches that does not say whose they are.
+pub(super) fn is_unreadable(m: &Received<'_>) -> bool {
+    let whose = || m.attrs(HEADER).find_type(NETCONFA_IFINDEX)?.payload.first_chunk::<4>();
+    matches!(m.ty, RTM_NEWNETCONF | RTM_DELNETCONF) && (m.payload.is_empty() || whose().is_none())
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// IPv4's, by ingress netdev.
@@ -144,7 +150,7 @@ mod tests {
 
     const OURS: u32 = 7;
 
-    fn event(ty: u16, family: libc::c_int, attributes: &[(u16, i32)]) -> Option<SwitchEvent> {
+    fn message(ty: u16, family: libc::c_int, attributes: &[(u16, i32)]) -> Vec<u8> {
         let mut buf = Vec::new();
         let mut m = Message::new(&mut buf, ty, 0, 0);
         m.raw(&[u8::try_from(family).unwrap(), 0, 0, 0]);
@@ -152,7 +158,17 @@ mod tests {
             m.attr(*ty, &value.to_ne_bytes());
         }
         m.finish();
+        buf
+    }
+
+    fn event(ty: u16, family: libc::c_int, attributes: &[(u16, i32)]) -> Option<SwitchEvent> {
+        let buf = message(ty, family, attributes);
         MessageIter::new(&buf).next().and_then(|m| SwitchEvent::parse(&m))
+    }
+
+    fn unreadable(ty: u16, attributes: &[(u16, i32)]) -> bool {
+        let buf = message(ty, libc::AF_INET, attributes);
+        MessageIter::new(&buf).next().is_some_and(|m| is_unreadable(&m))
     }
 
     fn forwarding(family: libc::c_int, whose: i32, on: i32) -> SwitchEvent {
@@ -184,6 +200,9 @@ mod tests {
         assert_eq!(event(24, libc::AF_INET, &[(NETCONFA_IFINDEX, 7)]), None, "of another kind");
         assert_eq!(event(RTM_NEWNETCONF, libc::AF_INET, &[(NETCONFA_IFINDEX, -2)]), None);
         assert_eq!(event(RTM_NEWNETCONF, libc::AF_INET, &[]), None);
+        assert!(unreadable(RTM_NEWNETCONF, &[]) && unreadable(RTM_DELNETCONF, &[(7, 1)]));
+        assert!(!unreadable(24, &[]), "of another kind");
+        assert!(!unreadable(RTM_NEWNETCONF, &[(NETCONFA_IFINDEX, -2)]), "of none that there is");
         let filter = [(NETCONFA_IFINDEX, 7), (NETCONFA_RP_FILTER, 1)];
         let filter = event(RTM_NEWNETCONF, libc::AF_INET, &filter).unwrap();
         assert!(filter.routes && filter.forwarding.is_none());

@@ -349,6 +349,18 @@ fn parse_counters(attrs: Nested<'_>) -> Option<Counters> {
     Some(Counters { packets: number(CTA_COUNTERS_PACKETS)?, bytes: number(CTA_COUNTERS_BYTES)? })
 }
 
+/// Whether these attributes are of an entry that is neither TCP's nor UDP's. One of those that
+/// [`CtEntry::parse`] makes nothing of is one that cannot be read.
+#[must_use]
+pub fn is_other_protocol(attrs: Nested<'_>) -> bool {
+    let number = attrs
+        .find_type(CTA_TUPLE_ORIG)
+        .and_then(|a| a.nested().find_type(CTA_TUPLE_PROTO))
+        .and_then(|a| a.nested().find_type(CTA_PROTO_NUM))
+        .and_then(|a| a.u8());
+    number.is_some_and(|n| L4Proto::from_number(n).is_none())
+}
+
 fn parse_tuple(family: u8, attrs: Nested<'_>) -> Option<Tuple> {
     let ip = attrs.find_type(CTA_TUPLE_IP)?.nested();
     let proto = attrs.find_type(CTA_TUPLE_PROTO)?.nested();

@@ -38,9 +38,32 @@ const GET: &str = "\
 
 fn events(hex: &str, ours: Option<u32>) -> Vec<CtEvent> {
     let mut read = EventRead::default();
-    read_events(MessageIter::new(&unhex(hex)), ours.as_slice(), &mut read);
+    assert!(!read_events(MessageIter::new(&unhex(hex)), ours.as_slice(), &mut read));
     assert_eq!(read.own, []);
     read.events
+}
+
+#[test]
+fn an_event_that_cannot_be_read_is_a_loss_and_one_of_another_protocol_is_none() {
+    let protocol = unhex("0500010006000000"); // CTA_PROTO_NUM: TCP
+    let event = unhex(DESTROY);
+    let places: Vec<_> = event.windows(8).enumerate().filter(|(_, w)| *w == protocol).collect();
+    let changed = |with: u8| {
+        let mut other = event.clone();
+        for (at, _) in &places {
+            other[at + 4] = with;
+        }
+        let mut read = EventRead::default();
+        (read_events(MessageIter::new(&other), &[], &mut read), read.events.len())
+    };
+    assert_eq!((places.len(), changed(6)), (2, (false, 1)));
+    assert_eq!(changed(1), (false, 0), "ICMP");
+    // Of a family that has no such addresses.
+    let mut unreadable = event.clone();
+    unreadable[16] = 10;
+    let mut read = EventRead::default();
+    assert!(read_events(MessageIter::new(&unreadable), &[], &mut read));
+    assert_eq!(read.events, []);
 }
 
 fn tuple(s: &str) -> Tuple {
