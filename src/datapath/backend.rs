@@ -28,6 +28,7 @@ use super::routing::path::PathResolver;
 use super::routing::stack::{Frames, descend};
 use super::routing::switches::Switches;
 use super::ruleset::Revalidation;
+use super::supervisor::{Ended, How, Supervisor};
 use crate::engine::PortDeleted;
 use crate::engine::conn::{ConnHandle, ConnKey, PathTaken};
 use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Sight, SlotChange};
@@ -164,6 +165,7 @@ pub struct Backend {
     counts: Counts,
     observer: OnceLock<Box<dyn Observer>>,
     own_changes: OnceLock<OwnChanges>,
+    supervisor: OnceLock<Supervisor>,
 }
 
 /// Whether a change of nf_tables that is announced with this netlink port id is a provider's.
@@ -229,6 +231,7 @@ impl Backend {
             counts: Counts::default(),
             observer: OnceLock::new(),
             own_changes: OnceLock::new(),
+            supervisor: OnceLock::new(),
         })
     }
 
@@ -241,6 +244,11 @@ impl Backend {
     /// firewall. Once.
     pub fn set_own_changes(&self, own: Box<dyn Fn(u32) -> bool + Send + Sync>) {
         let _ = self.own_changes.set(own);
+    }
+
+    /// Who is told when a port cannot be relied on any more. Once.
+    pub(super) fn set_supervisor(&self, supervisor: Supervisor) {
+        let _ = self.supervisor.set(supervisor);
     }
 
     /// Whether a change of nf_tables that is announced with this netlink port id is ours.
@@ -510,6 +518,13 @@ impl Datapath for Backend {
     /// From now on conntrack does not see these packets: TCP windows are no longer checked, in both
     /// directions and for the rest of the connection's life (its state would be stale), and a RST is
     /// believed whatever its sequence number. A connection that has ended meanwhile is found here, by the entry that is not there.
+    fn port_panicked(&self, port: &Netdev, words: &str) {
+        if let Some(supervisor) = self.supervisor.get() {
+            let thread = format!("port-{}", port.name);
+            supervisor.tell(Ended { thread, how: How::Panicked(words.to_owned()) });
+        }
+    }
+
     fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
         let updates: Vec<_> = sights
             .iter()

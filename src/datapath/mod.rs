@@ -171,6 +171,7 @@ impl KernelDatapath {
             net_events: Some(events.clone()),
             threads: Vec::new(),
         };
+        backend.set_supervisor(supervisor.clone());
         let log = SightLog::open(backend.config().nflog_group)?;
         let mut ct_events = CtEvents::open(false)?;
         let keepers = Conntrack::open()?;

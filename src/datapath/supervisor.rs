@@ -101,7 +101,8 @@ impl Supervisor {
         self.tell(Ended { thread: thread.to_owned(), how });
     }
 
-    fn tell(&self, ended: Ended) {
+    /// A thread that was started elsewhere has ended, or cannot be relied on any more.
+    pub(super) fn tell(&self, ended: Ended) {
         let mut state = self.state();
         if state.stopping {
             if ended.how != How::Returned {

@@ -143,6 +143,12 @@ pub trait Datapath: Send + Sync {
         vec![None; sights.len()]
     }
 
+    /// The engine's own thread of this port has panicked, with these words. The port offloads nothing more;
+    /// removals are still tried. What was in flight may stand, and who relies on rules being right stops.
+    fn port_panicked(&self, port: &Netdev, words: &str) {
+        let _ = (port, words);
+    }
+
     /// A slot has changed. For those who watch; called while the slot is locked, so it must neither
     /// block nor call the engine.
     fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {

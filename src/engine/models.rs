@@ -678,9 +678,10 @@ impl Bench {
         let provider = Arc::new(ModelProvider { at_once, ..ModelProvider::default() });
         let binding = Binding { class: "model", provider: Arc::clone(&provider) as _ };
         let port = Arc::new(port(1, Some(binding)));
-        let writer =
+        let mut writer =
             Writer::new(Arc::clone(&port), Arc::clone(&provider) as _, Arc::clone(&engine.0));
-        let writer = thread::spawn(move || writer.run());
+        // Not `run`, which goes on behind a panic: those of the model checker are its verdict.
+        let writer = thread::spawn(move || writer.serve());
         engine.0.publication.publish(PortTable::default().with(Arc::clone(&port)));
         let conn = engine.conn_create(key(), key().original.inverted(), 1).unwrap();
         Self { engine, conn, provider, port, writer }

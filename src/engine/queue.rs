@@ -43,6 +43,9 @@ pub(super) enum Command {
     /// waits for adds.
     #[cfg(test)]
     Barrier(Sender<u64>),
+    /// The writer panics.
+    #[cfg(test)]
+    Panic,
     /// Answers when the removals queued before have been, and those that follow from them.
     Settle(Sender<u64>),
     /// Everything goes, what waits is taken back; answers with how many.
@@ -72,7 +75,7 @@ impl Command {
             | Self::Retracted(_)
             | Self::Joined(_) => false,
             #[cfg(test)]
-            Self::Barrier(_) => false,
+            Self::Barrier(_) | Self::Panic => false,
         }
     }
 }

@@ -50,6 +50,8 @@ struct TestDatapath {
     forwarded: AtomicU64,
     /// Whether it panics when it is asked for a path.
     panics: AtomicBool,
+    /// What it was told of ports whose thread has panicked.
+    port_panics: StdMutex<Vec<String>>,
 }
 
 impl Datapath for TestDatapath {
@@ -85,6 +87,9 @@ impl Datapath for TestDatapath {
     }
     fn forwarded_itself(&self, sights: &[Sight]) -> Vec<Option<u64>> {
         vec![Some(self.forwarded.load(Ordering::SeqCst)); sights.len()]
+    }
+    fn port_panicked(&self, port: &Netdev, words: &str) {
+        self.port_panics.lock().unwrap().push(format!("{}: {words}", port.name));
     }
     fn rearm(&self, sights: &[Sight]) {
         let mut rearmed = self.rearmed.lock().unwrap();

@@ -23,7 +23,7 @@ use netdev_providers::{
 use super::Shared;
 use super::capacity::{Candidate, Pace, Place};
 use super::conn::{ConnHandle, Detail, Moment, PathTaken, Slot};
-use super::contain::contained;
+use super::contain::{caught, contained};
 use super::datapath::{Datapath, Path, PathSpec, Sight, flow};
 use super::latency::OpKind;
 use super::port::{Port, Shape};
@@ -102,13 +102,26 @@ impl Writer {
         }
     }
 
-    /// Runs until [`Command::Stop`].
+    /// Runs until [`Command::Stop`]. A panic of our own costs the port its offers, not its end: rules are there
+    /// that somebody has to take back.
     pub(super) fn run(mut self) {
+        let port = Arc::clone(&self.port);
+        while let Err(words) = caught(|| self.serve()) {
+            port.set_fault(format!("its thread panicked: {words}"));
+            // It may be one of them that it panics at, again and again.
+            self.timers.clear();
+            self.port.queue.finished(std::mem::take(&mut self.done));
+            port.progress.thread.end();
+            let shared = Arc::clone(&self.shared);
+            let _ = caught(|| shared.datapath.port_panicked(&port.netdev, &words));
+        }
+    }
+
+    pub(super) fn serve(&mut self) {
         let port = Arc::clone(&self.port);
         port.queue.set_writer();
         let mut staged = Vec::new();
         loop {
-            // Should this thread end by a panic, it has begun for good, and is found not to go on.
             port.progress.thread.begin();
             let mut taken = 0;
             while taken < BATCH
@@ -174,6 +187,8 @@ impl Writer {
                     let _ = answer.send(reconciled);
                 }
             }
+            #[cfg(test)]
+            Command::Panic => panic!("on purpose"),
             #[cfg(test)]
             Command::Barrier(answer) => {
                 self.submit(staged);

@@ -239,3 +239,30 @@ fn a_port_that_is_being_deleted_is_not_swept_any_more() {
     port.draining.store(false, Ordering::SeqCst);
     assert_eq!(b.engine.sweep(&mut Strays::default()).faults.len(), 1);
 }
+
+#[test]
+fn a_port_whose_thread_panics_takes_no_offers_and_its_rules_can_be_taken_back() {
+    let (bad, good) = classes();
+    let b = bench(&bad, &good, Limits { port_del: PATIENCE, ..Limits::default() });
+    let (held, again) = (b.conn(1), b.conn(2));
+    install(&b, 1, &held, Original);
+    install(&b, 1, &again, Original);
+    for _ in 0..2 {
+        b.engine.0.publication.table().get(ifindex(1)).unwrap().queue.push(Command::Panic);
+        settle(&b, 1);
+    }
+    assert_eq!(only_fault(&b), "its thread panicked: on purpose");
+    assert_eq!(*b.datapath.port_panics.lock().unwrap(), ["p1: on purpose"; 2]);
+    assert_eq!(slow(&b), "", "it goes on");
+    let fresh = b.conn(3);
+    b.offer(1, &fresh, Original);
+    settle(&b, 1);
+    assert_ne!(b.state(1, &fresh, Original), Some(SlotState::Installed));
+    // One alone, all, and for good.
+    assert_eq!(b.engine.conn_del(&held), 1);
+    settle(&b, 1);
+    assert_eq!(bad.rules(ifindex(1)).len(), 1);
+    let deleted = b.engine.port_del(ifindex(1)).unwrap();
+    assert_eq!((deleted.flushed, deleted.faults.len()), (1, 0), "{deleted:?}");
+    assert!(bad.rules(ifindex(1)).is_empty());
+}

@@ -256,6 +256,8 @@ impl Writer {
                 | Command::Joined(_)
                 | Command::Reconcile(_)
                 | Command::DeleteRule(..) => {}
+                #[cfg(test)]
+                Command::Panic => {}
             }
         }
         // The last call: whoever else is calling it comes to an end first.
