@@ -20,7 +20,8 @@ use std::time::Duration;
 
 use ctoffload::control::info::*;
 use ctoffload::control::{
-    Access, ConnDump, ControlError, ControlHandler, ErrorKind, PORT_ID, Publisher, Server, Waker,
+    Access, ConnDump, ControlError, ControlHandler, ErrorKind, PORT_ID, Publisher, Server,
+    ServerError, Subscription, Target, Waker,
 };
 use netdev_providers::{Direction, Reason, Tuple, Zone};
 use nix::sched::{CloneFlags, unshare};
@@ -282,15 +283,19 @@ impl Bed {
 
     fn new() -> Self {
         let mut bed = Self::without_daemon();
+        bed.serve();
+        bed
+    }
+
+    fn serve(&mut self) {
         let access = Access { group: Some(Gid::from_raw(READERS)) };
-        let server = Server::bind_to(bed.port_id, access).unwrap();
-        bed.publisher = Some(server.publisher());
-        bed.waker = Some(server.waker());
-        let stop = Arc::clone(&bed.stop);
-        bed.thread = Some(std::thread::spawn(move || {
+        let server = Server::bind_to(self.port_id, access).unwrap();
+        self.publisher = Some(server.publisher());
+        self.waker = Some(server.waker());
+        let stop = Arc::clone(&self.stop);
+        self.thread = Some(std::thread::spawn(move || {
             server.run(&Fake, || stop.load(Ordering::Relaxed)).unwrap();
         }));
-        bed
     }
 
     fn command(&self, line: &str) -> Command {
@@ -679,11 +684,8 @@ fn the_group_may_read_and_change_nothing() {
     }
 }
 
-/// Whoever holds the daemon's port id without being root.
-#[test]
-fn a_squatter_is_not_believed() {
-    needs_root();
-    let bed = Bed::without_daemon();
+/// Whoever holds the daemon's port id without being root, while this is done.
+fn with_squatter(then: impl FnOnce()) {
     let this = std::env::current_exe().unwrap();
     let (program, _remove) = copy_for_others(&this);
     let mut squatter = Command::new(program)
@@ -697,14 +699,44 @@ fn a_squatter_is_not_believed() {
     // Kept open: the test harness in there has more to say at the end.
     let mut said = BufReader::new(squatter.stdout.take().unwrap()).lines();
     assert!(said.by_ref().map_while(Result::ok).any(|line| line.contains("squatting")));
-    let e = bed.fails("stats", 1);
+    then();
     drop(squatter.stdin.take());
     assert!(squatter.wait().unwrap().success());
-    assert!(e.contains("of uid 54321 answers in the daemon's place: expected uid 0"), "{e}");
 }
 
 #[test]
-#[ignore = "the other process of a_squatter_is_not_believed, which runs it"]
+fn a_squatter_is_not_believed() {
+    needs_root();
+    let bed = Bed::without_daemon();
+    with_squatter(|| {
+        let e = bed.fails("stats", 1);
+        assert!(e.contains("of uid 54321 answers in the daemon's place: expected uid 0"), "{e}");
+    });
+}
+
+#[test]
+fn a_squatter_keeps_no_daemon_away_and_nobody_from_finding_it() {
+    needs_root();
+    let mut bed = Bed::without_daemon();
+    with_squatter(|| {
+        bed.serve();
+        assert!(bed.ok("stats").contains("deadbeef"));
+        assert_eq!(bed.ok("port del eth0"), "eth0 is no port any more\n");
+        let second = Server::bind(Access::default()).map(|_| ());
+        assert!(matches!(second, Err(ServerError::AlreadyRunning { .. })), "{second:?}");
+        // Events too come from where the daemon is.
+        let target = Target { patience: Duration::from_secs(60), ..Target::default() };
+        let mut events = Subscription::open(target).unwrap();
+        bed.publisher.as_ref().unwrap().publish(Event::default());
+        assert!(events.next(Duration::from_secs(60)).unwrap().is_some());
+    });
+    assert!(bed.ok("stats").contains("deadbeef"), "the known port id is nobody's now");
+    let second = Server::bind(Access::default()).map(|_| ());
+    assert!(matches!(second, Err(ServerError::AlreadyRunning { .. })), "{second:?}");
+}
+
+#[test]
+#[ignore = "the other process of the tests with a squatter, which run it"]
 fn squatter() {
     let server = Server::bind(Access::default()).unwrap();
     let (gone, waker) = (AtomicBool::new(false), server.waker());

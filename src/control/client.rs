@@ -14,13 +14,14 @@ use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
     PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
 };
+use super::presence;
 use super::socket::{self, Socket};
 use super::wire::{self, Command, Envelope, Message, PORT_ID, VERSION, WireError};
 
 /// Which daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Its port id.
+    /// Its port id; [`PORT_ID`] stands for wherever the namespace's daemon is.
     pub port_id: u32,
     /// The user it runs as: whoever else answers is not believed.
     pub daemon_uid: u32,
@@ -81,13 +82,13 @@ impl Client {
         let socket = Socket::open().map_err(|(call, source)| ClientError::Io { call, source })?;
         match group {
             None => socket.bind(0).map_err(io("bind"))?,
-            Some(group) => socket.bind_to_group(group).map_err(|e| match e {
+            Some(group) => socket.bind_in_group(0, group).map_err(|e| match e {
                 Errno::EPERM => ClientError::EventsDenied,
                 e => io("bind")(e),
             })?,
         }
         // So that nobody but the holder of that port id can answer; who that is remains to be seen.
-        socket.connect(target.port_id).map_err(io("connect"))?;
+        socket.connect(presence::find(target.port_id)).map_err(io("connect"))?;
         Ok(Self { socket, target, seq: 0, buf: socket::buffer() })
     }
 

@@ -98,11 +98,17 @@ impl ControlError {
 /// Why there is no control server.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The port id is taken.
+    /// There is a daemon.
     #[error(
-        "another process holds the control port id {port_id} in this network namespace: a second daemon?"
+        "another daemon is in this network namespace, at the control port id {port_id}: a second daemon?"
     )]
     AlreadyRunning {
+        /// Its port id.
+        port_id: u32,
+    },
+    /// The port id is taken, and without `CAP_NET_ADMIN` nobody would find the daemon at another one.
+    #[error("another process holds the control port id {port_id} in this network namespace")]
+    Taken {
         /// Which port id.
         port_id: u32,
     },

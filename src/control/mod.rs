@@ -3,7 +3,9 @@
 //!
 //! # Transport
 //! `NETLINK_USERSOCK` datagrams of at most [`wire::MAX_DATAGRAM`] bytes, in one network namespace:
-//! a daemon is found by the port id [`PORT_ID`], and only from inside the namespace it serves.
+//! a daemon is found by the port id [`PORT_ID`], or, where somebody else has that, by the multicast group
+//! [`wire::DAEMON_GROUP`], in which only privileged processes can be; and only from inside the namespace it
+//! serves.
 //!
 //! # Framing
 //! As generic netlink: `nlmsghdr`, `genlmsghdr` (command, version), nested attributes. A request is
@@ -15,7 +17,7 @@
 //!
 //! # Trust
 //! Any local user can send to any port id of this protocol, squat a free one, and multicast
-//! (`NL_CFG_F_NONROOT_SEND` in `net/netlink/af_netlink.c`). So neither side believes `nlmsg_pid`
+//! (`NL_CFG_F_NONROOT_SEND` in `net/netlink/af_netlink.c`), but not join a group. So neither side believes `nlmsg_pid`
 //! or the sender's port id: both look at the `SCM_CREDENTIALS` that the kernel attaches to each
 //! datagram. See [`access`] for what the daemon allows whom. The client takes answers and events
 //! from root only, or from the uid it was told ([`Target::daemon_uid`]).
@@ -26,6 +28,7 @@ pub mod client;
 pub mod error;
 pub mod events;
 pub mod info;
+mod presence;
 pub mod server;
 mod socket;
 #[cfg(test)]

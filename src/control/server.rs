@@ -27,8 +27,11 @@ use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
     PortDelRequest, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
 };
+use super::presence;
 use super::socket::{self, Socket};
-use super::wire::{self, Command, EVENT_GROUP, MAX_DATAGRAM, Message, PORT_ID, VERSION, WireError};
+use super::wire::{
+    self, Command, DAEMON_GROUP, EVENT_GROUP, MAX_DATAGRAM, Message, PORT_ID, VERSION, WireError,
+};
 
 /// How long a client may leave an answer unread before it is given up.
 const UNREAD: Duration = Duration::from_secs(5);
@@ -148,25 +151,45 @@ impl Waker {
 }
 
 impl Server {
-    /// Takes the daemon's port id in the network namespace of the calling thread.
+    /// Takes the daemon's port id in the network namespace of the calling thread, or another one, when it
+    /// is taken by somebody who is no daemon.
     ///
     /// # Errors
-    /// [`ServerError::AlreadyRunning`] when it is taken.
+    /// [`ServerError::AlreadyRunning`] when there is a daemon. (Two that come at the same moment may both
+    /// be told so.)
     pub fn bind(access: Access) -> Result<Self, ServerError> {
         Self::bind_to(PORT_ID, access)
     }
 
-    /// Takes another port id: for tests, and for a second daemon in one namespace.
+    /// Takes another port id, if it can: for tests.
     ///
     /// # Errors
-    /// As [`Server::bind`].
+    /// As [`Server::bind`], and [`ServerError::Taken`] without `CAP_NET_ADMIN`.
     pub fn bind_to(port_id: u32, access: Access) -> Result<Self, ServerError> {
         let io = |(call, source)| ServerError::Io { call, source };
         let socket = Socket::open().map_err(io)?;
-        socket.bind(port_id).map_err(|e| match e {
-            Errno::EADDRINUSE => ServerError::AlreadyRunning { port_id },
-            e => io(("bind", e)),
-        })?;
+        match socket.bind_in_group(port_id, DAEMON_GROUP) {
+            Ok(()) => {}
+            Err(Errno::EADDRINUSE) => {
+                socket.bind_in_group(0, DAEMON_GROUP).map_err(|e| io(("bind", e)))?;
+            }
+            Err(Errno::EPERM) => socket.bind(port_id).map_err(|e| match e {
+                Errno::EADDRINUSE => ServerError::Taken { port_id },
+                e => io(("bind", e)),
+            })?,
+            Err(e) => return Err(io(("bind", e))),
+        }
+        let bound = socket.port_id().map_err(|e| io(("getsockname", e)))?;
+        if let Some(other) = presence::daemons().into_iter().find(|other| *other != bound) {
+            return Err(ServerError::AlreadyRunning { port_id: other });
+        }
+        if bound != port_id {
+            warn!(
+                port_id,
+                bound,
+                "the control port id is held by a process that is no daemon; the CLI finds this one all the same"
+            );
+        }
         let outbox = Outbox::new().map_err(|e| io(("eventfd", e)))?;
         Ok(Self { socket, gate: Gate::new(access), outbox: Arc::new(outbox) })
     }
@@ -319,7 +342,8 @@ impl Loop<'_> {
             let got = match self.server.socket.receive(buf) {
                 Ok(got) => got,
                 Err(Errno::EAGAIN) => return Ok(false),
-                // Nothing multicasts to us; whatever is pending on the socket has been told now.
+                // Of multicasts to the daemon's group, which nobody has a reason to send; whatever is
+                // pending on the socket has been told now.
                 Err(Errno::ENOBUFS | Errno::ENOMEM) => continue,
                 Err(source) => return Err(ServerError::Io { call: "recvmsg", source }),
             };

@@ -7,7 +7,7 @@ use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType,
-    UnixCredentials, bind, connect, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    UnixCredentials, bind, connect, getsockname, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 
 use super::wire::MAX_DATAGRAM;
@@ -59,10 +59,16 @@ impl Socket {
         bind(self.0.as_raw_fd(), &NetlinkAddr::new(port_id, 0))
     }
 
-    /// Takes any port id and joins a multicast group. `NETLINK_USERSOCK` lets anybody send to
-    /// groups but has no `NL_CFG_F_NONROOT_RECV`: without `CAP_NET_ADMIN` this is `EPERM`.
-    pub(super) fn bind_to_group(&self, group: u32) -> Result<(), Errno> {
-        bind(self.0.as_raw_fd(), &NetlinkAddr::new(0, group_mask(group)))
+    /// Takes a port id, 0: any, and joins a multicast group. `NETLINK_USERSOCK` lets anybody send to
+    /// groups but has no `NL_CFG_F_NONROOT_RECV`: without `CAP_NET_ADMIN` this is `EPERM`, whether the
+    /// port id is taken or not.
+    pub(super) fn bind_in_group(&self, port_id: u32, group: u32) -> Result<(), Errno> {
+        bind(self.0.as_raw_fd(), &NetlinkAddr::new(port_id, group_mask(group)))
+    }
+
+    /// The port id that it was bound to.
+    pub(super) fn port_id(&self) -> Result<u32, Errno> {
+        getsockname::<NetlinkAddr>(self.0.as_raw_fd()).map(|address| address.pid())
     }
 
     /// From now on the kernel refuses unicasts to us from any other port id

@@ -25,6 +25,10 @@ pub const PORT_ID: u32 = 0x6374_6f66;
 /// first that comes to others' minds.
 pub const EVENT_GROUP: u32 = 23;
 
+/// The multicast group that the daemon is in, so that it is found also where somebody else has taken
+/// [`PORT_ID`]. Nothing is sent to it.
+pub const DAEMON_GROUP: u32 = 29;
+
 /// The version of this protocol, in every generic-netlink header.
 pub const VERSION: u8 = 1;
 

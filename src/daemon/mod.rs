@@ -1,7 +1,7 @@
 //! The `ctoffloadd` program: reads its configuration, attaches to netdevs, answers the CLI.
 //!
-//! Start-up goes from what can fail without a trace to what leaves one: configuration, the control
-//! socket (a second daemon ends here, with nothing changed), the sight ledger, ports. A clean stop
+//! Start-up goes from what can fail without a trace to what leaves one: configuration, the sight ledger (a
+//! second daemon ends here, with nothing changed), the control socket, ports. A clean stop
 //! goes the other way and leaves nothing of ours in the kernel.
 
 pub mod config;
@@ -119,7 +119,7 @@ impl DaemonError {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Pattern { .. } | Self::NoGroup(_) | Self::LogFilter { .. } => 2,
-            Self::Server(ServerError::AlreadyRunning { .. })
+            Self::Server(ServerError::AlreadyRunning { .. } | ServerError::Taken { .. })
             | Self::Datapath(DatapathError::Ledger(LedgerError::AlreadyOwned { .. })) => 3,
             // Root without the capability, as in a container.
             Self::NotRoot
@@ -208,7 +208,6 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     allow_many_sockets();
     let supervisor = Supervisor::new().map_err(|e| DaemonError::Os("eventfd", e))?;
 
-    let server = Server::bind(Access { group })?;
     let backend = Arc::new(Backend::open(datapath::Config {
         nflog_group: config.nflog_group.get(),
         ledger_size: config.ledger_size.get(),
@@ -220,6 +219,9 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         revalidation: config.revalidation,
         adopt: config.adopt,
     })?);
+    // Behind the ledger, which nobody can have who has no privilege and no two daemons at once: here ends one
+    // that comes while another is stopping.
+    let server = Server::bind(Access { group })?;
     let engine = Engine::new(
         new_instance()?,
         Arc::clone(&backend) as Arc<dyn crate::engine::datapath::Datapath>,

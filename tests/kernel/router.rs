@@ -28,6 +28,7 @@ mod firewall;
 mod names;
 mod nat;
 mod neighbours;
+mod place;
 mod signals;
 mod stack;
 mod world;

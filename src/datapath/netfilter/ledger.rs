@@ -104,9 +104,7 @@ const DUMP_TRIES: u32 = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
     /// A table of that name belongs to another process that is alive.
-    #[error(
-        "table {table} belongs to another process: is another daemon running in this network namespace?"
-    )]
+    #[error("table {table} of this network namespace belongs to another process: a second daemon?")]
     AlreadyOwned {
         /// The table's family and name.
         table: String,
