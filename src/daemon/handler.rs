@@ -278,6 +278,7 @@ fn help_for(reason: Reason) -> Option<&'static str> {
             "see `ip -d link show` of the netdev, and what stands above and below it"
         }
         Reason::IpsecPolicy => "see `ip xfrm policy`",
+        Reason::TosRouted => "see `ip rule` and `ip route` for what has a tos or a dscp",
         Reason::ProviderFault => "delete the port and add it again; see the daemon's log",
         Reason::ProviderSlow => {
             "it goes on by itself when the NIC or the kernel has done what it was given; see `ctoffload port show`"

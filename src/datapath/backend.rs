@@ -27,6 +27,7 @@ use super::routing::links::Links;
 use super::routing::path::PathResolver;
 use super::routing::stack::{Frames, descend};
 use super::routing::switches::Switches;
+use super::routing::tos::Named;
 use super::ruleset::Revalidation;
 use super::supervisor::{Ended, How, Supervisor};
 use crate::engine::PortDeleted;
@@ -140,6 +141,7 @@ pub struct Backend {
     fdb: Fdb,
     switches: Switches,
     ipsec: Ipsec,
+    tos: Named,
     resolver: PathResolver,
     /// Of what paths are resolved from.
     changes: AtomicU64,
@@ -179,10 +181,15 @@ impl Backend {
     pub fn open(config: Config) -> Result<Self, DatapathError> {
         let links = Links::default();
         let fdb = Fdb::default();
-        let (switches, ipsec) = (Switches::default(), Ipsec::default());
-        let resolver =
-            PathResolver::new(links.clone(), fdb.clone(), switches.clone(), ipsec.clone())
-                .map_err(DatapathError::Route)?;
+        let (switches, ipsec, tos) = (Switches::default(), Ipsec::default(), Named::default());
+        let resolver = PathResolver::new(
+            links.clone(),
+            fdb.clone(),
+            switches.clone(),
+            ipsec.clone(),
+            tos.clone(),
+        )
+        .map_err(DatapathError::Route)?;
         let conntrack = Conntrack::open()?;
         let counted_before = accounting();
         let ledger = Ledger::install(LedgerConfig {
@@ -218,6 +225,7 @@ impl Backend {
             fdb,
             switches,
             ipsec,
+            tos,
             resolver,
             changes: AtomicU64::new(0),
             watched: Mutex::default(),
@@ -282,6 +290,10 @@ impl Backend {
     /// The policies of IPsec.
     pub(super) fn ipsec(&self) -> &Ipsec {
         &self.ipsec
+    }
+    /// Values of the ToS that routing tells apart.
+    pub(super) fn tos(&self) -> &Named {
+        &self.tos
     }
     /// Counts a change of what paths are resolved from: after it is known here, before the rules that it
     /// concerns are looked for.

@@ -144,6 +144,12 @@ impl Changes {
             }
             NetEvent::Switch(switch) => self.switch(&switch, gathered),
             NetEvent::Policies => self.policies(),
+            NetEvent::Tos(tos) => {
+                if self.backend.tos().add(tos) {
+                    self.backend.changed();
+                    gathered.rerouted.add(whole(tos.ipv6));
+                }
+            }
             NetEvent::Routes(prefix) => {
                 self.backend.changed();
                 gathered.rerouted.add(prefix);
@@ -620,6 +626,7 @@ const fn depends_on_routes(reason: Reason) -> bool {
             | Reason::EgressUnsupported
             | Reason::NeighbourUnresolved
             | Reason::MtuMismatch
+            | Reason::TosRouted
             | Reason::Busy
     )
 }

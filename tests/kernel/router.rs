@@ -31,6 +31,7 @@ mod neighbours;
 mod place;
 mod signals;
 mod stack;
+mod tos;
 mod world;
 
 /// A router with netdevs `lan` and `wan`, and a host behind each.

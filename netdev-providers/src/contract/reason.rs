@@ -103,6 +103,8 @@ reasons! {
     NoEffect = 25, "no-effect", Transient;
     /// An IPsec policy concerns the packets: it encrypts them, or blocks them.
     IpsecPolicy = 26, "ipsec-policy", Permanent;
+    /// Packets of the connection take another route by their ToS or traffic class: one rule cannot forward them all.
+    TosRouted = 29, "tos-routed", Permanent;
     /// A hook of others stands behind the one that sees the packets, and could refuse them yet.
     FirewallBehind = 28, "firewall-behind", Transient;
 }

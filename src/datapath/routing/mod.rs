@@ -23,3 +23,4 @@ pub mod path;
 pub mod stack;
 pub mod switches;
 mod tolerant;
+pub mod tos;

@@ -29,6 +29,7 @@ use super::fdb::Behind;
 use super::links::{BridgePort, Link};
 use super::switches::{RTM_GETNETCONF, SwitchEvent};
 use super::tolerant::Tolerant;
+use super::tos::{self, Tos};
 use super::{ipsec, nexthops, switches};
 
 /// Something changed.
@@ -60,6 +61,8 @@ pub enum NetEvent {
     BridgePort(Ifindex, BridgePort),
     /// A switch of forwarding, or another one that routing obeys, changed or is read.
     Switch(SwitchEvent),
+    /// A value of the ToS that a rule or a route tells from others.
+    Tos(Tos),
     /// IPsec's policies changed, or are to be read.
     Policies,
     /// Routes to this prefix changed: for a rule and for an address, to the whole of its family.
@@ -156,6 +159,8 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
         if events.send(NetEvent::Policies).is_err() || !send_switches(events)? {
             return Ok(Ended::NobodyListens);
         }
+        // Who does not listen any more is found below.
+        tos::read(|tos| drop(events.send(NetEvent::Tos(tos))))?;
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await.map_err(io::Error::other)? {
             if !send_link(events, &link) {
@@ -269,6 +274,15 @@ fn send_link(events: &Sender<NetEvent>, m: &LinkMessage) -> bool {
 
 /// False when nobody listens any more.
 fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
+    let named = match message {
+        RouteNetlinkMessage::NewRule(m) => tos::of_rule(m),
+        RouteNetlinkMessage::NewRoute(m) => tos::of_route(m),
+        _ => Vec::new(),
+    };
+    // Before the change itself: the routes that it concerns are then asked for by these too.
+    if named.into_iter().any(|tos| events.send(NetEvent::Tos(tos)).is_err()) {
+        return false;
+    }
     let event = match message {
         // A bridge announces its ports with AF_BRIDGE too: those are not about the netdev itself,
         // but about its being a port.

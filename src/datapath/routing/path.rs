@@ -23,6 +23,7 @@ use super::links::{Layer, Links};
 use super::neighbour;
 use super::stack::{Frames, Stack, descend};
 use super::switches::Switches;
+use super::tos::Named;
 use crate::engine::datapath::{Path, PathHint, Sight};
 
 const RTM_NEWROUTE: u16 = 24;
@@ -42,6 +43,7 @@ pub struct PathResolver {
     fdb: Fdb,
     switches: Switches,
     ipsec: Ipsec,
+    tos: Named,
     socket: Mutex<Socket>,
     /// IPv6's own MTU of netdevs that paths lead to, as first read or last looked at.
     ipv6_mtus: Mutex<HashMap<Ifindex, Option<u32>>>,
@@ -57,9 +59,10 @@ impl PathResolver {
         fdb: Fdb,
         switches: Switches,
         ipsec: Ipsec,
+        tos: Named,
     ) -> Result<Self, NetlinkError> {
         let socket = Mutex::new(Socket::open(Family::Route)?);
-        Ok(Self { links, fdb, switches, ipsec, socket, ipv6_mtus: Mutex::default() })
+        Ok(Self { links, fdb, switches, ipsec, tos, socket, ipv6_mtus: Mutex::default() })
     }
 
     /// The path of a direction on a port.
@@ -120,7 +123,15 @@ impl PathResolver {
             RouteAttribute::Dport(leaving.dport()),
             RouteAttribute::Mark(hint.mark),
         ];
-        let route = look_up_route(&mut socket, &request)?;
+        let route = look_up_route(&mut socket, &request);
+        for tos in self.tos.of(leaving.is_ipv6()) {
+            request.header.tos = tos;
+            if look_up_route(&mut socket, &request).ok() != route.as_ref().ok().copied() {
+                let why = format!("packets of ToS {tos:#04x} have another route");
+                return Err(Rejection::with_detail(Reason::TosRouted, why));
+            }
+        }
+        let route = route?;
         if let Some(seen) = hint.egress
             && seen != route.egress
         {

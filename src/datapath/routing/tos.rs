@@ -1,0 +1,184 @@
+//! Rules and routes that tell packets apart by their ToS, or traffic class: `ip rule ... tos`, `ip rule ... dscp`,
+//! `ip route ... tos`. A connection is no class of traffic: its packets may have any, and change it, and a rule of
+//! ours is for all of them. So where such rules and routes exist, the kernel is asked for each value that they
+//! name, and a connection whose packets would not all go the same way stays on the slow path.
+//!
+//! Values are learnt from what is there at the start and from what comes. One that is named no more costs a
+//! look-up, and changes no answer.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use netdev_providers::netlink::socket::{DUMP, REQUEST};
+use netdev_providers::netlink::wire::{Message, Received};
+use netdev_providers::netlink::{Family, NetlinkError, Socket};
+use netlink_packet_core::Nla;
+use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
+
+const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
+const RTM_NEWRULE: u16 = 32;
+const RTM_GETRULE: u16 = 34;
+/// `struct rtmsg` and `struct fib_rule_hdr` have the family and the ToS in the same places.
+const HEADER: usize = 12;
+const TOS_AT: usize = 3;
+// linux/fib_rules.h
+const FRA_DSCP: u16 = 25;
+const FRA_DSCP_MASK: u16 = 30;
+
+/// A value of the ToS that is told from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tos {
+    /// By IPv6's rules; else by IPv4's rules or routes.
+    pub ipv6: bool,
+    /// The byte of the header.
+    pub value: u8,
+}
+
+/// The values that a rule or a route names.
+fn named(family: u8, tos: u8, attribute: impl Fn(u16) -> Option<u8>) -> Vec<Tos> {
+    let ipv6 = match i32::from(family) {
+        libc::AF_INET => false,
+        libc::AF_INET6 => true,
+        _ => return Vec::new(),
+    };
+    let values: Vec<u8> = match (attribute(FRA_DSCP), attribute(FRA_DSCP_MASK)) {
+        (None, _) => vec![tos],
+        (Some(dscp), None) => vec![tos, dscp << 2],
+        // It may name any number of them.
+        (Some(_), Some(_)) => (0..64).map(|dscp| dscp << 2).collect(),
+    };
+    values.into_iter().filter(|v| *v != 0).map(|value| Tos { ipv6, value }).collect()
+}
+
+/// Those that an announced rule names.
+pub(super) fn of_rule(m: &RuleMessage) -> Vec<Tos> {
+    let attribute = |kind| {
+        m.attributes.iter().find_map(|a| match a {
+            RuleAttribute::Other(nla) if nla.kind() == kind && nla.value_len() == 1 => {
+                let mut value = [0];
+                nla.emit_value(&mut value);
+                Some(value[0])
+            }
+            _ => None,
+        })
+    };
+    named(m.header.family.into(), m.header.tos, attribute)
+}
+
+/// Those that an announced route names.
+pub(super) fn of_route(m: &RouteMessage) -> Vec<Tos> {
+    named(m.header.address_family.into(), m.header.tos, |_| None)
+}
+
+/// Those that a message of a dump names: a full routing table is long, so nothing else of it is decoded.
+fn of_dumped(m: &Received<'_>) -> Vec<Tos> {
+    let (Some(&family), Some(&tos)) = (m.payload.first(), m.payload.get(TOS_AT)) else {
+        return Vec::new();
+    };
+    match m.ty {
+        RTM_NEWROUTE => named(family, tos, |_| None),
+        RTM_NEWRULE => named(family, tos, |ty| m.attrs(HEADER).find_type(ty)?.u8()),
+        _ => Vec::new(),
+    }
+}
+
+/// The values that are named, shared between the monitor's events and those who resolve paths.
+#[derive(Clone, Debug, Default)]
+pub struct Named(Arc<RwLock<BTreeSet<Tos>>>);
+
+impl Named {
+    /// Notes a value; true when it was none before.
+    pub fn add(&self, tos: Tos) -> bool {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(tos)
+    }
+
+    /// Those of a family.
+    #[must_use]
+    pub fn of(&self, ipv6: bool) -> Vec<u8> {
+        let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        all.iter().filter(|t| t.ipv6 == ipv6).map(|t| t.value).collect()
+    }
+}
+
+/// Reads what is named now, in the network namespace of the calling thread.
+///
+/// # Errors
+/// A failure of the exchange.
+pub(super) fn read(mut each: impl FnMut(Tos)) -> io::Result<()> {
+    let mut socket = Socket::open(Family::Route).map_err(io::Error::other)?;
+    // IPv6 has no routes by traffic class.
+    for (get, family) in
+        [(RTM_GETRULE, libc::AF_INET), (RTM_GETRULE, libc::AF_INET6), (RTM_GETROUTE, libc::AF_INET)]
+    {
+        let (mut buf, seq) = (Vec::new(), socket.next_seq());
+        let mut m = Message::new(&mut buf, get, REQUEST | DUMP, seq);
+        let mut header = [0; HEADER];
+        header[0] = u8::try_from(family).unwrap_or(0);
+        m.raw(&header);
+        m.finish();
+        match socket.dump(&buf, seq, |m| of_dumped(&m).into_iter().for_each(&mut each)) {
+            // What came meanwhile was announced. A kernel without policy routing has no rules.
+            Ok(()) | Err(NetlinkError::Interrupted | NetlinkError::Kernel(_)) => {}
+            Err(e) => return Err(io::Error::other(e)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use netdev_providers::netlink::MessageIter;
+    use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader};
+    use netlink_packet_route::RouteNetlinkMessage;
+
+    use super::*;
+
+    fn values(ty: u16, family: libc::c_int, tos: u8, attributes: &[(u16, u8)]) -> Vec<(bool, u8)> {
+        let mut buf = Vec::new();
+        let mut m = Message::new(&mut buf, ty, 0, 0);
+        let mut header = [0; HEADER];
+        (header[0], header[TOS_AT]) = (u8::try_from(family).unwrap(), tos);
+        m.raw(&header);
+        for (ty, value) in attributes {
+            m.u8(*ty, *value);
+        }
+        m.finish();
+        let m = MessageIter::new(&buf).next().unwrap();
+        let dumped = of_dumped(&m);
+        // What is announced says the same.
+        let mut header = NetlinkHeader::default();
+        header.message_type = ty;
+        match RouteNetlinkMessage::deserialize(&header, m.payload) {
+            Ok(RouteNetlinkMessage::NewRule(m)) => assert_eq!(of_rule(&m), dumped),
+            Ok(RouteNetlinkMessage::NewRoute(m)) => assert_eq!(of_route(&m), dumped),
+            _ => assert_eq!(dumped, []),
+        }
+        dumped.into_iter().map(|t| (t.ipv6, t.value)).collect()
+    }
+
+    #[test]
+    fn values_that_rules_and_routes_name() {
+        assert_eq!(values(RTM_NEWROUTE, libc::AF_INET, 0x10, &[]), [(false, 0x10)]);
+        assert_eq!(values(RTM_NEWROUTE, libc::AF_INET, 0, &[]), []);
+        assert_eq!(values(RTM_NEWRULE, libc::AF_INET6, 0xb8, &[]), [(true, 0xb8)]);
+        assert_eq!(values(RTM_NEWRULE, libc::AF_INET, 0, &[(FRA_DSCP, 46)]), [(false, 0xb8)]);
+        let masked = values(RTM_NEWRULE, libc::AF_INET, 0, &[(FRA_DSCP, 8), (FRA_DSCP_MASK, 56)]);
+        assert_eq!(masked.len(), 63);
+        // A route has other attributes by these numbers; and other messages have no ToS there.
+        assert_eq!(values(RTM_NEWROUTE, libc::AF_INET, 0, &[(FRA_DSCP, 46)]), []);
+        assert_eq!(values(16, libc::AF_INET, 0x10, &[]), []);
+        // RTNL_FAMILY_IPMR
+        assert_eq!(values(RTM_NEWROUTE, 128, 0x10, &[]), []);
+    }
+
+    #[test]
+    fn a_value_is_new_once_and_of_its_family() {
+        let all = Named::default();
+        let tos = |ipv6, value| Tos { ipv6, value };
+        assert!(all.add(tos(false, 16)) && !all.add(tos(false, 16)) && all.add(tos(true, 8)));
+        assert_eq!((all.of(false), all.of(true)), (vec![16], vec![8]));
+    }
+}
