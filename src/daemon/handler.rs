@@ -93,6 +93,15 @@ impl Handler {
         Self { engine, backend, datapath: Mutex::new(datapath), config }
     }
 
+    /// Nothing is sighted any more, and rules go, also while somebody is changing a port, which may take its
+    /// time: then [`stop`](Self::stop) has to wait.
+    pub(super) fn take_back(&self) {
+        self.backend.remove_ledger();
+        let flushed = self.engine.flush(&FlushFilter::default()).unwrap_or_default();
+        let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
+        tracing::info!(rules, "rules taken back");
+    }
+
     /// Ends the datapath; returns what may be left in the kernel, in words.
     pub(super) fn stop(&self) -> Vec<String> {
         self.datapath.lock().unwrap_or_else(PoisonError::into_inner).stop()

@@ -276,6 +276,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
                 ),
                 Event::Ended(ended) => {
                     tracing::error!("stopping: without that thread nothing may be offloaded");
+                    handler.take_back();
                     break Some(ended);
                 }
                 Event::None => {}

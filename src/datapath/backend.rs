@@ -342,7 +342,7 @@ impl Backend {
     }
 
     /// Ends sighting: nothing of ours is in nf_tables afterwards.
-    pub(super) fn remove_ledger(&self) {
+    pub fn remove_ledger(&self) {
         let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(Err(e)) = ledger.map(Ledger::remove) {
             tracing::warn!("the sight ledger goes with our socket: {e}");
