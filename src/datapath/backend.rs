@@ -527,9 +527,6 @@ impl Datapath for Backend {
         self.changes.load(Ordering::SeqCst)
     }
 
-    /// From now on conntrack does not see these packets: TCP windows are no longer checked, in both
-    /// directions and for the rest of the connection's life (its state would be stale), and a RST is
-    /// believed whatever its sequence number. A connection that has ended meanwhile is found here, by the entry that is not there.
     fn port_panicked(&self, port: &Netdev, words: &str) {
         if let Some(supervisor) = self.supervisor.get() {
             let thread = format!("port-{}", port.name);
@@ -537,6 +534,9 @@ impl Datapath for Backend {
         }
     }
 
+    /// From now on conntrack does not see these packets: TCP windows are no longer checked, in both
+    /// directions and for the rest of the connection's life (its state would be stale), and a RST is
+    /// believed whatever its sequence number. A connection that has ended meanwhile is found here, by the entry that is not there.
     fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
         let updates: Vec<_> = sights
             .iter()
