@@ -234,6 +234,8 @@ fn a_flush_takes_back_what_waits_and_it_may_come_again() {
     assert_eq!(flush.join().unwrap()[0].1, 1, "the one that was being added");
     b.settle();
     assert_eq!(dummy.requests(), 1, "what waited was never written");
+    // The next flush finds nothing, and asks nobody.
+    wait_for(|| table.get(ifindex(1)).unwrap().is_empty());
     assert_eq!(b.rearmed().len(), 1001);
     assert!(conns.iter().all(|c| b.engine.slots(c).is_empty()));
     b.install(1, &conns[7], Original);
