@@ -31,6 +31,12 @@ fn the_last_use_is_the_latest_over_all_slots_and_counts_from_install() {
     assert_eq!(last(&b), (9000, 3));
     b.clock.store(7000, Ordering::SeqCst);
     assert_eq!(last(&b), (7000, 3), "never in the future, whatever the clock does");
+    // What both directions carried is the connection's.
+    assert!(dummy.carry(ifindex(1), dummy.rules(ifindex(1))[0].cookie, 5, 1000));
+    b.clock.store(30_000, Ordering::SeqCst);
+    b.engine.sweep(&mut strays);
+    let both = Usage::LastUsed { at_ms: 30_000, packets: 8, bytes: 1300 };
+    assert_eq!(b.engine.conn_update(&conn), both);
 }
 
 #[test]
