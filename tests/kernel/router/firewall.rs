@@ -192,9 +192,11 @@ fn a_drop_in_any_chain_of_any_priority_stops_an_offloaded_flow_and_it_stays_stop
 fn a_chain_that_stands_behind_ours_keeps_from_offloading_and_is_named() {
     let mut r = Router::new("behind");
     // Who is registered in a hook only some kernels tell (CONFIG_NETFILTER_NETLINK_HOOK): Debian's 6.12
-    // does, its 6.1 does not.
+    // and 7.3 do, its 6.1 and 6.18 do not.
     let told = r.try_run("modprobe nfnetlink_hook").status.success();
-    assert!(told || std::env::var("LAB_KERNEL").is_ok_and(|k| k == "6.1"), "nfnetlink_hook");
+    let tells_not = ["6.1", "6.18"];
+    let kernel = std::env::var("LAB_KERNEL").unwrap_or_default();
+    assert!(told || tells_not.contains(&&*kernel), "nfnetlink_hook");
     if !told {
         return;
     }
