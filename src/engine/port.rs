@@ -207,7 +207,7 @@ impl Shape {
 
 /// Shapes remembered per port. There are 256 for one egress netdev; beyond the bound flows are just
 /// offered.
-const MAX_SHAPES: usize = 1024;
+pub(super) const MAX_SHAPES: usize = 1024;
 
 /// A netdev attached to the engine.
 pub(super) struct Port {
@@ -399,7 +399,7 @@ impl Port {
     }
 
     /// Why flows of this shape are not offered; `None`: they are.
-    fn refused_shape(&self, shape: &Shape) -> Option<Rejection> {
+    pub(super) fn refused_shape(&self, shape: &Shape) -> Option<Rejection> {
         self.shapes().get(shape).cloned()
     }
 

@@ -8,7 +8,7 @@ use super::*;
 use crate::engine::conn::Moment;
 use crate::engine::datapath::{NoDatapath, SlotChange};
 use crate::engine::latency::OpKind;
-use crate::engine::port::{Held, PortCounters, Shape};
+use crate::engine::port::{Held, MAX_SHAPES, PortCounters, Shape};
 use crate::engine::queue::{Command, Queue};
 
 /// A hasher that keeps what it is given.
@@ -214,6 +214,49 @@ fn shapes_differ_by_what_a_backend_has_to_do() {
     elsewhere.forward.tuple = elsewhere.matches.tuple;
     assert!(!shapes.insert(Shape::of(&elsewhere)));
     assert_eq!(L4Proto::from_number(6), Some(L4Proto::Tcp));
+}
+
+/// A NIC may refuse each flow for another shape.
+#[test]
+fn as_many_refused_shapes_are_remembered_as_there_may_be() {
+    let b = Bench::new(&[]);
+    b.engine
+        .port_add(NewPort { providers: Some(vec![NO_PROVIDER.into()]), ..new_port(1) })
+        .unwrap();
+    let table = b.engine.0.publication.table();
+    let port = table.get(ifindex(1)).unwrap();
+    let shapes: Vec<_> = (1..)
+        .map(|n| {
+            let mut flow = flow();
+            flow.forward.egress = ifindex(n);
+            Shape::of(&flow)
+        })
+        .take(MAX_SHAPES + 1)
+        .collect();
+    for shape in &shapes {
+        port.note_refused_shape(*shape, &Reason::Unsupported.into());
+    }
+    let remembered = shapes.iter().filter(|s| port.refused_shape(s).is_some()).count();
+    assert_eq!(remembered, MAX_SHAPES);
+    // One that lasts no longer than the moment is none of the shape's.
+    port.forget_refused_shapes();
+    port.note_refused_shape(shapes[0], &Reason::Busy.into());
+    assert_eq!(port.refused_shape(&shapes[0]), None);
+}
+
+#[test]
+fn a_port_without_a_provider_is_told_nothing() {
+    let b = Bench::new(&[]);
+    let none = || Some(vec![NO_PROVIDER.to_owned()]);
+    b.engine.port_add(NewPort { providers: none(), ..new_port(1) }).unwrap();
+    let table = b.engine.0.publication.table();
+    let port = table.get(ifindex(1)).unwrap();
+    // As if something of it were on its way, and might lead anywhere.
+    port.progress.operations.begin();
+    assert!(port.may_lead_to(ifindex(2)));
+    b.engine.port_add(NewPort { providers: none(), ..new_port(2) }).unwrap();
+    b.engine.put_in_order(ifindex(1));
+    assert!(port.queue.is_finished(), "nobody would take it out of there");
 }
 
 #[test]

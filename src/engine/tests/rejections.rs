@@ -200,6 +200,26 @@ fn what_the_datapath_cannot_resolve_or_prepare_stays_on_the_slow_path() {
     assert_eq!(dummy.requests(), 0);
 }
 
+/// What is asked of the dummy is what comes, and then: tests stand on it.
+#[test]
+fn a_failure_that_was_asked_for_later_comes_later() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    dummy.fail_after(2, Reason::Unsupported);
+    let states: Vec<_> = (0..4)
+        .map(|n| {
+            let conn = b.conn(n);
+            b.offer(1, &conn, Original);
+            b.settle();
+            b.state(1, &conn, Original)
+        })
+        .collect();
+    let (stands, refused) = (Some(SlotState::Installed), Some(SlotState::Rejected));
+    // The fourth has the shape of the one that was refused.
+    assert_eq!(states, [stands, stands, refused, refused]);
+}
+
 #[test]
 fn one_ports_failure_changes_no_other_slot() {
     let (good, bad) = (DummyClass::new("good"), DummyClass::new("bad"));

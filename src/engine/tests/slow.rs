@@ -71,6 +71,31 @@ fn a_port_that_goes_on_is_not_slow_however_long_it_takes() {
 }
 
 #[test]
+fn who_deletes_a_port_waits_as_long_as_what_is_in_flight_comes_back() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::with_limits(&[&dummy], limits());
+    b.port(1);
+    let each = Duration::from_millis(4);
+    dummy.set_service_time(ifindex(1), Some(each));
+    let conns: Vec<_> = (0..20).map(|n| b.conn(n)).collect();
+    conns.iter().for_each(|c| assert_eq!(b.offer(1, c, Original), Offer::Queued));
+    b.drained(&dummy, conns.len());
+    let deleting = std::thread::spawn({
+        let engine = b.engine.clone();
+        move || engine.port_del(ifindex(1)).unwrap()
+    });
+    // Each comes well within the limit, and all together long after it.
+    for _ in 0..conns.len() {
+        std::thread::sleep(SOON / 6);
+        assert_eq!(dummy.advance(each), 1);
+    }
+    let deleted = deleting.join().unwrap();
+    assert!(deleted.faults.is_empty(), "{:?}", deleted.faults);
+    assert_eq!(deleted.flushed, 20);
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
 fn operations_that_do_not_come_back_make_a_port_slow_until_they_do() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::with_limits(&[&dummy], limits());
