@@ -9,6 +9,13 @@ fn limits() -> Limits {
     Limits { port_del: SOON, complete: SOON, ..Limits::default() }
 }
 
+/// For those where nothing may seem slow, on a machine that stands still for a moment itself.
+const LATER: Duration = Duration::from_millis(1500);
+
+fn patient() -> Limits {
+    Limits { port_del: LATER, complete: LATER, ..Limits::default() }
+}
+
 fn port(b: &Bench, n: u32) -> view::PortView {
     b.engine.port_view(ifindex(n)).unwrap()
 }
@@ -47,9 +54,9 @@ fn who_waits_for_a_slow_port_does_not_fault_it() {
 #[test]
 fn a_port_that_goes_on_is_not_slow_however_long_it_takes() {
     let dummy = DummyClass::new("dummy");
-    let b = Bench::with_limits(&[&dummy], limits());
+    let b = Bench::with_limits(&[&dummy], patient());
     b.port(1);
-    let conns: Vec<_> = (0..20).map(|n| b.conn(n)).collect();
+    let conns: Vec<_> = (0..8).map(|n| b.conn(n)).collect();
     conns.iter().for_each(|c| b.install(1, c, Original));
     let each = Duration::from_millis(4);
     dummy.set_service_time(ifindex(1), Some(each));
@@ -62,22 +69,22 @@ fn a_port_that_goes_on_is_not_slow_however_long_it_takes() {
     // Each comes well within the limit, and all together long after it.
     let began = Instant::now();
     for _ in 0..conns.len() {
-        std::thread::sleep(SOON / 6);
+        std::thread::sleep(LATER / 4);
         assert_eq!(port(&b, 1).slow, None);
         assert_eq!(dummy.advance(each), 1);
     }
-    assert!(began.elapsed() > SOON * 3);
-    assert_eq!(flush.join().unwrap()[0].1, 20);
+    assert!(began.elapsed() >= LATER * 2);
+    assert_eq!(flush.join().unwrap()[0].1, 8);
 }
 
 #[test]
 fn who_deletes_a_port_waits_as_long_as_what_is_in_flight_comes_back() {
     let dummy = DummyClass::new("dummy");
-    let b = Bench::with_limits(&[&dummy], limits());
+    let b = Bench::with_limits(&[&dummy], patient());
     b.port(1);
     let each = Duration::from_millis(4);
     dummy.set_service_time(ifindex(1), Some(each));
-    let conns: Vec<_> = (0..20).map(|n| b.conn(n)).collect();
+    let conns: Vec<_> = (0..8).map(|n| b.conn(n)).collect();
     conns.iter().for_each(|c| assert_eq!(b.offer(1, c, Original), Offer::Queued));
     b.drained(&dummy, conns.len());
     let deleting = std::thread::spawn({
@@ -86,12 +93,12 @@ fn who_deletes_a_port_waits_as_long_as_what_is_in_flight_comes_back() {
     });
     // Each comes well within the limit, and all together long after it.
     for _ in 0..conns.len() {
-        std::thread::sleep(SOON / 6);
+        std::thread::sleep(LATER / 4);
         assert_eq!(dummy.advance(each), 1);
     }
     let deleted = deleting.join().unwrap();
     assert!(deleted.faults.is_empty(), "{:?}", deleted.faults);
-    assert_eq!(deleted.flushed, 20);
+    assert_eq!(deleted.flushed, 8);
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
 
