@@ -24,8 +24,9 @@
 //! Completions run on the thread that causes them, outside any lock of this module.
 
 mod class;
+mod handle;
 mod provider;
 mod state;
 
-pub use class::DummyClass;
+pub use handle::DummyClass;
 pub use state::{Call, DummyRule, Pending};

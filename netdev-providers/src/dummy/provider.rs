@@ -1,7 +1,7 @@
 //! The provider of one netdev.
 
-use super::class::{DummyClass, complete};
-use super::state::{Call, State};
+use super::handle::DummyClass;
+use super::state::{Call, State, complete};
 use crate::contract::flow::Flow;
 use crate::contract::operation::Operation;
 use crate::contract::provider::{Fault, Leftover, Observed, Provider, RuleReport};

@@ -244,6 +244,15 @@ impl Default for State {
 /// An operation whose outcome is decided, to be completed once the lock is released.
 pub(super) type Decided = (Ticket, Outcome);
 
+/// Hands out the results, with nothing locked: whoever gets one may call back. Returns how many.
+pub(super) fn complete(decided: Vec<Decided>) -> usize {
+    let n = decided.len();
+    for (ticket, outcome) in decided {
+        ticket.complete(outcome);
+    }
+    n
+}
+
 impl State {
     pub(super) fn violation(&mut self, what: String) {
         self.violations.push(what);

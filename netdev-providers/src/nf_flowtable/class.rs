@@ -1,215 +1,37 @@
-//! The provider class: options, the table that all its ports share, and
-//! [`bind`](ProviderClass::bind).
+//! The provider class: [`bind`](ProviderClass::bind).
 
-use std::collections::HashMap;
-use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
-use super::key::ConnId;
 use super::provider::NfFlowtable;
-use super::readback::Readback;
-use super::table::{Table, TableError};
+use super::shared::{NfFlowtableConfig, Shared};
 use crate::contract::class::{BindError, ProviderClass};
 use crate::contract::provider::{Fault, Provider};
 use crate::contract::types::{HwFlags, Instance, Netdev};
-use crate::netlink::link::{Link, Links};
-use crate::netlink::modules::while_modules_come;
-use crate::netlink::{Family, Socket};
+use crate::netlink::link::Links;
 
 /// `ARPHRD_ETHER` (`linux/if_arp.h`).
 const ARPHRD_ETHER: u16 = 1;
-/// Whether conntrack counts, in the network namespace of the thread that opens it.
-const ACCOUNTING: &str = "/proc/sys/net/netfilter/nf_conntrack_acct";
-
-/// Options of the class.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NfFlowtableConfig {
-    /// Name of the table in family `inet`.
-    pub table: String,
-    /// Connections selected on one port at most.
-    pub max_rules: usize,
-    /// Whether conntrack's accounting is switched on while a port is bound, and put back afterwards.
-    /// Without it there are no counters.
-    pub accounting: bool,
-}
-
-impl Default for NfFlowtableConfig {
-    fn default() -> Self {
-        Self { table: "ctoffload_flow".to_owned(), max_rules: 1 << 20, accounting: true }
-    }
-}
 
 /// The class `nf-flowtable`: the kernel's flowtable. See the [module](super).
 #[derive(Debug, Default)]
 pub struct NfFlowtableClass(Arc<Shared>);
 
-/// What the ports share.
-#[derive(Debug, Default)]
-pub(super) struct Shared {
-    pub(super) config: NfFlowtableConfig,
-    state: Mutex<State>,
-    readback: Mutex<Option<Readback>>,
-    /// The netlink port of the table's socket, 0 when there was none yet.
-    port_id: AtomicU32,
-    next_rule: AtomicU64,
-}
-
-/// What changes with every port and every element.
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) table: Option<Table>,
-    /// How many elements of all ports each connection has.
-    pub(super) selected: HashMap<ConnId, u32>,
-    /// Accounting was off, and we switched it on.
-    switched_on: bool,
-    /// The kernel makes entries of which one netdev alone is in the flowtable.
-    pub(super) alone: bool,
-}
-
 impl NfFlowtableClass {
     /// A class with these options.
     #[must_use]
     pub fn new(config: NfFlowtableConfig) -> Self {
-        Self(Arc::new(Shared { config, ..Shared::default() }))
+        Self(Arc::new(Shared::new(config)))
     }
 
     /// Whether a change of nf_tables that is announced with this netlink port id was made by this
     /// class.
     #[must_use]
     pub fn is_own_change(&self, port_id: u32) -> bool {
-        port_id != 0 && self.0.port_id.load(Ordering::Acquire) == port_id
+        self.0.port_id().is_some_and(|ours| ours.get() == port_id)
     }
-}
-
-impl Shared {
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        // Every change of it is whole before anything that could panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The same for those who do not wait; `None` while somebody changes it.
-    pub(super) fn try_state(&self) -> Option<MutexGuard<'_, State>> {
-        match self.state.try_lock() {
-            Ok(state) => Some(state),
-            Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-
-    /// Runs `f` on the reader of conntrack.
-    pub(super) fn read_back<R>(
-        &self,
-        f: impl FnOnce(&mut Readback) -> Result<R, crate::netlink::NetlinkError>,
-    ) -> Result<R, Fault> {
-        let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *readback {
-            Some(r) => f(r).map_err(|e| e.into_fault("reading conntrack")),
-            None => Err(Fault::new("no port is bound")),
-        }
-    }
-
-    pub(super) fn new_rule(&self) -> u64 {
-        self.next_rule.fetch_add(1, Ordering::Relaxed) + 1
-    }
-
-    /// Adds the port to the table, which is made when there is none.
-    fn attach(&self, link: &Link, wants_hardware: bool) -> Result<(), TableError> {
-        let mut state = self.state();
-        let Some(table) = &mut state.table else {
-            let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
-            let made = |hardware| {
-                let socket = Socket::open_with_new_port_id(Family::Netfilter)?;
-                // Before anything is announced.
-                self.port_id.store(socket.port_id()?, Ordering::Release);
-                Table::install(socket, &self.config.table, Links::open()?, link, hardware)
-            };
-            let lacks = |e: &TableError| e.errno() == Some(Errno::ENOENT);
-            let table = while_modules_come(lacks, || match made(wants_hardware) {
-                Err(e) if wants_hardware && e.errno() == Some(Errno::EOPNOTSUPP) => made(false),
-                other => other,
-            })?;
-            *readback = Some(Readback::open()?);
-            state.table = Some(table);
-            state.alone = makes_entries_of_one_netdev();
-            state.switched_on = self.config.accounting && switch_accounting_on();
-            return Ok(());
-        };
-        if table.is_hardware() {
-            if wants_hardware {
-                match table.add_port(link, true) {
-                    Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => {}
-                    other => return other,
-                }
-            }
-            info!(
-                port = link.name,
-                "the flowtable goes on without its offload flag, which holds for all its ports or for none"
-            );
-        }
-        table.add_port(link, false)
-    }
-
-    /// Takes the port out again, and with the last one the table.
-    pub(super) fn detach(&self, netdev: &Netdev) -> Result<(), Fault> {
-        let mut state = self.state();
-        let Some(mut table) = state.table.take() else { return Ok(()) };
-        let fault = |e: TableError| Fault {
-            what: "taking the port out of the flowtable".into(),
-            errno: e.errno(),
-            detail: Some(e.to_string()),
-        };
-        if table.ports().iter().any(|p| *p != netdev.ifindex) {
-            let removed = table.remove_port(netdev.ifindex).map_err(fault);
-            state.table = Some(table);
-            return removed;
-        }
-        if std::mem::take(&mut state.switched_on)
-            && let Err(e) = std::fs::write(ACCOUNTING, "0")
-        {
-            warn!("{ACCOUNTING} stays on: {e}");
-        }
-        *self.readback.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        table.remove().map_err(fault)
-    }
-}
-
-/// From 7.2 on, Linux makes an entry only where it finds both netdevs of a connection in the flowtable
-/// (`nft_dev_forward_path` gives up instead of going by the route). Nothing in its interface tells which of
-/// the two it does. A kernel that does not say what it is counts as an older one: the worst is an element
-/// that selects in vain.
-fn makes_entries_of_one_netdev() -> bool {
-    release().is_none_or(|release| release < (7, 2))
-}
-
-/// The kernel's version, without its last part.
-fn release() -> Option<(u32, u32)> {
-    version_of(&std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
-}
-
-fn version_of(release: &str) -> Option<(u32, u32)> {
-    let (major, rest) = release.split_once('.')?;
-    let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
-}
-
-/// True when it was off.
-fn switch_accounting_on() -> bool {
-    let off = is_accounting().is_some_and(|on| !on);
-    if off && let Err(e) = std::fs::write(ACCOUNTING, "1") {
-        debug!("{ACCOUNTING}: {e}");
-        return false;
-    }
-    off
-}
-
-/// Whether conntrack counts; `None` when that cannot be read.
-pub(super) fn is_accounting() -> Option<bool> {
-    let text = std::fs::read_to_string(Path::new(ACCOUNTING)).ok()?;
-    Some(text.trim() != "0")
 }
 
 impl ProviderClass for NfFlowtableClass {
@@ -270,26 +92,6 @@ mod tests {
             let config = NfFlowtableConfig { table: table.to_owned(), ..Default::default() };
             assert!(NfFlowtableClass::new(config).init().is_err());
         }
-    }
-
-    #[test]
-    fn a_kernel_is_known_by_what_it_calls_itself() {
-        for (release, version) in [
-            ("6.1.0-41-amd64\n", (6, 1)),
-            ("6.12.57+deb13-amd64\n", (6, 12)),
-            ("7.3.4+deb13-amd64\n", (7, 3)),
-            ("7.2-rc1\n", (7, 2)),
-            ("10.0\n", (10, 0)),
-        ] {
-            assert_eq!(version_of(release), Some(version), "{release}");
-        }
-        for nonsense in ["", "7", "7.", "seven.3", "7.x"] {
-            assert_eq!(version_of(nonsense), None, "{nonsense}");
-        }
-        assert!(
-            (7, 1) < (7, 2) && (6, 18) < (7, 2) && (10, 0) > (7, 2),
-            "as versions, not as text"
-        );
     }
 
     #[test]

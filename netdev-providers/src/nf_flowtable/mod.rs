@@ -89,15 +89,18 @@
 //!   `IPS_HW_OFFLOAD` stands. A new flowtable brings hardware back: a flush of the port, say.
 //!
 //! # How the code is cut
-//! `key` elements, `table` the table and its transactions, `readback` conntrack, `provider`, `class`.
+//! `key` elements, `table` the table and its transactions, `readback` conntrack, `shared` what the ports have
+//! in common, `provider`, `class`.
 
 mod class;
 mod key;
 mod provider;
 mod readback;
+mod shared;
 mod table;
 
-pub use class::{NfFlowtableClass, NfFlowtableConfig};
+pub use class::NfFlowtableClass;
+pub use shared::NfFlowtableConfig;
 
 #[cfg(test)]
 mod tests;

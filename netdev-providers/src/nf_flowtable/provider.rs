@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use tracing::{debug, warn};
 
-use super::class::{Shared, State, is_accounting};
 use super::key::{ConnId, Key};
 use super::readback::goes_on;
+use super::shared::{Shared, State, is_accounting};
 use super::table::{CHANGES_PER_TRANSACTION, Change, TableError, is_whole};
 use crate::contract::flow::Flow;
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
