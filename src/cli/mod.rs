@@ -6,7 +6,6 @@ mod explain;
 mod plan;
 mod text;
 
-use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,6 +14,7 @@ use clap::Parser;
 use serde::Serialize;
 
 use crate::control::{Client, ClientError, ControlError, ErrorKind, Subscription};
+use crate::one_line::one_line;
 use plan::{Action, Output, Plan};
 
 /// How the program ends. The numbers are in `--help`: scripts rely on them.
@@ -90,23 +90,10 @@ pub fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(e) if e.is_broken_pipe() => Exit::Ok.into(),
         Err(e) => {
-            let _ = writeln!(io::stderr(), "ctoffload: {}", chain(&e));
+            let _ = writeln!(io::stderr(), "ctoffload: {}", one_line(&e));
             e.exit().into()
         }
     }
-}
-
-/// An error and its causes, on one line.
-fn chain(e: &dyn Error) -> String {
-    let mut line = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        line.push_str(": ");
-        line.push_str(&e.to_string());
-        cause = e.source();
-    }
-    // The daemon's and the kernel's words are not ours: they do not get to start a second line.
-    line.replace(|c: char| c.is_control(), " ")
 }
 
 fn run(plan: &Plan) -> Result<Exit, CliError> {
@@ -214,19 +201,5 @@ fn monitor(plan: &Plan) -> Result<Exit, CliError> {
             let event = notice.into_event();
             print(&plan.output, &event, |out| text::event(out, &event))?;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_is_one_line_whatever_the_daemon_says() {
-        let e = CliError::Daemon {
-            doing: "port add eth0".into(),
-            source: ControlError::internal("two\nlines\x1b[31m").into(),
-        };
-        assert_eq!(chain(&e), "port add eth0: two lines [31m");
     }
 }

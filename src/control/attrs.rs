@@ -13,7 +13,7 @@ use neli::types::{Buffer, GenlBuffer};
 use neli::{FromBytes, FromBytesWithInput, ToBytes};
 use netdev_providers::{Direction, L4Proto, Tuple};
 
-use super::wire::WireError;
+use super::error::WireError;
 
 /// The attributes of a message or of a nested object.
 pub(super) type Attrs = GenlBuffer<u16, Buffer>;
@@ -241,7 +241,7 @@ pub(super) fn from_bytes(bytes: &[u8]) -> Result<Attrs, WireError> {
 macro_rules! attributes {
     ($($name:ident { $($field:ident = $number:literal),* $(,)? })+) => {$(
         impl $crate::control::attrs::Object for $name {
-            fn encode(&self) -> Result<$crate::control::attrs::Attrs, $crate::control::wire::WireError> {
+            fn encode(&self) -> Result<$crate::control::attrs::Attrs, $crate::control::error::WireError> {
                 #[allow(unused_mut)]
                 let mut out = $crate::control::attrs::Attrs::new();
                 $($crate::control::attrs::Field::put(&self.$field, $number, &mut out)
@@ -250,7 +250,7 @@ macro_rules! attributes {
             }
 
             #[allow(unused_variables)]
-            fn decode(attrs: &$crate::control::attrs::Attrs) -> Result<Self, $crate::control::wire::WireError> {
+            fn decode(attrs: &$crate::control::attrs::Attrs) -> Result<Self, $crate::control::error::WireError> {
                 Ok(Self {
                     $($field: $crate::control::attrs::Field::take(attrs, $number)
                         .map_err(|e| e.inside(stringify!($name), stringify!($field)))?,)*
@@ -261,11 +261,11 @@ macro_rules! attributes {
         impl $crate::control::attrs::Element for $name {
             const NESTED: bool = true;
 
-            fn to_payload(&self) -> Result<Vec<u8>, $crate::control::wire::WireError> {
+            fn to_payload(&self) -> Result<Vec<u8>, $crate::control::error::WireError> {
                 $crate::control::attrs::to_bytes(&$crate::control::attrs::Object::encode(self)?)
             }
 
-            fn from_payload(bytes: &[u8]) -> Result<Self, $crate::control::wire::WireError> {
+            fn from_payload(bytes: &[u8]) -> Result<Self, $crate::control::error::WireError> {
                 $crate::control::attrs::Object::decode(&$crate::control::attrs::from_bytes(bytes)?)
             }
         }

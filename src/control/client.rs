@@ -9,14 +9,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::UnixCredentials;
 
 use super::attrs::{Attrs, Object};
-use super::error::{ClientError, ErrorKind};
+use super::error::{ClientError, ErrorKind, WireError};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
     PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
 };
 use super::presence;
 use super::socket::{self, Socket};
-use super::wire::{self, Command, Envelope, Message, PORT_ID, VERSION, WireError};
+use super::wire::{self, Command, Envelope, Message, PORT_ID, VERSION};
 
 /// Which daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

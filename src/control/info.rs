@@ -474,7 +474,7 @@ fn optional_display_json<S: Serializer>(
 mod codec {
     use super::EventKind;
     use crate::control::attrs::Element;
-    use crate::control::wire::WireError;
+    use crate::control::error::WireError;
 
     impl Element for EventKind {
         fn to_payload(&self) -> Result<Vec<u8>, WireError> {
@@ -545,7 +545,7 @@ attributes! {
 mod tests {
     use super::*;
     use crate::control::attrs::{Attrs, Element, Field, Object, from_bytes};
-    use crate::control::wire::WireError;
+    use crate::control::error::WireError;
     use proptest::prelude::*;
 
     prop_compose! {

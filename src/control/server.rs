@@ -21,7 +21,7 @@ use tracing::{debug, warn};
 
 use super::access::{Access, Gate};
 use super::attrs::{Attrs, Object};
-use super::error::{ControlError, ErrorKind, ServerError};
+use super::error::{ControlError, ErrorKind, ServerError, WireError};
 use super::events::{Outbox, Publisher};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
@@ -30,7 +30,7 @@ use super::info::{
 use super::presence;
 use super::socket::{self, Socket};
 use super::wire::{
-    self, Command, DAEMON_GROUP, EVENT_GROUP, MAX_DATAGRAM, Message, PORT_ID, VERSION, WireError,
+    self, Command, DAEMON_GROUP, EVENT_GROUP, MAX_DATAGRAM, Message, PORT_ID, VERSION,
 };
 
 /// How long a client may leave an answer unread before it is given up.

@@ -14,7 +14,7 @@ use neli::{FromBytes, ToBytes, neli_enum};
 use nix::errno::Errno;
 
 use super::attrs::{self, Attrs};
-use super::error::{ControlError, ErrorKind};
+use super::error::{ControlError, ErrorKind, WireError};
 
 /// The port id of the daemon: "ctof". The kernel binds a socket without a port id of its own to the
 /// process id (at most 2^22), or, when that is taken, to a negative number below -4096
@@ -89,54 +89,6 @@ pub enum Command {
     Event = 65,
 }
 impl neli::consts::genl::Cmd for Command {}
-
-/// Bytes that are no message, or an object that does not fit one.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum WireError {
-    /// A length in a header contradicts the datagram.
-    #[error("a message of wrong length")]
-    Length,
-    /// A message type that is not of this protocol.
-    #[error("a message of unknown type {0}")]
-    Type(u16),
-    /// A datagram was longer than the receiver's buffer.
-    #[error("a datagram longer than {MAX_DATAGRAM} bytes")]
-    Truncated,
-    /// An attribute is missing that an object cannot be without.
-    #[error("an attribute is missing")]
-    Missing,
-    /// An attribute holds something else.
-    #[error("an attribute is not {0}")]
-    Value(&'static str),
-    /// A field of an object, and what is wrong with it.
-    #[error("{object}.{field}: {source}")]
-    Field {
-        /// The object.
-        object: &'static str,
-        /// Its field.
-        field: &'static str,
-        /// What is wrong with it.
-        source: Box<WireError>,
-    },
-    /// The codec refused the bytes.
-    #[error("{0}")]
-    Decode(String),
-    /// The codec refused the object.
-    #[error("{0}")]
-    Encode(String),
-    /// An object does not fit a datagram.
-    #[error("an object of {0} bytes does not fit a datagram")]
-    TooLarge(usize),
-    /// An answer of another kind, or more or fewer objects, than the request calls for.
-    #[error("an answer to another question")]
-    Unexpected,
-}
-
-impl WireError {
-    pub(super) fn inside(self, object: &'static str, field: &'static str) -> Self {
-        Self::Field { object, field, source: Box::new(self) }
-    }
-}
 
 /// A message, taken apart.
 #[derive(Debug, PartialEq)]

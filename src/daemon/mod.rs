@@ -39,6 +39,7 @@ use crate::datapath::{self, Backend, DatapathError, KernelDatapath, SweepBounds}
 use crate::engine::clock::Clock;
 use crate::engine::registry::RegistryError;
 use crate::engine::{Engine, Limits};
+use crate::one_line::one_line;
 
 /// The provider classes that there are, in order of priority.
 const CLASSES: [&str; 2] = ["tc-flower", "nf-flowtable"];
@@ -144,14 +145,8 @@ pub fn main() -> ExitCode {
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            let mut text = format!("ctoffloadd: {e}");
-            let mut source = std::error::Error::source(&e);
-            while let Some(s) = source {
-                text.push_str(&format!(": {s}"));
-                source = s.source();
-            }
             // Whoever read it may be gone.
-            let _ = writeln!(std::io::stderr(), "{text}");
+            let _ = writeln!(std::io::stderr(), "ctoffloadd: {}", one_line(&e));
             ExitCode::from(e.exit_code())
         }
     }

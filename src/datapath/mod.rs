@@ -191,7 +191,8 @@ impl KernelDatapath {
         datapath.spawn("rearm", {
             let (backend, stop) = (Arc::clone(&backend), Arc::clone(&stop));
             move || {
-                rearm::run(&backend, &stop);
+                let delete = |keys: &[_]| backend.delete_elements(keys);
+                backend.rearming().run(&stop, delete, || backend.compare_ledger());
                 Ok::<_, Infallible>(())
             }
         })?;

@@ -19,7 +19,6 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::TICK;
-use super::backend::Shared;
 use super::netfilter::ledger::LedgerKey;
 
 /// How long keys are gathered after a time without any.
@@ -146,15 +145,20 @@ impl Rearm {
         let keys = if p.due().is_some_and(|at| at <= now) { p.take(now) } else { Vec::new() };
         (keys, std::mem::take(&mut p.compare))
     }
-}
 
-/// The thread that makes the transactions, and reads the ledger.
-pub(super) fn run(backend: &Shared, stop: &AtomicBool) {
-    while !stop.load(Ordering::Relaxed) {
-        let (keys, compare) = backend.rearming().next();
-        backend.delete_elements(&keys);
-        if compare {
-            backend.compare_ledger();
+    /// The thread that has the transactions made, and the ledger read.
+    pub(super) fn run(
+        &self,
+        stop: &AtomicBool,
+        delete: impl Fn(&[LedgerKey]),
+        compare_ledger: impl Fn(),
+    ) {
+        while !stop.load(Ordering::Relaxed) {
+            let (keys, compare) = self.next();
+            delete(&keys);
+            if compare {
+                compare_ledger();
+            }
         }
     }
 }

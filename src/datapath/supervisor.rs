@@ -3,16 +3,17 @@
 //! without a word, be it by a panic, by a socket that fails for good, or because it returns: the first that
 //! does is told to whoever waits, and that is to stop offloading.
 
-use std::any::Any;
 use std::error::Error;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::engine::contain::caught;
+use crate::one_line::one_line;
 
 /// A thread that ended although nobody had asked it to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -93,10 +94,10 @@ impl Supervisor {
     /// The same of the calling thread, for as long as it does this.
     pub fn watch<E: Error>(&self, thread: &str, f: impl FnOnce() -> Result<(), E>) {
         // What it leaves half done is not used any more: everything is taken back.
-        let how = match catch_unwind(AssertUnwindSafe(f)) {
+        let how = match caught(f) {
             Ok(Ok(())) => How::Returned,
-            Ok(Err(e)) => How::Failed(chain(&e)),
-            Err(payload) => How::Panicked(words(payload.as_ref())),
+            Ok(Err(e)) => How::Failed(one_line(&e)),
+            Err(words) => How::Panicked(words),
         };
         self.tell(Ended { thread: thread.to_owned(), how });
     }
@@ -134,24 +135,6 @@ impl AsFd for Supervisor {
     }
 }
 
-fn chain(e: &dyn Error) -> String {
-    let mut line = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        line.push_str(": ");
-        line.push_str(&e.to_string());
-        cause = e.source();
-    }
-    line
-}
-
-fn words(payload: &(dyn Any + Send)) -> String {
-    let str = payload.downcast_ref::<&str>().copied();
-    str.or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no words")
-        .to_owned()
-}
-
 /// Failures of a socket that is read all the time: one that goes on failing has ended.
 #[derive(Debug, Default)]
 pub(super) struct Failures(u32);
@@ -179,7 +162,7 @@ impl Failures {
                 if self.0 >= Self::AT_MOST {
                     return Err(e);
                 }
-                tracing::error!("{what}: {}", chain(&e));
+                tracing::error!("{what}: {}", one_line(&e));
                 Ok(None)
             }
         }

@@ -16,7 +16,7 @@ use netdev_providers::{
     Counters, Direction, Epoch, Generation, Ifindex, MacAddr, Rejection, RuleId, Tuple, Zone,
 };
 
-use super::capacity::Pace;
+use super::pace::Pace;
 use super::slot::{Claim, SlotWord};
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceLock, fence};
 

@@ -9,12 +9,12 @@ pub(super) fn contained<R>(call: impl FnOnce() -> R) -> Result<R, String> {
 }
 
 /// The same of any call: the words alone.
-pub(super) fn caught<R>(call: impl FnOnce() -> R) -> Result<R, String> {
+pub(crate) fn caught<R>(call: impl FnOnce() -> R) -> Result<R, String> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|payload| {
         payload
             .downcast_ref::<&str>()
             .map(|s| (*s).to_owned())
             .or_else(|| payload.downcast_ref::<String>().cloned())
-            .unwrap_or_default()
+            .unwrap_or_else(|| "no words".to_owned())
     })
 }

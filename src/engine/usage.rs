@@ -18,10 +18,11 @@ use std::time::Duration;
 use netdev_providers::{Cookie, Direction, Fault, Generation, Provider, RuleId, RuleReport};
 
 use super::Engine;
-use super::capacity::{Candidate, Pace, Slowest};
+use super::capacity::{Candidate, Slowest};
 use super::conn::ConnHandle;
 use super::contain::contained;
 use super::doubt::Doubts;
+use super::pace::Pace;
 use super::port::{Dump, Port};
 use super::queue::Command;
 use super::slot::SlotState;

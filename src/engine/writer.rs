@@ -21,11 +21,12 @@ use netdev_providers::{
 };
 
 use super::Shared;
-use super::capacity::{Candidate, Pace, Place};
+use super::capacity::{Candidate, Place};
 use super::conn::{ConnHandle, Detail, Moment, PathTaken, Slot};
 use super::contain::{caught, contained};
 use super::datapath::{Datapath, Path, PathSpec, Sight, flow};
 use super::latency::OpKind;
+use super::pace::Pace;
 use super::port::{Port, Shape};
 use super::queue::{Command, Stopped};
 use super::reconcile::{self, Found};

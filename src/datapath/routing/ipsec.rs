@@ -13,13 +13,12 @@
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use ipnet::IpNet;
 use netdev_providers::Tuple;
 use netdev_providers::netlink::socket::{ACK, DUMP, REQUEST};
 use netdev_providers::netlink::wire::{Message, Received};
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use nix::errno::Errno;
-
-use super::monitor::is_within;
 
 // linux/xfrm.h
 /// `XFRMNLGRP_POLICY`.
@@ -50,8 +49,8 @@ const XFRMA_IF_ID: u16 = 31;
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Policy {
     dir: u8,
-    src: (IpAddr, u8),
-    dst: (IpAddr, u8),
+    src: IpNet,
+    dst: IpNet,
     /// Value and mask.
     sport: (u16, u16),
     dport: (u16, u16),
@@ -89,8 +88,8 @@ impl Policy {
         let protects = m.attrs(POLICY).find_type(XFRMA_TMPL).is_some();
         Some(Self {
             dir,
-            dst: (address(0)?, info[PREFIXES]),
-            src: (address(16)?, info[PREFIXES + 1]),
+            dst: prefix(address(0)?, info[PREFIXES]),
+            src: prefix(address(16)?, info[PREFIXES + 1]),
             dport: (be16_at(DPORT)?, be16_at(DPORT + 2)?),
             sport: (be16_at(SPORT)?, be16_at(SPORT + 2)?),
             proto: info[PROTO],
@@ -101,12 +100,17 @@ impl Policy {
     }
 
     fn matches(&self, t: &Tuple) -> bool {
-        is_within(t.src(), self.src)
-            && is_within(t.dst(), self.dst)
+        self.src.contains(&t.src())
+            && self.dst.contains(&t.dst())
             && (self.proto == 0 || self.proto == t.proto().number())
             && (t.sport() ^ self.sport.0) & self.sport.1 == 0
             && (t.dport() ^ self.dport.0) & self.dport.1 == 0
     }
+}
+
+/// The kernel takes no length that is not of the family (`verify_newpolicy_info`).
+fn prefix(address: IpAddr, length: u8) -> IpNet {
+    IpNet::new(address, length).unwrap_or_else(|_| address.into())
 }
 
 #[derive(Debug, Default)]
@@ -220,14 +224,10 @@ mod tests {
     use super::*;
 
     fn policy(dir: u8, src: &str, dst: &str, priority: u32) -> Policy {
-        let prefix = |s: &str| {
-            let (address, length) = s.split_once('/').unwrap();
-            (address.parse().unwrap(), length.parse().unwrap())
-        };
         Policy {
             dir,
-            src: prefix(src),
-            dst: prefix(dst),
+            src: src.parse().unwrap(),
+            dst: dst.parse().unwrap(),
             sport: (0, 0),
             dport: (0, 0),
             proto: 0,
@@ -267,6 +267,13 @@ mod tests {
         assert!(concerns(&[of(17, (5000, 0xffff))], false, FLOW));
         assert!(!concerns(&[of(6, (5000, 0xffff))], false, FLOW));
         assert!(!concerns(&[of(17, (5001, 0xffff))], false, FLOW));
+        // Prefixes that hold one end alone.
+        assert!(!concerns(
+            &[policy(XFRM_POLICY_OUT, "10.1.0.2/32", "10.2.0.0/31", 1)],
+            false,
+            FLOW
+        ));
+        assert!(concerns(&[policy(XFRM_POLICY_OUT, "10.1.0.2/32", "10.2.0.2/31", 1)], false, FLOW));
         // Of the other family.
         assert!(!concerns(&[policy(XFRM_POLICY_OUT, "::/0", "::/0", 1)], false, FLOW));
     }

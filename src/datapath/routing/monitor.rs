@@ -418,39 +418,12 @@ fn whole(family: AddressFamily) -> Option<(IpAddr, u8)> {
     }
 }
 
-/// Whether an address is within a prefix.
-#[must_use]
-pub fn is_within(address: IpAddr, (network, length): (IpAddr, u8)) -> bool {
-    let same = |a: u128, b: u128, bits: u32| {
-        let length = u32::from(length).min(bits);
-        length == 0 || (a ^ b) >> (bits - length) == 0
-    };
-    match (address, network) {
-        (IpAddr::V4(a), IpAddr::V4(n)) => same(a.to_bits().into(), n.to_bits().into(), 32),
-        (IpAddr::V6(a), IpAddr::V6(n)) => same(a.to_bits(), n.to_bits(), 128),
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use netlink_packet_core::DefaultNla;
     use netlink_packet_route::address::AddressMessage;
 
     use super::*;
-
-    #[test]
-    fn prefixes_hold_what_they_hold() {
-        let within = |a: &str, n: &str, l| is_within(a.parse().unwrap(), (n.parse().unwrap(), l));
-        assert!(within("10.1.2.3", "10.1.0.0", 16));
-        assert!(!within("10.2.2.3", "10.1.0.0", 16));
-        assert!(within("10.2.2.3", "0.0.0.0", 0));
-        assert!(within("10.2.2.3", "10.2.2.3", 32));
-        assert!(!within("10.2.2.2", "10.2.2.3", 32));
-        assert!(within("2001:db8::1", "2001:db8::", 32));
-        assert!(!within("2001:db9::1", "2001:db8::", 32));
-        assert!(!within("2001:db9::1", "0.0.0.0", 0));
-    }
 
     #[test]
     fn what_a_port_of_a_bridge_may_do_is_read() {

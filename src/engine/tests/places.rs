@@ -1,7 +1,8 @@
 //! How many rules a port may have, learnt and configured, and who gives way: without a port.
 
 use super::*;
-use crate::engine::capacity::{Candidate, Capacity, IDLE_MS, PROBE_EVERY_MS, Pace, Place, Slowest};
+use crate::engine::capacity::{Candidate, Capacity, IDLE_MS, PROBE_EVERY_MS, Place, Slowest};
+use crate::engine::pace::Pace;
 
 fn candidate(pace: Pace, used_ms: u64) -> Candidate {
     let conn = crate::engine::conn::tests::conn();

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use netdev_providers::{Cookie, Direction, Done, Outcome, Permanence, Reason, Rejection};
 
 use crate::engine::Shared;
-use crate::engine::capacity::Pace;
 use crate::engine::conn::{ConnHandle, Detail, Moment, PathTaken, Said};
 use crate::engine::datapath::SlotChange;
+use crate::engine::pace::Pace;
 use crate::engine::port::Port;
 use crate::engine::queue::Command;
 use crate::engine::slot::{AfterAdd, OpNumber, SlotState, Unwind};
