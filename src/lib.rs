@@ -5,8 +5,17 @@
 //! one offload provider for its whole life. Packet threads take no lock.
 //!
 //! Two programs are made of this crate: `ctoffloadd`, for which **the kernel** is the datapath
-//! ([`datapath`], [`daemon`]), and `ctoffload`, which inspects it ([`control`], [`cli`]). The
+//! (`datapath`, `daemon`), and `ctoffload`, which inspects it (`control`, `cli`). The
 //! [`engine`] is also a library for **userspace datapaths**, and this page is about that.
+//!
+//! # Features
+//! | feature | what it brings |
+//! |---|---|
+//! | `programs` (default) | the two programs, and what they are made of: `datapath`, `control`, `daemon`, `cli`; with netlink, tokio and clap |
+//!
+//! Who links the engine takes it with `default-features = false`: [`engine`], and the contract
+//! ([`providers`]), with neither netlink nor a runtime. Which backends come with it is said to
+//! `netdev-providers`: its features are `tc-flower`, `nf-flowtable` and `dummy`.
 //!
 //! # Words
 //! A **port** is a netdev attached to the engine; ([`Ifindex`], [`Generation`]) identify it, because
@@ -105,12 +114,14 @@
 pub use netdev_providers as providers;
 
 // `ctoffload_only`: what `scripts/mutants` builds hundreds of times is one part, with what it stands on.
-#[cfg(not(any(ctoffload_loom, ctoffload_only)))]
+#[cfg(all(feature = "programs", not(any(ctoffload_loom, ctoffload_only))))]
 pub mod cli;
+#[cfg(feature = "programs")]
 #[cfg(not(any(ctoffload_loom, ctoffload_only = "engine", ctoffload_only = "datapath")))]
 pub mod control;
-#[cfg(not(any(ctoffload_loom, ctoffload_only)))]
+#[cfg(all(feature = "programs", not(any(ctoffload_loom, ctoffload_only))))]
 pub mod daemon;
+#[cfg(feature = "programs")]
 #[cfg(not(any(ctoffload_loom, ctoffload_only = "engine", ctoffload_only = "control")))]
 pub mod datapath;
 #[cfg(not(ctoffload_only = "control"))]

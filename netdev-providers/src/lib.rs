@@ -14,7 +14,10 @@
 //! | [`dummy`] | in memory, with capacity, latency and failures on demand |
 //! | [`netlink`] | what the kernel backends share: messages, requests, batches, extended ACKs |
 //!
-//! This crate knows nothing of the engine: a vendor can implement a provider against it alone.
+//! This crate knows nothing of the engine: a vendor can implement a provider against it alone. Each
+//! backend is a feature of its name (`tc-flower`, `nf-flowtable`, `dummy`; all three by default), and
+//! [`netlink`] one that the first two bring: with `default-features = false` the contract is all there
+//! is, and nothing of netlink is built.
 //!
 //! Values of the contract own what they hold, and can be sent to and shared between threads; who
 //! calls what, on which thread, is said in the [traits](contract::provider).
@@ -27,9 +30,13 @@
 #![deny(unsafe_code)]
 
 pub mod contract;
+#[cfg(feature = "dummy")]
 pub mod dummy;
+#[cfg(feature = "netlink")]
 pub mod netlink;
+#[cfg(feature = "nf-flowtable")]
 pub mod nf_flowtable;
+#[cfg(feature = "tc-flower")]
 pub mod tc_flower;
 
 pub use contract::{
