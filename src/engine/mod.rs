@@ -30,7 +30,7 @@
 //! |---|---|---|
 //! | [`PortRef::is_decided`](worker::PortRef::is_decided) | packet thread | one atomic load, one more for each further port of the direction |
 //! | [`Worker::quiescent`], [`Worker::port`] | packet thread, once per batch | one atomic load; a search in a sorted array |
-//! | [`PortRef::conn_add`](worker::PortRef::conn_add), [`conn_seen`](worker::PortRef::conn_seen), [`conn_established`](worker::PortRef::conn_established) | packet thread | no lock; a compare-and-exchange, a push; a system call when the port's thread sleeps |
+//! | [`PortRef::conn_add`](worker::PortRef::conn_add), [`conn_seen`](worker::PortRef::conn_seen), [`offer_batch`](worker::PortRef::offer_batch), [`conn_established`](worker::PortRef::conn_established) | packet thread | no lock; a compare-and-exchange, a push; a system call when the port's thread sleeps, of a batch once |
 //! | [`PortRef::can_offload`](worker::PortRef::can_offload) | any | a call of the provider's, two short locks |
 //! | [`Engine::conn_create`], [`conn`](Engine::conn), [`conn_del`](Engine::conn_del), [`conn_retract`](Engine::conn_retract), [`slot_retract`](Engine::slot_retract) | any | a lock of one shard of the index, one of each slot that holds something; never waits for a provider |
 //! | [`Engine::conn_update`], [`slots`](Engine::slots) | any, not on the way of packets | a lock of each slot |

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! RUSTFLAGS="--cfg ctoffload_loom" CARGO_TARGET_DIR=target/loom \
-//!     cargo test --profile model --lib engine::models
+//!     cargo test --profile model --no-default-features --lib engine::models
 //! ```
 //!
 //! The code under test is the engine's own, compiled on loom's types (see `sync.rs`). Atomics and
@@ -346,6 +346,28 @@ fn no_wake_up_is_lost() {
 }
 
 /// One of several who push makes the system call; it must not be none of them.
+/// Several offers of which the writer is told once, behind the last.
+///
+/// Finds: no fence in `Queue::park`, none in `Queue::wake`; one that is told of before it is put.
+#[test]
+fn no_wake_up_is_lost_behind_a_batch() {
+    exhaustive(|| {
+        let queue = Arc::new(Queue::new(16));
+        let writer = {
+            let queue = Arc::clone(&queue);
+            thread::spawn(move || {
+                queue.set_writer();
+                take(&queue, 2);
+            })
+        };
+        for _ in 0..2 {
+            assert!(queue.put_add(conn(), D, known_path()));
+        }
+        queue.wake();
+        writer.join().unwrap();
+    });
+}
+
 #[test]
 fn no_wake_up_is_lost_among_several_who_push() {
     bounded(4, || {
@@ -368,9 +390,9 @@ fn no_more_offers_wait_than_may() {
         let c = conn();
         let thread = {
             let (queue, c) = (Arc::clone(&queue), c.clone());
-            thread::spawn(move || queue.push_add(c, D, known_path()))
+            thread::spawn(move || queue.put_add(c, D, known_path()))
         };
-        let here = queue.push_add(c, D, known_path());
+        let here = queue.put_add(c, D, known_path());
         assert!(thread.join().unwrap() != here);
         assert_eq!(queue.pending(), 1);
         assert!(queue.pop().is_some() && queue.pop().is_none());

@@ -122,25 +122,30 @@ impl Queue {
         self.adds.load(Ordering::Relaxed)
     }
 
-    /// Queues an offer; false when there are as many as there may be.
-    pub(super) fn push_add(&self, conn: ConnHandle, d: Direction, path: PathSpec) -> bool {
+    /// Queues an offer; false when there are as many as there may be. Nobody is told: that is for the
+    /// caller ([`wake`](Self::wake)), behind the last of several.
+    pub(super) fn put_add(&self, conn: ConnHandle, d: Direction, path: PathSpec) -> bool {
         if self.adds.fetch_add(1, Ordering::Relaxed) >= self.limit {
             self.adds.fetch_sub(1, Ordering::Relaxed);
             return false;
         }
-        self.push(Command::Add(conn, d, path));
+        self.put(Command::Add(conn, d, path));
         true
     }
 
     /// Queues anything else; removals before all that waits, and in order among themselves.
     pub(super) fn push(&self, command: Command) {
+        self.put(command);
+        self.wake();
+    }
+
+    fn put(&self, command: Command) {
         self.unfinished.fetch_add(1, Ordering::Relaxed);
         if command.overtakes() {
             self.removals.push(command);
         } else {
             self.commands.push(command);
         }
-        self.wake();
     }
 
     /// Wakes the writer if it sleeps: the system call is made by one of many who push.

@@ -18,7 +18,7 @@ use netdev_providers::{Direction, Generation, Ifindex, Reason, Rejection};
 use super::conn::{ConnClaim, ConnHandle};
 use super::datapath::{Path, PathSpec, flow};
 use super::port::{Port, PortTable};
-use super::queue::Command;
+use super::queue::{Command, Queue};
 use super::sync::{ArcSwap, AtomicU64, Mutex, Patience, fence};
 
 /// Nobody waits for this worker, now (it may come back) or ever again.
@@ -182,6 +182,14 @@ impl PortRef<'_> {
         self.generation
     }
 
+    /// Whether the port has a provider. Where it has none, every offer is [`Offer::Unbound`]: a datapath
+    /// that asks here first need not even look for a path.
+    #[inline]
+    #[must_use]
+    pub fn is_bound(&self) -> bool {
+        self.port.binding.is_some()
+    }
+
     /// Whether packets of this direction on this port need nothing more from the worker: the test
     /// for the packet path. One atomic load; no lock, no write, no system call.
     #[inline]
@@ -204,6 +212,34 @@ impl PortRef<'_> {
         self.offer(conn, d, path)
     }
 
+    /// Offers several directions, as [`conn_add`](Self::conn_add) does one after the other, and wakes the
+    /// port's thread once, behind the last that it has to look at: for the undecided ones among a batch of
+    /// packets. What became of each is told in order.
+    pub fn offer_batch<'c>(
+        &self,
+        offers: impl IntoIterator<Item = (&'c ConnHandle, Direction, PathSpec)>,
+        mut told: impl FnMut(Offer),
+    ) {
+        /// Whatever the caller's code does meanwhile, what is queued does not lie there unheard of.
+        struct Wake<'a> {
+            queue: &'a Queue,
+            is_due: bool,
+        }
+        impl Drop for Wake<'_> {
+            fn drop(&mut self) {
+                if self.is_due {
+                    self.queue.wake();
+                }
+            }
+        }
+        let mut wake = Wake { queue: &self.port.queue, is_due: false };
+        for (conn, d, path) in offers {
+            let offer = self.put(conn, d, path);
+            wake.is_due |= offer == Offer::Queued;
+            told(offer);
+        }
+    }
+
     /// Whether this port's provider would take the direction by this path, without an offer: the
     /// policy check. Nothing is queued or counted, and the slot stays as it is.
     ///
@@ -219,7 +255,7 @@ impl PortRef<'_> {
         d: Direction,
         path: &Path,
     ) -> Result<(), Rejection> {
-        if self.port.binding.is_none() {
+        if !self.is_bound() {
             return Err(Reason::NoProvider.into());
         }
         if conn.is_dead() {
@@ -232,7 +268,16 @@ impl PortRef<'_> {
     }
 
     fn offer(&self, conn: &ConnHandle, d: Direction, path: PathSpec) -> Offer {
-        if self.port.binding.is_none() {
+        let offer = self.put(conn, d, path);
+        if offer == Offer::Queued {
+            self.port.queue.wake();
+        }
+        offer
+    }
+
+    /// An offer of which the port's thread is not told yet.
+    fn put(&self, conn: &ConnHandle, d: Direction, path: PathSpec) -> Offer {
+        if !self.is_bound() {
             return Offer::Unbound;
         }
         if self.is_decided(conn, d) {
@@ -245,7 +290,7 @@ impl PortRef<'_> {
             ConnClaim::Won(slot) => {
                 let refused = if self.is_slow() {
                     Reason::ProviderSlow
-                } else if self.port.queue.push_add(conn.clone(), d, path) {
+                } else if self.port.queue.put_add(conn.clone(), d, path) {
                     self.port.counters.sights.fetch_add(1, Ordering::Relaxed);
                     return Offer::Queued;
                 } else {

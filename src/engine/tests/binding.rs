@@ -96,6 +96,10 @@ fn none_attaches_without_a_provider_and_offers_are_no_ops() {
     b.engine.port_add(NewPort { providers, ..new_port(1) }).unwrap();
     let conn = b.conn(1);
     assert_eq!(b.offer(1, &conn, Original), Offer::Unbound);
+    b.port(2);
+    let worker = b.engine.worker();
+    assert_eq!([1, 2].map(|n| worker.port(ifindex(n)).unwrap().is_bound()), [false, true]);
+    drop(worker);
     assert_eq!(dummy.requests(), 0);
     b.engine.port_del(ifindex(1)).unwrap();
 }
@@ -169,4 +173,36 @@ fn a_policy_check_tells_what_an_offer_would_end_with_and_changes_nothing() {
     let unbound = worker.port(ifindex(2)).unwrap();
     let refusal = unbound.can_offload(&conn, Original, &path(&conn, Original, ifindex(99)));
     assert_eq!(refusal.unwrap_err().reason, Reason::NoProvider);
+}
+
+#[test]
+fn a_batch_of_offers_does_what_as_many_offers_do() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conns: Vec<_> = (1..=32).map(|n| b.conn(n)).collect();
+    b.engine.conn_del(&conns[31]);
+    let mut worker = b.engine.worker();
+    worker.quiescent();
+    let port = worker.port(ifindex(1)).unwrap();
+    let offer = |c, d| (c, d, PathSpec::Known(Box::new(path(c, d, ifindex(99)))));
+    let mut told = Vec::new();
+    // One of them twice.
+    let offers = conns.iter().chain(&conns[..1]).map(|c| offer(c, Original));
+    port.offer_batch(offers, |offer| told.push(offer));
+    assert_eq!(told[..31], [Offer::Queued; 31]);
+    assert_eq!(told[31..], [Offer::Refused(Reason::ConnState), Offer::Decided]);
+    // Whoever offers may panic in the middle: what is queued by then is carried out.
+    let more: Vec<_> = (101..=102).map(|n| b.conn(n)).collect();
+    let panics = more.iter().enumerate().map(|(n, c)| {
+        assert!(n == 0, "on purpose");
+        offer(c, Reply)
+    });
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        port.offer_batch(panics, |_| ());
+    }));
+    assert!(result.is_err());
+    worker.offline();
+    wait_for(|| dummy.rules(ifindex(1)).len() == 32);
+    assert_eq!(b.engine.slots(&more[0])[0].state, SlotState::Installed);
 }

@@ -60,7 +60,7 @@ fn offers_that_come_while_those_that_wait_are_taken_stay() {
     let b = Bench::new(&[]);
     let queue = Queue::new(16);
     let offer = |n| {
-        assert!(queue.push_add(b.conn(n), Original, PathSpec::Resolve(PathHint::default())));
+        assert!(queue.put_add(b.conn(n), Original, PathSpec::Resolve(PathHint::default())));
     };
     let retracted = |n| queue.push(Command::Retracted(ifindex(n)));
     retracted(10);
@@ -408,6 +408,38 @@ fn a_port_is_empty_when_nothing_is_held_queued_or_with_the_provider_and_nothing_
     assert!(!port.is_empty(), "taken, and not carried out yet");
     port.queue.finished(1);
     assert!(port.is_empty());
+}
+
+#[test]
+fn the_writer_is_told_of_a_batch_when_it_is_whole() {
+    let b = Bench::new(&[]);
+    let queue = Arc::new(Queue::new(64));
+    let (taken, takes) = std::sync::mpsc::channel();
+    let (asleep, is_asleep) = std::sync::mpsc::channel();
+    let writer = {
+        let queue = Arc::clone(&queue);
+        std::thread::spawn(move || {
+            queue.set_writer();
+            for n in 1..=32 {
+                while queue.pop().is_none() {
+                    asleep.send(()).unwrap();
+                    queue.park(PATIENCE);
+                }
+                taken.send(n).unwrap();
+            }
+        })
+    };
+    is_asleep.recv().unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    for n in 1..=32 {
+        assert!(queue.put_add(b.conn(n), Original, PathSpec::Resolve(PathHint::default())));
+    }
+    let early = takes.recv_timeout(Duration::from_millis(50));
+    queue.wake();
+    assert_eq!(takes.iter().last(), Some(32));
+    writer.join().unwrap();
+    assert!(early.is_err(), "it was told of the first");
+    assert!(is_asleep.try_recv().is_err(), "it slept among them");
 }
 
 #[test]
