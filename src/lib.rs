@@ -86,6 +86,15 @@
 //! ```
 //! `examples/pmd_switch` is a whole userspace switch that does this with real packets.
 //!
+//! * [`PortRef::is_bound`](engine::worker::PortRef::is_bound) comes before a path is looked for: a port
+//!   without a provider takes none.
+//! * The undecided ones among a batch of packets are offered by
+//!   [`PortRef::offer_batch`](engine::worker::PortRef::offer_batch), which wakes the port's thread once.
+//! * A port that is no netdev of the kernel's (DPDK, vhost-user) is named by a
+//!   [local](netdev_providers::Ifindex::local) number.
+//! * A datapath whose rules keep track of connections, and leave it to others where packets go (`rte_flow`'s
+//!   conntrack), offers [`PathSpec::Track`](engine::datapath::PathSpec::Track).
+//!
 //! # What the engine promises
 //! * **Only where it was seen.** An offer goes to the port that received the packet; no other port
 //!   does any work for the connection.

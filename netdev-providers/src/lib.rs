@@ -41,7 +41,7 @@ pub mod tc_flower;
 
 pub use contract::{
     class::{BindError, ProviderClass},
-    flow::{Above, Flow, FlowMatch, Forward, MacRewrite},
+    flow::{Above, Flow, FlowMatch, Forward, MacRewrite, Tracked},
     operation::{Done, Operation, Outcome, Request, Ticket},
     provider::{Capability, Counters, Fault, Leftover, Observed, Provider, RuleReport},
     reason::{Permanence, Reason, Rejection},

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use netdev_providers::{
     Above, Direction, Flow, FlowMatch, Forward, Generation, Ifindex, Leftover, MacAddr, Netdev,
-    Rejection, Tuple, VlanId,
+    Rejection, Tracked, Tuple, VlanId,
 };
 
 use super::conn::{ConnHandle, ConnKey};
@@ -71,11 +71,42 @@ pub(super) fn flow(conn: &ConnHandle, direction: Direction, path: &Path) -> Flow
     }
 }
 
+/// What the packets of a direction look like when they arrive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrival {
+    /// Their destination MAC address (`None`: any).
+    pub eth_dst: Option<MacAddr>,
+    /// Their VLAN tag (`None`: none).
+    pub vlan: Option<VlanId>,
+}
+
+/// The packets of a direction of a connection, of which only track is kept.
+pub(super) fn tracked(conn: &ConnHandle, direction: Direction, arrival: Arrival) -> Tracked {
+    let Arrival { eth_dst, vlan } = arrival;
+    Tracked {
+        zone: conn.key().zone,
+        direction,
+        matches: FlowMatch { eth_dst, vlan, tuple: *conn.arriving(direction) },
+        tuple: conn.leaving(direction),
+    }
+}
+
+/// What is asked of a provider for one direction.
+#[derive(Clone, Debug)]
+pub(super) enum Work {
+    Forward(Box<Flow>),
+    Track(Box<Tracked>),
+}
+
 /// The path in an offer.
 #[derive(Clone, Debug)]
 pub enum PathSpec {
     /// The datapath knows it: nobody is asked.
     Known(Box<Path>),
+    /// The rule is only to keep track of the packets ([`Tracked`]): whatever the datapath has put behind it
+    /// sends them on, and nobody is asked for a path. For providers that
+    /// [can](netdev_providers::Provider::can_track).
+    Track(Box<Arrival>),
     /// [`Datapath::resolve`] is asked, on the port's queue thread.
     Resolve(PathHint),
     /// There is to be none: the datapath's own policy keeps the direction on the slow path. The slot

@@ -35,7 +35,7 @@ impl OpKind {
 
     pub(super) const fn of(request: &Request) -> Option<Self> {
         match request {
-            Request::Add { .. } | Request::Adopt { .. } => Some(Self::Add),
+            Request::Add { .. } | Request::Track { .. } | Request::Adopt { .. } => Some(Self::Add),
             Request::Delete { .. } => Some(Self::Delete),
             _ => None,
         }

@@ -625,7 +625,7 @@ impl ModelProvider {
         let given = std::mem::take(&mut *self.given.lock().unwrap());
         for operation in given {
             let done = match &operation.request {
-                Request::Add { .. } => {
+                Request::Add { .. } | Request::Track { .. } => {
                     let rule = RuleId(self.adds.fetch_add(1, Ordering::Relaxed));
                     self.rules.lock().unwrap().push(rule);
                     Done::added(rule, None)

@@ -9,13 +9,14 @@ use nix::errno::Errno;
 
 use netdev_providers::{
     Cookie, Direction, Epoch, Fault, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason,
-    Rejection, RuleId, RuleReport,
+    Rejection, RuleId, RuleReport, Tracked, Tuple,
 };
 
 use super::Limits;
 use super::capacity::Capacity;
 use super::conn::ConnHandle;
 use super::contain::contained;
+use super::datapath::Work;
 use super::latency::Latencies;
 use super::progress::{Progress, Slow};
 use super::queue::Queue;
@@ -185,22 +186,44 @@ pub(super) struct Shape {
     new_ports: bool,
     vlan_in: bool,
     vlan_out: bool,
-    egress: Ifindex,
+    /// None: it is only tracked.
+    egress: Option<Ifindex>,
 }
 
 impl Shape {
-    pub(super) fn of(flow: &Flow) -> Self {
-        let (from, to) = (&flow.matches.tuple, &flow.forward.tuple);
+    pub(super) fn of_work(work: &Work) -> Self {
+        match work {
+            Work::Forward(flow) => Self::of(flow),
+            Work::Track(tracked) => Self::of_tracked(tracked),
+        }
+    }
+
+    fn of_tracked(tracked: &Tracked) -> Self {
+        let (from, to) = (&tracked.matches.tuple, &tracked.tuple);
+        Self { vlan_in: tracked.matches.vlan.is_some(), ..Self::of_tuples(from, to) }
+    }
+
+    fn of_tuples(from: &Tuple, to: &Tuple) -> Self {
         Self {
             ipv6: from.is_ipv6(),
             proto: from.proto(),
-            routed: flow.forward.macs.is_some(),
+            routed: false,
             new_src: from.src() != to.src(),
             new_dst: from.dst() != to.dst(),
             new_ports: (from.sport(), from.dport()) != (to.sport(), to.dport()),
+            vlan_in: false,
+            vlan_out: false,
+            egress: None,
+        }
+    }
+
+    pub(super) fn of(flow: &Flow) -> Self {
+        Self {
+            routed: flow.forward.macs.is_some(),
             vlan_in: flow.matches.vlan.is_some(),
             vlan_out: flow.forward.vlan.is_some(),
-            egress: flow.forward.egress,
+            egress: Some(flow.forward.egress),
+            ..Self::of_tuples(&flow.matches.tuple, &flow.forward.tuple)
         }
     }
 }
@@ -374,14 +397,18 @@ impl Port {
         }
     }
 
-    /// Whether an add of this flow would be handed to the provider: the policy check.
-    pub(super) fn takes(&self, flow: &Flow, provider: &dyn Provider) -> Result<(), Rejection> {
+    /// Whether this would be handed to the provider: the policy check.
+    pub(super) fn takes(&self, work: &Work, provider: &dyn Provider) -> Result<(), Rejection> {
         self.takes_any()?;
         // A shape that this port's backend does not take is not offered again and again.
-        if let Some(rejection) = self.refused_shape(&Shape::of(flow)) {
+        if let Some(rejection) = self.refused_shape(&Shape::of_work(work)) {
             return Err(rejection);
         }
-        contained(|| provider.can_offload(flow)).unwrap_or_else(|why| Err(self.panicked(why)))
+        contained(|| match work {
+            Work::Forward(flow) => provider.can_offload(flow),
+            Work::Track(tracked) => provider.can_track(tracked),
+        })
+        .unwrap_or_else(|why| Err(self.panicked(why)))
     }
 
     /// The provider has panicked: nothing more is offloaded here.
@@ -417,7 +444,7 @@ impl Port {
 
     /// The netdev is gone or down, and may be another's when it comes back.
     pub(super) fn forget_shapes_towards(&self, egress: Ifindex) {
-        self.shapes().retain(|shape, _| shape.egress != egress);
+        self.shapes().retain(|shape, _| shape.egress != Some(egress));
     }
 
     /// Everything may be tried again.

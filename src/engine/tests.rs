@@ -12,6 +12,7 @@ mod rejections;
 mod removal;
 mod slow;
 mod sweeps;
+mod track;
 mod usage;
 
 use std::sync::Mutex as StdMutex;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use netdev_providers::{Direction, Generation, Ifindex, Reason, Rejection};
 
 use super::conn::{ConnClaim, ConnHandle};
-use super::datapath::{Path, PathSpec, flow};
+use super::datapath::{Arrival, Path, PathSpec, Work, flow, tracked};
 use super::port::{Port, PortTable};
 use super::queue::{Command, Queue};
 use super::sync::{ArcSwap, AtomicU64, Mutex, Patience, fence};
@@ -255,14 +255,31 @@ impl PortRef<'_> {
         d: Direction,
         path: &Path,
     ) -> Result<(), Rejection> {
+        self.takes(conn, || Work::Forward(Box::new(flow(conn, d, path))))
+    }
+
+    /// The same for an offer of [`PathSpec::Track`].
+    ///
+    /// # Errors
+    /// As [`can_offload`](Self::can_offload).
+    pub fn can_track(
+        &self,
+        conn: &ConnHandle,
+        d: Direction,
+        arrival: Arrival,
+    ) -> Result<(), Rejection> {
+        self.takes(conn, || Work::Track(Box::new(tracked(conn, d, arrival))))
+    }
+
+    fn takes(&self, conn: &ConnHandle, work: impl FnOnce() -> Work) -> Result<(), Rejection> {
         if !self.is_bound() {
             return Err(Reason::NoProvider.into());
         }
         if conn.is_dead() {
             return Err(Reason::ConnState.into());
         }
-        let flow = flow(conn, d, path);
-        let asked = self.port.visit(|provider| self.port.takes(&flow, provider));
+        let work = work();
+        let asked = self.port.visit(|provider| self.port.takes(&work, provider));
         // It is being deleted; or what panicked was none of the provider's.
         asked.and_then(Result::ok).unwrap_or_else(|| Err(Reason::Cancelled.into()))
     }

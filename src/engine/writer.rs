@@ -24,7 +24,7 @@ use super::Shared;
 use super::capacity::{Candidate, Place};
 use super::conn::{ConnHandle, Detail, Moment, PathTaken, Slot};
 use super::contain::{caught, contained};
-use super::datapath::{Datapath, Path, PathSpec, Sight, flow};
+use super::datapath::{Datapath, Path, PathSpec, Sight, Work, flow, tracked};
 use super::latency::OpKind;
 use super::pace::Pace;
 use super::port::{Port, Shape};
@@ -85,7 +85,7 @@ impl Ord for Timer {
 
 /// An operation on its way to the provider.
 enum Staged {
-    Add { sight: Sight, op: OpNumber, path: Path, flow: Box<Flow>, found: Option<Found> },
+    Add { sight: Sight, op: OpNumber, path: Option<PathTaken>, work: Work, found: Option<Found> },
     Other(Operation),
 }
 
@@ -252,6 +252,14 @@ impl Writer {
         staged: &mut Vec<Staged>,
     ) {
         let Some(slot) = self.slot(conn, d) else { return };
+        // What is there forwards: it is none of what only keeps track.
+        let found = found.filter(|found| {
+            let is_kept = !matches!(spec, PathSpec::Track(_));
+            if !is_kept {
+                self.remove_found(found, staged);
+            }
+            is_kept
+        });
         let op = {
             let mut detail = slot.detail();
             let Some(op) = slot.word.dispatch_add(self.port.generation()) else {
@@ -271,7 +279,7 @@ impl Writer {
             op
         };
         let sight = self.sight(conn.clone(), d);
-        let ready = self.stable_path_and_flow(slot, &sight, spec).and_then(|ready| {
+        let ready = self.stable_path_and_work(slot, &sight, spec).and_then(|ready| {
             // What is there already has its place.
             if found.is_none()
                 && let Err(full) = self.make_room(slot, staged)
@@ -282,9 +290,9 @@ impl Writer {
             Ok(ready)
         });
         match ready {
-            Ok((path, flow)) => {
+            Ok((path, work)) => {
                 self.port.rules.fetch_add(1, Ordering::SeqCst);
-                staged.push(Staged::Add { sight, op, path, flow, found });
+                staged.push(Staged::Add { sight, op, path, work, found });
             }
             Err(rejection) => {
                 if let Some(found) = &found {
@@ -337,18 +345,18 @@ impl Writer {
 
     /// The path, noted in the slot for those who look for rules that a change concerns: either they find it
     /// there, or it is resolved after the change.
-    fn stable_path_and_flow(
+    fn stable_path_and_work(
         &self,
         slot: &Slot,
         sight: &Sight,
         spec: PathSpec,
-    ) -> Result<(Path, Box<Flow>), Rejection> {
+    ) -> Result<(Option<PathTaken>, Work), Rejection> {
         for _ in 0..RESOLVE_ATTEMPTS {
             let changes = self.shared.datapath.changes();
-            let (path, flow) = self.path_and_flow(sight, spec.clone())?;
-            self.note_path(slot, sight, Some(taken(&path, &flow)));
+            let (path, work) = self.path_and_work(sight, spec.clone())?;
+            self.note_path(slot, sight, path);
             if self.shared.datapath.changes() == changes {
-                return Ok((path, flow));
+                return Ok((path, work));
             }
             self.note_path(slot, sight, None);
         }
@@ -368,10 +376,19 @@ impl Writer {
         }
     }
 
-    fn path_and_flow(&self, sight: &Sight, spec: PathSpec) -> Result<(Path, Box<Flow>), Rejection> {
+    fn path_and_work(
+        &self,
+        sight: &Sight,
+        spec: PathSpec,
+    ) -> Result<(Option<PathTaken>, Work), Rejection> {
         self.port.takes_any()?;
         let path = match spec {
             PathSpec::Known(path) => *path,
+            PathSpec::Track(arrival) => {
+                let work = Work::Track(Box::new(tracked(&sight.conn, sight.direction, *arrival)));
+                self.port.takes(&work, &*self.provider)?;
+                return Ok((None, work));
+            }
             PathSpec::Resolve(hint) => {
                 self.asked(|datapath| datapath.resolve(sight, &hint)).unwrap_or_else(Err)?
             }
@@ -382,8 +399,10 @@ impl Writer {
             return Err(Rejection::with_detail(Reason::Cancelled, why));
         }
         let flow = Box::new(flow(&sight.conn, sight.direction, &path));
-        self.port.takes(&flow, &*self.provider)?;
-        Ok((path, flow))
+        let taken = taken(&path, &flow);
+        let work = Work::Forward(flow);
+        self.port.takes(&work, &*self.provider)?;
+        Ok((Some(taken), work))
     }
 
     fn stage_delete(&mut self, conn: &ConnHandle, d: Direction, staged: &mut Vec<Staged>) {
@@ -478,7 +497,7 @@ impl Writer {
         for s in staged.drain(..) {
             match s {
                 Staged::Other(operation) => batch.push(operation),
-                Staged::Add { sight, op, path, flow, found } => {
+                Staged::Add { sight, op, path, work, found } => {
                     let ready = prepared.next().unwrap_or(Ok(()));
                     let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
                     let (conn, d) = (sight.conn, sight.direction);
@@ -496,9 +515,13 @@ impl Writer {
                         continue;
                     }
                     let cookie = shared.cookie(&conn, d);
-                    let path = taken(&path, &flow);
+                    let shape = Shape::of_work(&work);
+                    let request = match (work, &found) {
+                        (Work::Forward(flow), Some(found)) => found.request(cookie, flow),
+                        (Work::Forward(flow), None) => Request::Add { cookie, flow },
+                        (Work::Track(tracked), _) => Request::Track { cookie, tracked },
+                    };
                     if let Some(found) = found {
-                        let request = found.request(cookie, flow);
                         batch.push(self.operation(request, move |outcome| {
                             match reconcile::is_adopted(&outcome, found.leftover.rule) {
                                 Ok(()) => {
@@ -515,8 +538,7 @@ impl Writer {
                         }));
                         continue;
                     }
-                    let shape = Shape::of(&flow);
-                    batch.push(self.operation(Request::Add { cookie, flow }, move |outcome| {
+                    batch.push(self.operation(request, move |outcome| {
                         match &outcome {
                             Ok(Done::Added { .. }) => {
                                 port.capacity.took(port.rules.load(Ordering::SeqCst));

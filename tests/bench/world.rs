@@ -65,7 +65,7 @@ impl Provider for Null {
         for operation in batch {
             self.calls.fetch_add(1, Ordering::Relaxed);
             let (done, count) = match &operation.request {
-                Request::Add { .. } => {
+                Request::Add { .. } | Request::Track { .. } => {
                     let rule = RuleId(self.rules.fetch_add(1, Ordering::Relaxed));
                     (Done::added(rule, Some(true)), Some(&self.adds))
                 }

@@ -1,5 +1,6 @@
 //! What a provider is asked to offload: which packets, and what is done to them.
 
+use super::reason::{Reason, Rejection};
 use super::types::{Direction, Ifindex, MacAddr, Tuple, VlanId, Zone};
 
 /// The packets of one direction of one connection, as they arrive on the port.
@@ -74,7 +75,52 @@ pub struct Flow {
     pub above: Above,
 }
 
+/// One direction of one connection on one port, of which the backend is only to **keep track**: packets
+/// that match are known to be of this connection, in its state, and go on through whatever else the
+/// datapath has put there, which decides where they go (`rte_flow`'s conntrack, say). So nothing is said
+/// of an egress, of MAC addresses or a TTL.
+///
+/// What a provider must leave to the slow path is said at [`FlowMatch`]; there is no MTU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tracked {
+    /// The connection's zone.
+    pub zone: Zone,
+    /// Which of its directions.
+    pub direction: Direction,
+    /// Which packets.
+    pub matches: FlowMatch,
+    /// Addresses and ports that the connection gives them: where they differ from
+    /// [`FlowMatch::tuple`], that is NAT, which is the rule's to do.
+    pub tuple: Tuple,
+}
+
+impl Tracked {
+    /// What a backend answers whose rules forward, and do nothing less.
+    #[must_use]
+    pub fn unsupported() -> Rejection {
+        let why = "a rule of this backend forwards: it does not only keep track";
+        Rejection::with_detail(Reason::Unsupported, why)
+    }
+}
+
 impl Flow {
+    /// Refuses what leads to a port that the kernel has no netdev for: a backend of the kernel's cannot
+    /// redirect there.
+    ///
+    /// # Errors
+    /// [`Reason::EgressUnsupported`], or [`Reason::IngressUnsupported`].
+    pub fn check_netdevs(&self) -> Result<(), Rejection> {
+        let is_local = |netdev: Option<Ifindex>| netdev.is_some_and(|n| !n.is_netdev());
+        let reason = if is_local(Some(self.forward.egress)) || is_local(self.above.oif) {
+            Reason::EgressUnsupported
+        } else if is_local(self.above.iif) {
+            Reason::IngressUnsupported
+        } else {
+            return Ok(());
+        };
+        Err(Rejection::with_detail(reason, "a port of the datapath's own, and no netdev"))
+    }
+
     /// True when addresses or ports change on the way.
     #[must_use]
     pub fn has_nat(&self) -> bool {

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::flow::Flow;
+use super::flow::{Flow, Tracked};
 use super::reason::{Reason, Rejection};
 use super::types::{Cookie, RuleId};
 
@@ -18,6 +18,15 @@ pub enum Request {
         cookie: Cookie,
         /// The packets and what is done to them.
         flow: Box<Flow>,
+    },
+    /// Install a rule that only keeps track of these packets, marked with this cookie. The result is
+    /// [`Done::Added`]. Only asked of a provider that
+    /// [can track](super::provider::Provider::can_track).
+    Track {
+        /// Goes into the rule, so that it can be recognised later.
+        cookie: Cookie,
+        /// The packets.
+        tracked: Box<Tracked>,
     },
     /// Take over a rule that an engine which died has left for the same packets, as
     /// [`observe`](super::provider::Provider::observe) found it. A rule that does what an `Add` of this
@@ -32,7 +41,7 @@ pub enum Request {
         /// The packets and what is to be done to them.
         flow: Box<Flow>,
     },
-    /// Remove a rule that an `Add` of this provider installed, or one that was observed. That it is not there any more
+    /// Remove a rule that an `Add` or a `Track` of this provider installed, or one that was observed. That it is not there any more
     /// (ENOENT), or that the netdev is not (ENODEV), is success: [`Done::Deleted`]. A rule of the same
     /// name and another cookie is another one, and stays.
     Delete {
@@ -57,6 +66,7 @@ impl Request {
     pub const fn cookie(&self) -> Cookie {
         match self {
             Self::Add { cookie, .. }
+            | Self::Track { cookie, .. }
             | Self::Adopt { cookie, .. }
             | Self::Delete { cookie, .. }
             | Self::Established { cookie, .. } => *cookie,

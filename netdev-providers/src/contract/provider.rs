@@ -9,7 +9,7 @@
 //! # Threads
 //! | call | thread | may block |
 //! |---|---|---|
-//! | [`can_offload`](Provider::can_offload) | any, also a packet thread, concurrently | **no**: no lock, no system call |
+//! | [`can_offload`](Provider::can_offload), [`can_track`](Provider::can_track) | any, also a packet thread, concurrently | **no**: no lock, no system call |
 //! | [`submit`](Provider::submit) | the port's queue thread, one call at a time | yes |
 //! | [`observe`](Provider::observe), [`flush`](Provider::flush), [`release`](Provider::release) | the port's queue thread: never during a `submit` | yes |
 //! | [`usage`](Provider::usage) | a sweep thread, one call at a time, **concurrently** with `submit` | yes |
@@ -46,7 +46,7 @@
 
 use nix::errno::Errno;
 
-use super::flow::Flow;
+use super::flow::{Flow, Tracked};
 use super::operation::Operation;
 use super::reason::Rejection;
 use super::types::{Cookie, RuleId, Tuple};
@@ -150,6 +150,16 @@ pub trait Provider: Send + Sync {
     /// # Errors
     /// The reason, which is counted and shown.
     fn can_offload(&self, flow: &Flow) -> Result<(), Rejection>;
+
+    /// Whether these packets can be tracked without being forwarded by the same rule. As
+    /// [`can_offload`](Self::can_offload); a backend that does not write this forwards only.
+    ///
+    /// # Errors
+    /// The reason, which is counted and shown.
+    fn can_track(&self, tracked: &Tracked) -> Result<(), Rejection> {
+        let _ = tracked;
+        Err(Tracked::unsupported())
+    }
 
     /// Carries out operations. The vector is a batch: a backend that talks to a kernel or a device
     /// should need few round trips for it. Ownership of the operations passes to the provider,

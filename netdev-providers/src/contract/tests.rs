@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use nix::errno::Errno;
 
 use super::class::{BindError, ProviderClass};
-use super::flow::{Above, Flow, FlowMatch, Forward};
+use super::flow::{Above, Flow, FlowMatch, Forward, Tracked};
 use super::operation::{Done, Operation, Outcome, Request, Ticket};
 use super::provider::{Fault, Observed, Provider, RuleReport};
 use super::reason::{Reason, Rejection};
@@ -37,6 +37,11 @@ fn flow() -> Flow {
         forward: Forward { egress: ifindex(2), vlan: None, mtu: 1500, tuple: tuple(), macs: None },
         above: Above::default(),
     }
+}
+
+fn tracked() -> Tracked {
+    let Flow { zone, direction, matches, .. } = flow();
+    Tracked { zone, direction, matches, tuple: tuple() }
 }
 
 /// One that writes only what every backend must.
@@ -74,6 +79,8 @@ fn a_backend_that_keeps_nothing_beyond_its_process_has_nothing_to_observe_or_to_
     assert_eq!(Least.observe(), Ok(Observed::default()));
     assert!(Least.capabilities().is_empty());
     assert_eq!(Least.describe(), "");
+    let refused = Least.can_track(&tracked()).unwrap_err();
+    assert_eq!((refused.reason, refused.detail.is_some()), (Reason::Unsupported, true));
 }
 
 #[test]
@@ -97,6 +104,8 @@ fn identifiers_are_shown_as_the_kernel_and_its_tools_show_them() {
         hw_flags: HwFlags::Both,
     };
     assert_eq!(netdev.to_string(), "eth0 (ifindex 3, generation 4)");
+    let dpdk = Netdev { ifindex: Ifindex::local(3).unwrap(), name: "dpdk0".to_owned(), ..netdev };
+    assert_eq!(dpdk.to_string(), "dpdk0 (local 3, generation 4)");
 }
 
 #[test]
@@ -162,10 +171,26 @@ fn what_changes_between_arrival_and_departure_is_what_a_flow_needs() {
 }
 
 #[test]
+fn a_backend_of_the_kernels_redirects_to_netdevs_only() {
+    let (local, netdev) = (Ifindex::local(2).unwrap(), Some(ifindex(5)));
+    let check = |egress, iif, oif| {
+        let mut flow = flow();
+        (flow.forward.egress, flow.above) = (egress, Above { iif, oif });
+        flow.check_netdevs().map_err(|r| r.reason)
+    };
+    assert_eq!(check(ifindex(2), None, None), Ok(()));
+    assert_eq!(check(ifindex(2), netdev, netdev), Ok(()));
+    assert_eq!(check(local, netdev, netdev), Err(Reason::EgressUnsupported));
+    assert_eq!(check(ifindex(2), None, Some(local)), Err(Reason::EgressUnsupported));
+    assert_eq!(check(ifindex(2), Some(local), None), Err(Reason::IngressUnsupported));
+}
+
+#[test]
 fn every_request_names_the_cookie_of_its_rule() {
     let (cookie, rule) = (cookie(), RuleId(1));
     let requests = [
         Request::Add { cookie, flow: Box::new(flow()) },
+        Request::Track { cookie, tracked: Box::new(tracked()) },
         Request::Adopt { found: rule, cookie, flow: Box::new(flow()) },
         Request::Delete { rule, cookie },
         Request::Established { rule, cookie },

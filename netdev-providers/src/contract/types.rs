@@ -8,6 +8,9 @@ use std::str::FromStr;
 
 /// A kernel interface index. Positive in the kernel (`int`, never 0); **reused** after a netdev is
 /// deleted, so it identifies a netdev only together with a [`Generation`].
+///
+/// A port of a userspace datapath may have none (a DPDK port, a vhost-user socket): it is named by a
+/// [`local`](Self::local) number, which no netdev can have. Backends of the kernel refuse those.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ifindex(NonZeroU32);
 
@@ -24,7 +27,26 @@ impl Ifindex {
         }
     }
 
-    /// The number as the kernel knows it.
+    /// The name of a port that is no netdev of the kernel's; the datapath gives the numbers. `None` from
+    /// 2^31 on.
+    #[must_use]
+    pub const fn local(number: u32) -> Option<Self> {
+        match NonZeroU32::new(Self::LOCAL | number) {
+            Some(n) if number < Self::LOCAL => Some(Self(n)),
+            _ => None,
+        }
+    }
+
+    /// What the kernel gives to nobody: its indexes are positive `int`s.
+    const LOCAL: u32 = 1 << 31;
+
+    /// True for an index of the kernel's, false for a [`local`](Self::local) number.
+    #[must_use]
+    pub const fn is_netdev(self) -> bool {
+        self.0.get() < Self::LOCAL
+    }
+
+    /// The number as the kernel knows it; of a [`local`](Self::local) one, with 2^31 added.
     #[must_use]
     pub const fn get(self) -> u32 {
         self.0.get()
@@ -32,8 +54,13 @@ impl Ifindex {
 }
 
 impl fmt::Display for Ifindex {
+    /// A local number as `local 3`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        if self.is_netdev() {
+            self.0.fmt(f)
+        } else {
+            write!(f, "local {}", self.0.get() - Self::LOCAL)
+        }
     }
 }
 
@@ -444,7 +471,8 @@ pub struct Netdev {
 
 impl fmt::Display for Netdev {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (ifindex {}, generation {})", self.name, self.ifindex, self.generation)
+        let what = if self.ifindex.is_netdev() { "ifindex " } else { "" };
+        write!(f, "{} ({what}{}, generation {})", self.name, self.ifindex, self.generation)
     }
 }
 
@@ -506,5 +534,18 @@ mod tests {
         assert_eq!(Ifindex::new(0), None);
         assert_eq!(Ifindex::new(0x8000_0000), None);
         assert_eq!(Ifindex::new(7).map(Ifindex::get), Some(7));
+        assert!(Ifindex::new(i32::MAX as u32).unwrap().is_netdev());
+    }
+
+    #[test]
+    fn a_local_number_is_that_of_no_netdev() {
+        for n in [0, 3, i32::MAX as u32] {
+            let port = Ifindex::local(n).unwrap();
+            assert!(!port.is_netdev());
+            assert_eq!((Ifindex::new(port.get()), port.to_string()), (None, format!("local {n}")));
+        }
+        assert_eq!(Ifindex::local(1 << 31), None);
+        assert_ne!(Ifindex::local(7), Ifindex::new(7));
+        assert_eq!(Ifindex::new(7).unwrap().to_string(), "7");
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
-use crate::contract::flow::{Flow, FlowMatch};
+use crate::contract::flow::{Flow, FlowMatch, Tracked};
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::provider::{Counters, Fault};
 use crate::contract::reason::{Reason, Rejection};
@@ -385,6 +385,7 @@ impl State {
                 Request::Add { cookie, flow } => port
                     .add(cookie, *flow, capacity)
                     .map(|rule| Done::Added { rule, in_hw, nic_said: words }),
+                Request::Track { .. } => Err(Tracked::unsupported()),
                 Request::Adopt { found, cookie, flow } => port.adopt(found, cookie, *flow, in_hw),
                 Request::Delete { rule, cookie } => {
                     match port.rules.get(&rule.0) {

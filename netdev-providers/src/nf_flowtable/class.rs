@@ -48,6 +48,9 @@ impl ProviderClass for NfFlowtableClass {
     }
 
     fn bind(&self, netdev: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        if !netdev.ifindex.is_netdev() {
+            return Err(BindError::Declined("a port of the datapath's own, and no netdev".into()));
+        }
         let link = Links::open()
             .and_then(|mut links| links.get(netdev.ifindex))
             .map_err(|e| BindError::Failed(e.into_fault("reading the netdev")))?
@@ -84,6 +87,8 @@ impl ProviderClass for NfFlowtableClass {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contract::types::{Generation, HwFlags, Ifindex};
+    use std::num::NonZeroU32;
 
     #[test]
     fn options_that_cannot_work_are_refused_at_registration() {
@@ -97,5 +102,19 @@ mod tests {
     #[test]
     fn nobodys_changes_are_not_ours() {
         assert!(!NfFlowtableClass::default().is_own_change(0));
+    }
+
+    #[test]
+    fn a_port_that_is_no_netdev_is_declined_and_nothing_is_left_there() {
+        let class = NfFlowtableClass::default();
+        let netdev = Netdev {
+            ifindex: Ifindex::local(3).unwrap(),
+            generation: Generation::new(1).unwrap(),
+            name: "dpdk0".into(),
+            hw_flags: HwFlags::Both,
+        };
+        let bound = class.bind(&netdev, Instance(NonZeroU32::MIN));
+        assert!(matches!(bound, Err(BindError::Declined(why)) if why.contains("no netdev")));
+        assert_eq!(class.clear_leftovers(netdev.ifindex), Ok(0));
     }
 }

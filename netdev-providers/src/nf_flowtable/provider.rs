@@ -10,7 +10,7 @@ use super::key::{ConnId, Key};
 use super::readback::goes_on;
 use super::shared::{Shared, State, is_accounting};
 use super::table::{CHANGES_PER_TRANSACTION, Change, TableError, is_whole};
-use crate::contract::flow::Flow;
+use crate::contract::flow::{Flow, Tracked};
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::provider::{Counters, Fault, Provider, RuleReport};
 use crate::contract::reason::{Reason, Rejection};
@@ -88,6 +88,10 @@ impl NfFlowtable {
         match request {
             Request::Established { .. } => {
                 ticket.complete(Ok(Done::Noted));
+                None
+            }
+            Request::Track { .. } => {
+                ticket.complete(Err(Tracked::unsupported()));
                 None
             }
             // The table belongs to the socket and goes with its engine: nothing is ever observed.
@@ -333,6 +337,7 @@ fn fault(e: &TableError, what: &str) -> Fault {
 impl Provider for NfFlowtable {
     fn can_offload(&self, flow: &Flow) -> Result<(), Rejection> {
         let unsupported = |why: &str| Err(Rejection::with_detail(Reason::Unsupported, why));
+        flow.check_netdevs()?;
         let (from, to) = (&flow.matches.tuple, &flow.forward.tuple);
         if from.is_ipv6() != to.is_ipv6() || from.proto() != to.proto() {
             return unsupported("the address family or the protocol changes on the way");

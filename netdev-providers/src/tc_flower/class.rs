@@ -118,6 +118,9 @@ impl ProviderClass for TcFlowerClass {
     }
 
     fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        if !netdev.ifindex.is_netdev() {
+            return Err(BindError::Declined("a port of the datapath's own, and no netdev".into()));
+        }
         let threads = self.threads();
         let lanes = threads.lanes();
         let mut sockets = Sockets::open(netdev.ifindex, lanes)
@@ -140,6 +143,9 @@ impl ProviderClass for TcFlowerClass {
     }
 
     fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
+        if !ifindex.is_netdev() {
+            return Ok(0);
+        }
         let clear = || {
             let mut hook = Hook::open(ifindex)?;
             if hook.qdisc()?.is_none() {
@@ -158,6 +164,8 @@ impl ProviderClass for TcFlowerClass {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contract::types::{Generation, HwFlags, Ifindex};
+    use std::num::NonZeroU32;
 
     #[test]
     fn options_that_cannot_work_are_refused_at_registration() {
@@ -168,5 +176,19 @@ mod tests {
         assert!(with(TcFlowerConfig { batch: 0, ..Default::default() }).is_err());
         let writers = NonZeroUsize::new(MAX_LANES + 1);
         assert!(with(TcFlowerConfig { writers, ..Default::default() }).is_err());
+    }
+
+    #[test]
+    fn a_port_that_is_no_netdev_is_declined_and_nothing_is_left_there() {
+        let class = TcFlowerClass::default();
+        let netdev = Netdev {
+            ifindex: Ifindex::local(3).unwrap(),
+            generation: Generation::new(1).unwrap(),
+            name: "dpdk0".into(),
+            hw_flags: HwFlags::Both,
+        };
+        let bound = class.bind(&netdev, Instance(NonZeroU32::MIN));
+        assert!(matches!(bound, Err(BindError::Declined(why)) if why.contains("no netdev")));
+        assert_eq!(class.clear_leftovers(netdev.ifindex), Ok(0));
     }
 }

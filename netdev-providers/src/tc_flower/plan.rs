@@ -25,6 +25,7 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn can_offload(&self, flow: &Flow) -> Result<(), Rejection> {
+        flow.check_netdevs()?;
         let (from, to) = (&flow.matches.tuple, &flow.forward.tuple);
         if from.is_ipv6() != to.is_ipv6() || from.proto() != to.proto() {
             return Err(Rejection::with_detail(

@@ -26,7 +26,7 @@ use super::rule::{Place, rule_id, split_rule_id};
 use super::same::Signature;
 use super::threads::{Helpers, Threads};
 use super::uapi::*;
-use crate::contract::flow::Flow;
+use crate::contract::flow::{Flow, Tracked};
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::reason::{Reason, Rejection};
 use crate::contract::types::{Cookie, RuleId, Tuple};
@@ -115,6 +115,7 @@ impl Writer {
         let Operation { request, ticket } = op;
         let (place, handle, what) = match request {
             Request::Established { .. } => return ticket.complete(Ok(Done::Noted)),
+            Request::Track { .. } => return ticket.complete(Err(Tracked::unsupported())),
             Request::Delete { rule, cookie } => {
                 let Some((prio, handle)) = split_rule_id(rule) else {
                     return ticket.complete(Ok(Done::Deleted));

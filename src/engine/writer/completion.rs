@@ -112,7 +112,7 @@ pub(super) fn settle_added(
     conn: &ConnHandle,
     d: Direction,
     op: OpNumber,
-    path: PathTaken,
+    path: Option<PathTaken>,
     cookie: Cookie,
     outcome: Outcome,
 ) {
@@ -139,7 +139,7 @@ pub(super) fn settle_added(
     detail.rule = Some(rule);
     detail.in_hw = in_hw;
     detail.said = nic_said.map(|words| Box::new(Said::ByNic(words)));
-    detail.path = Some(path);
+    detail.path = path;
     detail.used_ms = shared.clock.now_ms();
     detail.attempts = 0;
     detail.pace = Pace::UNKNOWN;

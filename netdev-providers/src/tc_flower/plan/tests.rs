@@ -74,6 +74,14 @@ fn what_the_netdev_takes_is_offered_and_what_it_lacks_is_refused_in_its_words() 
 }
 
 #[test]
+fn a_flow_that_leaves_by_what_is_no_netdev_is_refused() {
+    let plan = plan(Found::everything(Mode::Both));
+    let mut flow = flow(false);
+    flow.forward.egress = Ifindex::local(3).unwrap();
+    assert_eq!(plan.can_offload(&flow).unwrap_err().reason, Reason::EgressUnsupported);
+}
+
+#[test]
 fn a_flow_that_changes_its_family_or_protocol_is_refused() {
     let plan = plan(Found::everything(Mode::Both));
     for other in ["tcp [::1]:1 > [::2]:2", "udp 10.0.0.1:1 > 10.0.0.2:2"] {
