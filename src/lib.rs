@@ -135,5 +135,6 @@ pub mod daemon;
 pub mod datapath;
 #[cfg(not(ctoffload_only = "control"))]
 pub mod engine;
+#[cfg(feature = "programs")]
 #[cfg(not(any(ctoffload_loom, ctoffload_only = "engine", ctoffload_only = "control")))]
 mod one_line;
