@@ -297,28 +297,21 @@ impl Batch<'_> {
         }
         // While nobody knows where the receiver is, frames are flooded: nothing to offload yet.
         let Some(egress) = egress else { return };
-        offer(port, conn, handle, direction, created, frame, self.ingress, egress);
+        let Some(path) = path(handle.leaving(direction), frame, self.ingress, egress) else {
+            return;
+        };
+        conn.set_towards(direction, frame.dst);
+        offer(port, handle, direction, created, path);
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the parts of one offer")]
+/// The way of a connection's packets; `None`: the netdev that they leave by is down, and a rule that forwards to
+/// it would drop them.
 #[cold]
-fn offer(
-    port: PortRef<'_>,
-    conn: &Conn,
-    handle: &ConnHandle,
-    direction: Direction,
-    created: bool,
-    frame: &Frame,
-    ingress: &SwitchPort,
-    egress: &SwitchPort,
-) {
+fn path(tuple: Tuple, frame: &Frame, ingress: &SwitchPort, egress: &SwitchPort) -> Option<Path> {
     let (ingress_mtu, mtu) =
         (ingress.mtu.load(Ordering::Acquire), egress.mtu.load(Ordering::Acquire));
-    if mtu == 0 {
-        return; // down: a rule that forwards to it would drop
-    }
-    let path = Path {
+    (mtu > 0).then_some(Path {
         // Bridged packets can be matched with any destination MAC address (`None`). With the one
         // that we looked up, a packet to another one comes to us, as it must: where its receiver is
         // is another question.
@@ -329,15 +322,18 @@ fn offer(
             egress: egress.ifindex,
             vlan: None,
             mtu,
-            tuple: handle.leaving(direction),
+            tuple,
             macs: None, // bridged: MAC addresses and TTL stay
         },
         next_hop: None,
         iif: None,
         oif: None,
         answer: 0,
-    };
-    conn.set_towards(direction, frame.dst);
+    })
+}
+
+#[cold]
+fn offer(port: PortRef<'_>, handle: &ConnHandle, direction: Direction, created: bool, path: Path) {
     // We know the path, so the engine need not ask (see `NoDatapath`).
     let path = PathSpec::Known(Box::new(path));
     // On the port of the packet that created it, and nowhere else; any other port's packets are

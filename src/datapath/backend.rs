@@ -32,8 +32,7 @@ use super::ruleset::Revalidation;
 use super::supervisor::{Ended, How, Supervisor};
 use crate::engine::PortDeleted;
 use crate::engine::conn::{ConnHandle, ConnKey, PathTaken};
-use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Sight, SlotChange};
-use crate::engine::reconcile::Recognised;
+use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Recognised, Sight, SlotChange};
 use crate::engine::view::SlotView;
 
 /// Settings of the kernel datapath.

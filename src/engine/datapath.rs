@@ -8,7 +8,6 @@ use netdev_providers::{
 };
 
 use super::conn::{ConnHandle, ConnKey};
-use super::reconcile::Recognised;
 
 /// What the datapath noted of the packet that made the offer, for a later [`Datapath::resolve`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,6 +125,17 @@ pub struct Sight {
     pub conn: ConnHandle,
     /// Which of its directions.
     pub direction: Direction,
+}
+
+/// The connection that a rule was recognised as.
+#[derive(Clone, Debug)]
+pub struct Recognised {
+    /// The connection, made for it where the engine did not know it.
+    pub conn: ConnHandle,
+    /// Which of its directions the rule forwards.
+    pub direction: Direction,
+    /// The path that its packets take now.
+    pub path: PathSpec,
 }
 
 /// Callbacks into the datapath. All are called on port queue threads or on the thread that

@@ -29,7 +29,7 @@ use super::Engine;
 use super::conn::ConnHandle;
 use super::datapath::Sight;
 use super::port::Port;
-use super::writer;
+use super::state::PortSlot;
 
 #[cfg(doc)]
 use super::datapath::Datapath;
@@ -151,7 +151,8 @@ impl Engine {
             );
             let rejection = Rejection::with_detail(Reason::NoEffect, why);
             let retry_at = self.now_ms() + pause_ms(before);
-            if writer::refute(port, &sight.conn, sight.direction, rejection, retry_at) {
+            let slot = PortSlot::find(&self.0, port, &sight.conn, sight.direction);
+            if slot.is_some_and(|slot| slot.refute(rejection, retry_at)) {
                 refuted += 1;
             }
         }

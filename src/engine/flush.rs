@@ -43,7 +43,7 @@ impl Engine {
         let asked: Vec<_> = ports
             .iter()
             .inspect(|p| {
-                p.forget_refused_shapes();
+                p.shapes().forget();
                 p.capacity.forget_learnt();
             })
             .filter(|p| !p.is_empty())

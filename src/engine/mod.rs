@@ -8,14 +8,16 @@
 //! ```
 //!
 //! * [`slot`]: the state of (connection, port, direction), one atomic word;
-//! * [`conn`]: connections, and the slots on them;
-//! * [`worker`]: packet threads and their view of the ports;
+//! * [`conn`], `index`: connections, and the slots on them; how they are found by key;
+//! * `state`: the transaction of a slot, which nobody else changes but by it;
+//! * [`worker`]: packet threads and their view of the ports (`table`);
 //! * `port`, `queue`, `writer`: a port, what is asked of it, the thread that does it;
+//! * `held`, `shapes`, `counters`: what a port holds, does not take, has done;
 //! * `ports`, `flush`: ports that come and go, and what takes rules away from them;
 //! * [`progress`]: whether a port's provider goes on;
 //! * [`registry`]: provider classes;
 //! * [`datapath`]: what the engine asks of the datapath;
-//! * [`capacity`]: how many rules a port may have, and which give way;
+//! * [`capacity`], `pace`: how many rules a port may have, and which give way;
 //! * [`latency`]: how long providers take;
 //! * `doubt`: rules that the NIC says it has, and that do nothing;
 //! * [`reconcile`]: what engines that died have left;
@@ -58,9 +60,12 @@ pub mod capacity;
 pub mod clock;
 pub mod conn;
 pub(crate) mod contain;
+mod counters;
 pub mod datapath;
 mod doubt;
 mod flush;
+mod held;
+mod index;
 pub mod latency;
 mod pace;
 mod port;
@@ -69,8 +74,11 @@ pub mod progress;
 mod queue;
 pub mod reconcile;
 pub mod registry;
+mod shapes;
 pub mod slot;
+mod state;
 mod sync;
+mod table;
 pub mod usage;
 pub mod view;
 pub mod worker;
@@ -86,25 +94,21 @@ mod tests;
 use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
 use netdev_providers::{
-    Cookie, Direction, Epoch, Fault, Generation, HwFlags, Ifindex, Instance, ProviderClass, Tuple,
-    Zone,
+    Cookie, Direction, Fault, Generation, HwFlags, Ifindex, Instance, ProviderClass, Tuple, Zone,
 };
 
 use self::clock::Clock;
 use self::conn::{ConnHandle, ConnKey};
 use self::datapath::Datapath;
 use self::port::Port;
-use self::queue::Command;
 use self::registry::{Registry, RegistryError};
-use self::slot::Unwind;
 use self::worker::{Publication, Worker};
 
 /// The name that stands for "no provider" in a list of classes.
@@ -341,124 +345,5 @@ impl Engine {
     #[must_use]
     pub fn worker(&self) -> Worker {
         Worker::new(Arc::clone(&self.0.publication))
-    }
-
-    // ---- connections ----
-
-    /// The connection of this key; made when there is none. `None` when as many are kept as may be.
-    ///
-    /// `tag` is the datapath's own mark. A connection of the same key and another tag is a
-    /// predecessor whose end was missed: it is ended now, and a new one, with a new epoch, made.
-    #[must_use]
-    pub fn conn_create(&self, key: ConnKey, reply: Tuple, tag: u64) -> Option<ConnHandle> {
-        let (conn, old) = match self.0.by_key.entry(key) {
-            Entry::Occupied(e) if e.get().tag() == tag && !e.get().is_dead() => {
-                return Some(e.get().clone());
-            }
-            Entry::Occupied(mut e) => {
-                let conn = self.new_conn(key, reply, tag);
-                let old = e.insert(conn.clone());
-                (conn, Some(old))
-            }
-            Entry::Vacant(e) => {
-                if self.0.conn_count.fetch_add(1, Ordering::Relaxed) >= self.0.limits.connections {
-                    self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
-                    return None;
-                }
-                let conn = self.new_conn(key, reply, tag);
-                e.insert(conn.clone());
-                (conn, None)
-            }
-        };
-        if let Some(old) = old {
-            self.conn_del(&old);
-        }
-        Some(conn)
-    }
-
-    fn new_conn(&self, key: ConnKey, reply: Tuple, tag: u64) -> ConnHandle {
-        let epoch = Epoch(self.0.next_epoch.fetch_add(1, Ordering::Relaxed));
-        ConnHandle::new(key, reply, epoch, tag, self.0.clock.now_ms())
-    }
-
-    /// The living connection of this key.
-    #[must_use]
-    pub fn conn(&self, key: &ConnKey) -> Option<ConnHandle> {
-        self.0.by_key.get(key).map(|c| c.clone())
-    }
-
-    /// All living connections, as of some moment during the call.
-    #[must_use]
-    pub fn conns(&self) -> Vec<ConnHandle> {
-        self.0.by_key.iter().map(|c| c.clone()).collect()
-    }
-
-    /// How many connections live.
-    #[must_use]
-    pub fn conn_count(&self) -> usize {
-        self.0.conn_count.load(Ordering::Relaxed)
-    }
-
-    /// Ends all connections.
-    fn end_all(&self) {
-        let mut ended = 0;
-        self.0.by_key.retain(|_, c| {
-            c.end();
-            ended += 1;
-            false
-        });
-        // Each is counted down by whoever took it out.
-        self.0.conn_count.fetch_sub(ended, Ordering::Relaxed);
-    }
-
-    /// The connection has ended: deletes its rules, on the ports that hold something of it and no
-    /// others. Does not wait for them; returns how many there were.
-    pub fn conn_del(&self, conn: &ConnHandle) -> usize {
-        if !conn.end() {
-            return 0;
-        }
-        if self.0.by_key.remove_if(conn.key(), |_, c| c.is_same(conn)).is_some() {
-            self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
-        }
-        let table = self.0.publication.table();
-        conn.all_slots().filter(|(d, g, _)| self.unwind_slot(&table, conn, *d, *g)).count()
-    }
-
-    /// Takes the connection off the hardware: deletes its rules; it lives on in software, and the
-    /// next packet on each port offers it again. Returns how many rules there were.
-    pub fn conn_retract(&self, conn: &ConnHandle) -> usize {
-        let table = self.0.publication.table();
-        conn.all_slots().filter(|(d, g, _)| self.unwind_slot(&table, conn, *d, *g)).count()
-    }
-
-    /// The same for one slot, because what its rule was made from has changed. True when there was
-    /// something.
-    pub fn slot_retract(&self, conn: &ConnHandle, d: Direction, port: Generation) -> bool {
-        self.unwind_slot(&self.0.publication.table(), conn, d, port)
-    }
-
-    fn unwind_slot(
-        &self,
-        table: &port::PortTable,
-        conn: &ConnHandle,
-        d: Direction,
-        generation: Generation,
-    ) -> bool {
-        // The slots of a port that is gone have been reset by its flush.
-        let Some(port) = table.by_generation(generation) else { return false };
-        match writer::unwind(port, conn, d) {
-            Unwind::Delete => {
-                port.queue.push(Command::Delete(conn.clone(), d));
-                true
-            }
-            Unwind::Cancelling => true,
-            Unwind::Reopened => {
-                if !conn.is_dead() {
-                    port.queue.push(Command::Rearm(conn.clone(), d));
-                }
-                false
-            }
-            Unwind::Nothing => false,
-        }
     }
 }

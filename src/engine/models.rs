@@ -42,9 +42,10 @@ use netdev_providers::{
 use super::clock::Clock;
 use super::conn::{ConnClaim, ConnHandle, ConnKey};
 use super::datapath::{NoDatapath, Path, PathSpec};
-use super::port::{Binding, Port, PortTable};
+use super::port::{Binding, Port};
 use super::queue::{Command, Queue, Stopped};
 use super::slot::{AfterAdd, SlotState, SlotWord, Unwind};
+use super::table::PortTable;
 use super::worker::{Offer, Publication, Worker};
 use super::writer::Writer;
 use super::{Engine, Limits};
@@ -169,7 +170,7 @@ fn port(n: u32, binding: Option<Binding>) -> Port {
         hw_flags: HwFlags::Both,
     };
     let limits = Limits { queue: 16, ..Limits::default() };
-    Port::new(netdev, binding, Vec::new(), &PortTable::default(), &limits, None)
+    Port::new(netdev, binding, Vec::new(), std::iter::empty(), &limits, None)
 }
 
 /// Port 1, and something that is released after its grace period: loom reports a use that is not

@@ -1,25 +1,23 @@
 //! Ports: netdevs attached to the engine, each bound to one provider for its whole life.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-
 use netdev_providers::{
-    Cookie, Direction, Epoch, Fault, Flow, Generation, Ifindex, L4Proto, Netdev, Provider, Reason,
-    Rejection, RuleId, RuleReport, Tracked, Tuple,
+    Cookie, Fault, Generation, Ifindex, Netdev, Provider, Reason, Rejection, RuleId, RuleReport,
 };
 
 use super::Limits;
 use super::capacity::Capacity;
-use super::conn::ConnHandle;
 use super::contain::contained;
+use super::counters::PortCounters;
 use super::datapath::Work;
-use super::latency::Latencies;
+use super::held::Held;
 use super::progress::{Progress, Slow};
 use super::queue::Queue;
+use super::shapes::{Shape, Shapes};
 
 /// Why an earlier class did not bind a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,137 +34,6 @@ pub(super) struct Binding {
     pub provider: Arc<dyn Provider>,
 }
 
-/// Counts of one port. Relaxed: each is read by itself, for people.
-#[derive(Debug, Default)]
-pub(super) struct PortCounters {
-    pub sights: AtomicU64,
-    pub adds: AtomicU64,
-    pub deletes: AtomicU64,
-    /// Rules that gave way to those of busier connections.
-    pub evictions: AtomicU64,
-    /// Traffic of rules that are gone.
-    pub past_packets: AtomicU64,
-    pub past_bytes: AtomicU64,
-    pub latencies: Latencies,
-    reasons: ReasonCounters,
-}
-
-/// One counter per reason code.
-struct ReasonCounters([AtomicU64; 64]);
-
-impl Default for ReasonCounters {
-    fn default() -> Self {
-        Self(std::array::from_fn(|_| AtomicU64::new(0)))
-    }
-}
-
-impl fmt::Debug for ReasonCounters {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ReasonCounters")
-    }
-}
-
-impl PortCounters {
-    pub(super) fn count(&self, reason: Reason) {
-        if let Some(c) = self.reasons.0.get(usize::from(reason as u8)) {
-            c.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Traffic of a rule that is gone.
-    pub(super) fn past(&self, packets: u64, bytes: u64) {
-        self.past_packets.fetch_add(packets, Ordering::Relaxed);
-        self.past_bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn reasons(&self) -> Vec<(Reason, u64)> {
-        Reason::ALL
-            .iter()
-            .filter_map(|&r| {
-                let n = self.reasons.0.get(usize::from(r as u8))?.load(Ordering::Relaxed);
-                (n > 0).then_some((r, n))
-            })
-            .collect()
-    }
-}
-
-/// The slots of a port that are not empty, so that a flush of the port costs what the port holds
-/// and nothing else, and the rules that forward into a given netdev are found without a search.
-#[derive(Debug, Default)]
-pub(super) struct Held {
-    slots: HashMap<HeldKey, ConnHandle, ahash::RandomState>,
-    by_egress: HashMap<Ifindex, HashSet<HeldKey, ahash::RandomState>>,
-}
-
-/// Epoch and direction in one word: there is one for every slot, twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct HeldKey(u64);
-
-impl HeldKey {
-    fn new(epoch: Epoch, d: Direction) -> Self {
-        Self(epoch.0 << 1 | d as u64)
-    }
-
-    fn direction(self) -> Direction {
-        if self.0 & 1 == 0 { Direction::Original } else { Direction::Reply }
-    }
-}
-
-impl Held {
-    pub(super) fn insert(&mut self, conn: ConnHandle, d: Direction) {
-        self.slots.insert(HeldKey::new(conn.epoch(), d), conn);
-    }
-
-    pub(super) fn set_egress(&mut self, conn: &ConnHandle, d: Direction, egress: Ifindex) {
-        self.by_egress.entry(egress).or_default().insert(HeldKey::new(conn.epoch(), d));
-    }
-
-    pub(super) fn remove(&mut self, conn: &ConnHandle, d: Direction, egress: Option<Ifindex>) {
-        self.slots.remove(&HeldKey::new(conn.epoch(), d));
-        if let Some(egress) = egress {
-            self.clear_egress(conn, d, egress);
-        }
-    }
-
-    /// The slot's rule is not to lead there after all.
-    pub(super) fn clear_egress(&mut self, conn: &ConnHandle, d: Direction, egress: Ifindex) {
-        if let Some(set) = self.by_egress.get_mut(&egress) {
-            set.remove(&HeldKey::new(conn.epoch(), d));
-            if set.is_empty() {
-                self.by_egress.remove(&egress);
-            }
-        }
-    }
-
-    /// The connection, living or ending, of a slot that is held.
-    pub(super) fn get(&self, epoch: Epoch, d: Direction) -> Option<ConnHandle> {
-        self.slots.get(&HeldKey::new(epoch, d)).cloned()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.slots.is_empty()
-    }
-
-    /// Takes all, and the memory with it.
-    pub(super) fn take_all(&mut self) -> Vec<(ConnHandle, Direction)> {
-        let Self { slots, .. } = std::mem::take(self);
-        slots.into_iter().map(|(key, conn)| (conn, key.direction())).collect()
-    }
-
-    pub(super) fn all(&self) -> Vec<(ConnHandle, Direction)> {
-        self.slots.iter().map(|(key, conn)| (conn.clone(), key.direction())).collect()
-    }
-
-    fn leads_to(&self, egress: Ifindex) -> bool {
-        self.by_egress.contains_key(&egress)
-    }
-
-    pub(super) fn towards(&self, egress: Ifindex) -> Vec<(ConnHandle, Direction)> {
-        let keys = self.by_egress.get(&egress).into_iter().flatten();
-        keys.filter_map(|key| Some((self.slots.get(key)?.clone(), key.direction()))).collect()
-    }
-}
-
 /// What a provider reported of its rules.
 pub(super) struct Dump {
     /// When it was asked.
@@ -174,63 +41,6 @@ pub(super) struct Dump {
     pub(super) reports: Vec<RuleReport>,
     pub(super) result: Result<(), Fault>,
 }
-
-/// What a flow needs of a backend, whatever its addresses are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Shape {
-    ipv6: bool,
-    proto: L4Proto,
-    routed: bool,
-    new_src: bool,
-    new_dst: bool,
-    new_ports: bool,
-    vlan_in: bool,
-    vlan_out: bool,
-    /// None: it is only tracked.
-    egress: Option<Ifindex>,
-}
-
-impl Shape {
-    pub(super) fn of_work(work: &Work) -> Self {
-        match work {
-            Work::Forward(flow) => Self::of(flow),
-            Work::Track(tracked) => Self::of_tracked(tracked),
-        }
-    }
-
-    fn of_tracked(tracked: &Tracked) -> Self {
-        let (from, to) = (&tracked.matches.tuple, &tracked.tuple);
-        Self { vlan_in: tracked.matches.vlan.is_some(), ..Self::of_tuples(from, to) }
-    }
-
-    fn of_tuples(from: &Tuple, to: &Tuple) -> Self {
-        Self {
-            ipv6: from.is_ipv6(),
-            proto: from.proto(),
-            routed: false,
-            new_src: from.src() != to.src(),
-            new_dst: from.dst() != to.dst(),
-            new_ports: (from.sport(), from.dport()) != (to.sport(), to.dport()),
-            vlan_in: false,
-            vlan_out: false,
-            egress: None,
-        }
-    }
-
-    pub(super) fn of(flow: &Flow) -> Self {
-        Self {
-            routed: flow.forward.macs.is_some(),
-            vlan_in: flow.matches.vlan.is_some(),
-            vlan_out: flow.forward.vlan.is_some(),
-            egress: Some(flow.forward.egress),
-            ..Self::of_tuples(&flow.matches.tuple, &flow.forward.tuple)
-        }
-    }
-}
-
-/// Shapes remembered per port. There are 256 for one egress netdev; beyond the bound flows are just
-/// offered.
-pub(super) const MAX_SHAPES: usize = 1024;
 
 /// A netdev attached to the engine.
 pub(super) struct Port {
@@ -260,8 +70,7 @@ pub(super) struct Port {
     fault: Mutex<Option<String>>,
     /// The marks that adopted rules have in the backend.
     adopted: Mutex<HashMap<RuleId, Cookie>>,
-    /// Shapes that the backend does not support: the negative cache. Until the next flush.
-    refused_shapes: Mutex<HashMap<Shape, Rejection>>,
+    shapes: Mutex<Shapes>,
 }
 
 impl Port {
@@ -269,11 +78,11 @@ impl Port {
         netdev: Netdev,
         binding: Option<Binding>,
         refusals: Vec<Refusal>,
-        contemporaries: &PortTable,
+        contemporaries: impl Iterator<Item = Generation>,
         limits: &Limits,
         capacity: Option<u32>,
     ) -> Self {
-        let mut contemporaries: Box<[_]> = contemporaries.iter().map(|p| p.generation()).collect();
+        let mut contemporaries: Box<[_]> = contemporaries.collect();
         contemporaries.sort_unstable();
         Self {
             netdev,
@@ -293,7 +102,7 @@ impl Port {
             held: Mutex::default(),
             fault: Mutex::default(),
             adopted: Mutex::default(),
-            refused_shapes: Mutex::default(),
+            shapes: Mutex::default(),
         }
     }
 
@@ -401,7 +210,7 @@ impl Port {
     pub(super) fn takes(&self, work: &Work, provider: &dyn Provider) -> Result<(), Rejection> {
         self.takes_any()?;
         // A shape that this port's backend does not take is not offered again and again.
-        if let Some(rejection) = self.refused_shape(&Shape::of_work(work)) {
+        if let Some(rejection) = self.shapes().refused(&Shape::of_work(work)) {
             return Err(rejection);
         }
         contained(|| match work {
@@ -421,35 +230,9 @@ impl Port {
         self.fault.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    fn shapes(&self) -> MutexGuard<'_, HashMap<Shape, Rejection>> {
-        self.refused_shapes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Why flows of this shape are not offered; `None`: they are.
-    pub(super) fn refused_shape(&self, shape: &Shape) -> Option<Rejection> {
-        self.shapes().get(shape).cloned()
-    }
-
-    /// Remembers a refusal that is about the shape, and not about this one flow.
-    pub(super) fn note_refused_shape(&self, shape: Shape, rejection: &Rejection) {
-        // An error of the firmware's (EIO, EINVAL) may be about this one rule, or this moment.
-        let lasting = matches!(rejection.errno, None | Some(Errno::EOPNOTSUPP));
-        if lasting && matches!(rejection.reason, Reason::Unsupported | Reason::NotInHardware) {
-            let mut shapes = self.shapes();
-            if shapes.len() < MAX_SHAPES {
-                shapes.insert(shape, rejection.clone());
-            }
-        }
-    }
-
-    /// The netdev is gone or down, and may be another's when it comes back.
-    pub(super) fn forget_shapes_towards(&self, egress: Ifindex) {
-        self.shapes().retain(|shape, _| shape.egress != Some(egress));
-    }
-
-    /// Everything may be tried again.
-    pub(super) fn forget_refused_shapes(&self) {
-        self.shapes().clear();
+    /// What the backend does not take, whatever the addresses are.
+    pub(super) fn shapes(&self) -> MutexGuard<'_, Shapes> {
+        self.shapes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn fault(&self) -> Option<String> {
@@ -466,47 +249,5 @@ impl Port {
 impl fmt::Debug for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Port({})", self.netdev)
-    }
-}
-
-/// The ports at one moment, as workers see them. Never changed: a change makes a new table.
-#[derive(Clone, Debug, Default)]
-pub(super) struct PortTable {
-    /// Sorted by ifindex.
-    ports: Vec<Arc<Port>>,
-    /// Theirs, apart, so that a search touches nothing but them.
-    ifindexes: Vec<Ifindex>,
-    /// Where each of them is.
-    generations: HashMap<Generation, usize, ahash::RandomState>,
-}
-
-impl PortTable {
-    fn new(ports: Vec<Arc<Port>>) -> Self {
-        let ifindexes = ports.iter().map(|p| p.ifindex()).collect();
-        let generations = ports.iter().enumerate().map(|(at, p)| (p.generation(), at)).collect();
-        Self { ports, ifindexes, generations }
-    }
-
-    pub(super) fn get(&self, ifindex: Ifindex) -> Option<&Arc<Port>> {
-        self.ports.get(self.ifindexes.binary_search(&ifindex).ok()?)
-    }
-
-    pub(super) fn by_generation(&self, generation: Generation) -> Option<&Arc<Port>> {
-        self.ports.get(*self.generations.get(&generation)?)
-    }
-
-    pub(super) fn iter(&self) -> std::slice::Iter<'_, Arc<Port>> {
-        self.ports.iter()
-    }
-
-    pub(super) fn with(&self, port: Arc<Port>) -> Self {
-        let mut ports = self.ports.clone();
-        let at = ports.partition_point(|p| p.ifindex() < port.ifindex());
-        ports.insert(at, port);
-        Self::new(ports)
-    }
-
-    pub(super) fn without(&self, generation: Generation) -> Self {
-        Self::new(self.ports.iter().filter(|p| p.generation() != generation).cloned().collect())
     }
 }

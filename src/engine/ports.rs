@@ -9,8 +9,9 @@ use netdev_providers::{BindError, Fault, Generation, Ifindex, Netdev};
 
 use super::ask::{Asked, NoAnswer};
 use super::contain::contained;
-use super::port::{Binding, Port, PortTable, Refusal};
+use super::port::{Binding, Port, Refusal};
 use super::queue::{Command, Stopped};
+use super::table::PortTable;
 use super::writer::Writer;
 use super::{Admin, Engine, Leaving, NO_PROVIDER, NewPort, NoSuchPort, PortAddError, PortDeleted};
 
@@ -60,7 +61,8 @@ impl Engine {
             None
         });
         let limits = &self.0.limits;
-        let port = Arc::new(Port::new(netdev, binding, refusals, &table, limits, new.capacity));
+        let living = table.iter().map(|p| p.generation());
+        let port = Arc::new(Port::new(netdev, binding, refusals, living, limits, new.capacity));
         if let Some(binding) = &port.binding {
             // Before any offer: what a dead engine left may have the same match.
             port.queue.push(Command::Reconcile(None));
@@ -260,7 +262,7 @@ fn start_retract<'a>(
     ports
         .filter(|p| p.binding.is_some())
         .filter(|p| {
-            p.forget_shapes_towards(egress);
+            p.shapes().forget_towards(egress);
             p.may_lead_to(egress)
         })
         .map(|p| {

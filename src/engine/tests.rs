@@ -16,17 +16,18 @@ mod track;
 mod usage;
 
 use std::sync::Mutex as StdMutex;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use netdev_providers::dummy::{Call, DummyClass, DummyRule};
 use netdev_providers::{
-    Forward, Leftover, MacAddr, MacRewrite, Netdev, Permanence, Reason, Rejection, Request,
+    Epoch, Forward, Leftover, MacAddr, MacRewrite, Netdev, Permanence, Reason, Rejection, Request,
 };
 
 use super::ask::Asked;
-use super::datapath::{Path, PathHint, PathSpec, Sight};
-use super::reconcile::{Recognised, Reconciled};
+use super::datapath::{Path, PathHint, PathSpec, Recognised, Sight};
+use super::queue::Command;
+use super::reconcile::Reconciled;
 use super::slot::SlotState;
 use super::usage::{Strays, Usage};
 use super::worker::Offer;

@@ -22,10 +22,10 @@ use super::capacity::{Candidate, Slowest};
 use super::conn::ConnHandle;
 use super::contain::contained;
 use super::doubt::Doubts;
-use super::pace::Pace;
 use super::port::{Dump, Port};
 use super::queue::Command;
 use super::slot::SlotState;
+use super::state::{PortSlot, Reported, Swept};
 
 /// Whether, and when, a connection was last used by rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,45 +212,29 @@ impl Engine {
     }
 
     fn reported(&self, look: &mut Look<'_>, report: RuleReport) {
-        let RuleReport { cookie, rule, counters, in_hw } = report;
+        let RuleReport { cookie, rule, .. } = report;
         let port = look.port;
         // A connection that is ending has slots until its deletes are acknowledged.
         let conn = port.held().get(cookie.epoch, cookie.direction);
-        let slot = conn.as_ref().and_then(|c| c.slot(port.generation(), cookie.direction));
-        if let (Some(conn), Some(slot)) = (&conn, slot) {
-            let mut detail = slot.detail();
-            if detail.rule == Some(rule) {
-                let seen_before = detail.sweep != 0;
-                detail.sweep = look.id;
-                detail.in_hw = in_hw.or(detail.in_hw);
-                let now = self.0.clock.now_ms();
-                // Somebody replaced the rule, or the NIC was reset: they count from 0 again.
-                if counters.packets < detail.packets || counters.bytes < detail.bytes {
-                    port.counters.past(detail.packets, detail.bytes);
-                    conn.past_traffic(detail.packets, detail.bytes);
-                    (detail.packets, detail.bytes) = (0, 0);
-                }
-                // From the second sweep on a whole interval was measured.
-                if seen_before {
-                    let interval = now.saturating_sub(port.swept_ms.load(Ordering::Relaxed));
-                    let carried = counters.packets - detail.packets;
-                    detail.pace = detail.pace.after(Pace::of(carried, interval));
-                }
-                if counters.packets > detail.packets {
-                    detail.used_ms = now;
+        if let Some(conn) = &conn
+            && let Some(slot) = PortSlot::find(&self.0, port, conn, cookie.direction)
+        {
+            match slot.reported(&report, look.id, port.swept_ms.load(Ordering::Relaxed)) {
+                Reported::Its { moved: true, .. } => {
                     if look.used.insert(conn.epoch().0) {
                         look.sweep.used.push(conn.clone());
                     }
                     look.doubts.dispel(port.generation(), conn, cookie.direction);
-                } else if detail.in_hw == Some(true) {
-                    look.still.push((conn.clone(), cookie.direction));
+                    return;
                 }
-                detail.packets = counters.packets;
-                detail.bytes = counters.bytes;
-                return;
-            }
-            if slot.word.load().state() != SlotState::Empty {
-                return; // an add whose completion is on its way
+                Reported::Its { in_hw, .. } => {
+                    if in_hw == Some(true) {
+                        look.still.push((conn.clone(), cookie.direction));
+                    }
+                    return;
+                }
+                Reported::Underway => return,
+                Reported::Stray => {}
             }
         }
         look.sweep.strays += 1;
@@ -270,17 +254,12 @@ impl Engine {
         let mut slowest = Slowest::default();
         let held = port.held().all();
         for (conn, d) in held {
-            let Some(slot) = conn.slot(port.generation(), d) else { continue };
-            let missing = {
-                let detail = slot.detail();
-                let installed = slot.word.load().state() == SlotState::Installed;
-                if installed && detail.pace.is_known() {
-                    let (pace, used_ms) = (detail.pace, detail.used_ms);
-                    slowest.show(Candidate { pace, used_ms, conn: conn.clone(), direction: d });
-                }
-                installed && detail.sweep < id && detail.used_ms + 1 < started_ms
-            };
-            if missing && self.slot_retract(&conn, d, port.generation()) {
+            let Some(slot) = PortSlot::find(&self.0, port, &conn, d) else { continue };
+            let Swept { measured, is_lost } = slot.swept(id, started_ms);
+            if let Some((pace, used_ms)) = measured {
+                slowest.show(Candidate { pace, used_ms, conn: conn.clone(), direction: d });
+            }
+            if is_lost && slot.retract() {
                 tracing::warn!(port = %port.netdev, %conn, %d, "the rule was removed by somebody else");
                 lost += 1;
             }

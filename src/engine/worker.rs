@@ -17,9 +17,10 @@ use netdev_providers::{Direction, Generation, Ifindex, Reason, Rejection};
 
 use super::conn::{ConnClaim, ConnHandle};
 use super::datapath::{Arrival, Path, PathSpec, Work, flow, tracked};
-use super::port::{Port, PortTable};
+use super::port::Port;
 use super::queue::{Command, Queue};
 use super::sync::{ArcSwap, AtomicU64, Mutex, Patience, fence};
+use super::table::PortTable;
 
 /// Nobody waits for this worker, now (it may come back) or ever again.
 const OFFLINE: u64 = u64::MAX - 1;

@@ -5,7 +5,7 @@
 //! order. The delete of an old rule precedes the add of a new one with the same match, which cannot
 //! have been queued before it.
 //!
-//! `completion` is what completions do to slots, `flush` how the port is emptied, `adopt` what becomes
+//! What any of this does to a slot is [`PortSlot`]'s. `flush` is how the port is emptied, `adopt` what becomes
 //! of rules that engines that died have left.
 
 use std::cmp::Reverse;
@@ -16,26 +16,24 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use netdev_providers::{
-    Cookie, Direction, Done, Flow, Ifindex, Operation, Outcome, Provider, Reason, Rejection,
-    Request, RuleId, Ticket,
+    Cookie, Direction, Flow, Ifindex, Operation, Outcome, Provider, Reason, Rejection, Request,
+    RuleId, Ticket,
 };
 
 use super::Shared;
 use super::capacity::{Candidate, Place};
-use super::conn::{ConnHandle, Detail, Moment, PathTaken, Slot};
+use super::conn::{ConnHandle, PathTaken};
 use super::contain::{caught, contained};
 use super::datapath::{Datapath, Path, PathSpec, Sight, Work, flow, tracked};
 use super::latency::OpKind;
-use super::pace::Pace;
-use super::port::{Port, Shape};
+use super::port::Port;
 use super::queue::{Command, Stopped};
-use super::reconcile::{self, Found};
-use super::slot::{OpNumber, SlotState, Unwind};
-pub(super) use completion::{forget, refute, unwind};
-use completion::{settle_added, settle_deleted, settle_refused, settle_undeleted};
+use super::reconcile::Found;
+use super::shapes::Shape;
+use super::slot::{OpNumber, Unwind};
+use super::state::{Due, PortSlot};
 
 mod adopt;
-mod completion;
 mod flush;
 
 /// Operations handed to the provider at once. Large enough to fill a few sends, small enough that a
@@ -227,8 +225,8 @@ impl Writer {
         staged.push(Staged::Other(self.operation(Request::Delete { rule, cookie }, then)));
     }
 
-    fn slot<'a>(&self, conn: &'a ConnHandle, d: Direction) -> Option<&'a Slot> {
-        conn.slot(self.port.generation(), d)
+    fn slot<'a>(&'a self, conn: &'a ConnHandle, d: Direction) -> Option<PortSlot<'a>> {
+        PortSlot::find(&self.shared, &self.port, conn, d)
     }
 
     fn sight(&self, conn: ConnHandle, direction: Direction) -> Sight {
@@ -251,7 +249,8 @@ impl Writer {
         found: Option<Found>,
         staged: &mut Vec<Staged>,
     ) {
-        let Some(slot) = self.slot(conn, d) else { return };
+        let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
+        let Some(slot) = PortSlot::find(&shared, &port, conn, d) else { return };
         // What is there forwards: it is none of what only keeps track.
         let found = found.filter(|found| {
             let is_kept = !matches!(spec, PathSpec::Track(_));
@@ -260,68 +259,46 @@ impl Writer {
             }
             is_kept
         });
-        let op = {
-            let mut detail = slot.detail();
-            let Some(op) = slot.word.dispatch_add(self.port.generation()) else {
-                drop(detail);
-                self.push_rearm(conn.clone(), d);
-                if let Some(found) = &found {
-                    self.remove_found(found, staged);
-                }
-                return;
-            };
-            // Of a port whose provider never came back: the slot was taken over, and this was not.
-            if detail.rule.is_some() || detail.said.is_some() || detail.path.is_some() {
-                conn.past_traffic(detail.packets, detail.bytes);
-                *detail = Detail::default();
+        let Some(op) = slot.dispatch_add() else {
+            self.push_rearm(conn.clone(), d);
+            if let Some(found) = &found {
+                self.remove_found(found, staged);
             }
-            self.port.held().insert(conn.clone(), d);
-            op
+            return;
         };
         let sight = self.sight(conn.clone(), d);
-        let ready = self.stable_path_and_work(slot, &sight, spec).and_then(|ready| {
+        let ready = self.stable_path_and_work(&slot, &sight, spec).and_then(|ready| {
             // What is there already has its place.
             if found.is_none()
-                && let Err(full) = self.make_room(slot, staged)
+                && let Err(full) = self.make_room(&slot, staged)
             {
-                self.note_path(slot, &sight, None);
+                slot.note_path(None);
                 return Err(full);
             }
             Ok(ready)
         });
         match ready {
             Ok((path, work)) => {
-                self.port.rules.fetch_add(1, Ordering::SeqCst);
+                slot.take_place();
                 staged.push(Staged::Add { sight, op, path, work, found });
             }
             Err(rejection) => {
                 if let Some(found) = &found {
                     self.remove_found(found, staged);
                 }
-                settle_refused(&self.shared, &self.port, conn, d, op, rejection);
+                slot.refused(op, rejection);
             }
         }
     }
 
     /// Finds a place for the rule of this slot on a port that may be full.
-    fn make_room(&mut self, slot: &Slot, staged: &mut Vec<Staged>) -> Result<(), Rejection> {
+    fn make_room(
+        &mut self,
+        slot: &PortSlot<'_>,
+        staged: &mut Vec<Staged>,
+    ) -> Result<(), Rejection> {
         let now = self.shared.clock.now_ms();
-        let newcomer = {
-            let mut detail = slot.detail();
-            let pace = Pace::of(1, now.saturating_sub(detail.used_ms));
-            match detail.attempts {
-                // Never refused: nothing is known of it.
-                0 => Pace::UNKNOWN,
-                1 => {
-                    detail.pace = pace;
-                    Pace::UNKNOWN
-                }
-                _ => {
-                    detail.pace = detail.pace.min(pace);
-                    detail.pace
-                }
-            }
-        };
+        let newcomer = slot.pace_of_newcomer(now);
         loop {
             let rules = self.port.rules.load(Ordering::SeqCst);
             let Candidate { conn, direction: d, used_ms, .. } =
@@ -331,11 +308,8 @@ impl Writer {
                     Place::Of(candidate) => candidate,
                 };
             // It may have gone, or have been replaced, since the sweep.
-            let stands = self.slot(&conn, d).is_some_and(|s| {
-                let detail = s.detail();
-                s.word.load().state() == SlotState::Installed && detail.used_ms == used_ms
-            });
-            if stands && unwind(&self.port, &conn, d) == Unwind::Delete {
+            let stands = self.slot(&conn, d).filter(|s| s.is_as_swept(used_ms));
+            if stands.is_some_and(|s| s.unwind() == Unwind::Delete) {
                 tracing::debug!(port = %self.port.netdev, %conn, %d, "gives way");
                 self.port.counters.evictions.fetch_add(1, Ordering::Relaxed);
                 self.stage_delete(&conn, d, staged);
@@ -347,33 +321,21 @@ impl Writer {
     /// there, or it is resolved after the change.
     fn stable_path_and_work(
         &self,
-        slot: &Slot,
+        slot: &PortSlot<'_>,
         sight: &Sight,
         spec: PathSpec,
     ) -> Result<(Option<PathTaken>, Work), Rejection> {
         for _ in 0..RESOLVE_ATTEMPTS {
             let changes = self.shared.datapath.changes();
             let (path, work) = self.path_and_work(sight, spec.clone())?;
-            self.note_path(slot, sight, path);
+            slot.note_path(path);
             if self.shared.datapath.changes() == changes {
                 return Ok((path, work));
             }
-            self.note_path(slot, sight, None);
+            slot.note_path(None);
         }
         let why = "routes, neighbours or policies changed each time that its path was resolved";
         Err(Rejection::with_detail(Reason::Busy, why))
-    }
-
-    fn note_path(&self, slot: &Slot, sight: &Sight, path: Option<PathTaken>) {
-        let mut detail = slot.detail();
-        let before = std::mem::replace(&mut detail.path, path);
-        let mut held = self.port.held();
-        if let Some(before) = before {
-            held.clear_egress(&sight.conn, sight.direction, before.egress);
-        }
-        if let Some(path) = path {
-            held.set_egress(&sight.conn, sight.direction, path.egress);
-        }
     }
 
     fn path_and_work(
@@ -405,55 +367,38 @@ impl Writer {
         Ok((Some(taken), work))
     }
 
-    fn stage_delete(&mut self, conn: &ConnHandle, d: Direction, staged: &mut Vec<Staged>) {
-        let Some(slot) = self.slot(conn, d) else { return };
-        let (op, rule) = {
-            let detail = slot.detail();
-            let Some(op) = slot.word.dispatch_delete(self.port.generation()) else {
-                return;
-            };
-            (op, detail.rule)
-        };
-        let Some(rule) = rule else {
-            settle_deleted(&self.shared, &self.port, conn, d, op);
-            return;
-        };
+    fn stage_delete(&self, conn: &ConnHandle, d: Direction, staged: &mut Vec<Staged>) {
+        let Some((op, rule)) = self.slot(conn, d).and_then(|s| s.dispatch_delete()) else { return };
         let cookie = self.shared.cookie(conn, d);
-        let (shared, port, conn) = (Arc::clone(&self.shared), Arc::clone(&self.port), conn.clone());
-        // What is submitted behind the delete can have its place.
-        port.gave_up_place();
-        staged.push(Staged::Other(self.operation(Request::Delete { rule, cookie }, {
-            move |outcome| match outcome {
-                Ok(_) => settle_deleted(&shared, &port, &conn, d, op),
-                Err(e) => {
-                    port.rules.fetch_add(1, Ordering::SeqCst);
-                    settle_undeleted(&shared, &port, &conn, d, op, &e);
-                }
-            }
-        })));
+        let then = self.of_slot(conn.clone(), d, move |slot, outcome| match outcome {
+            Ok(_) => slot.deleted(op),
+            Err(e) => slot.undeleted(op, &e),
+        });
+        staged.push(Staged::Other(self.operation(Request::Delete { rule, cookie }, then)));
     }
 
     fn stage_established(&self, conn: ConnHandle, d: Direction, staged: &mut Vec<Staged>) {
-        let Some(slot) = self.slot(&conn, d) else { return };
-        let (op, rule) = {
-            let detail = slot.detail();
-            let Some(rule) = detail.rule else { return };
-            let Some(op) = slot.word.dispatch_established(self.port.generation()) else {
-                return;
-            };
-            (op, rule)
-        };
+        let dispatched = self.slot(&conn, d).and_then(|s| s.dispatch_established());
+        let Some((op, rule)) = dispatched else { return };
         let cookie = self.shared.cookie(&conn, d);
-        let port = Arc::clone(&self.port);
-        // Informative only: a refusal changes nothing.
-        let then = move |_| {
-            let must_go = conn.slot(port.generation(), d).is_some_and(|s| s.word.established(op));
-            if must_go {
-                port.queue.push(Command::Delete(conn, d));
-            }
-        };
+        let then = self.of_slot(conn, d, move |slot, _| slot.established(op));
         let request = Request::Established { rule, cookie };
         staged.push(Staged::Other(self.operation(request, then)));
+    }
+
+    /// What becomes of a slot when its operation has completed, on whichever thread.
+    fn of_slot(
+        &self,
+        conn: ConnHandle,
+        d: Direction,
+        then: impl FnOnce(PortSlot<'_>, Outcome) + Send + 'static,
+    ) -> impl FnOnce(Outcome) + Send + 'static {
+        let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
+        move |outcome| {
+            if let Some(slot) = PortSlot::find(&shared, &port, &conn, d) {
+                then(slot, outcome);
+            }
+        }
     }
 
     /// An operation whose completion is accounted for.
@@ -499,63 +444,36 @@ impl Writer {
                 Staged::Other(operation) => batch.push(operation),
                 Staged::Add { sight, op, path, work, found } => {
                     let ready = prepared.next().unwrap_or(Ok(()));
-                    let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
                     let (conn, d) = (sight.conn, sight.direction);
+                    let Some(slot) = self.slot(&conn, d) else { continue };
                     // Cancelled since it was staged: its successor may be in this very batch.
-                    let cancelled = conn
-                        .slot(port.generation(), d)
-                        .is_some_and(|s| s.word.load().is_cancelled());
-                    let ready = if cancelled { Err(Reason::Cancelled.into()) } else { ready };
+                    let ready =
+                        if slot.is_cancelled() { Err(Reason::Cancelled.into()) } else { ready };
                     if let Err(rejection) = ready {
-                        port.gave_up_place();
                         if let Some(found) = &found {
                             batch.push(self.removal(&found.leftover, &found.tally));
                         }
-                        settle_refused(&shared, &port, &conn, d, op, rejection);
+                        slot.withdraw(op, rejection);
                         continue;
                     }
-                    let cookie = shared.cookie(&conn, d);
+                    let cookie = self.shared.cookie(&conn, d);
                     let shape = Shape::of_work(&work);
                     let request = match (work, &found) {
                         (Work::Forward(flow), Some(found)) => found.request(cookie, flow),
                         (Work::Forward(flow), None) => Request::Add { cookie, flow },
                         (Work::Track(tracked), _) => Request::Track { cookie, tracked },
                     };
-                    if let Some(found) = found {
-                        batch.push(self.operation(request, move |outcome| {
-                            match reconcile::is_adopted(&outcome, found.leftover.rule) {
-                                Ok(()) => {
-                                    settle_added(
-                                        &shared, &port, &conn, d, op, path, cookie, outcome,
-                                    );
-                                    found.adopted(&port, &conn, d);
-                                }
-                                Err(why) => {
-                                    port.gave_up_place();
-                                    found.not_adopted(&shared, &port, &conn, d, op, &why);
-                                }
-                            }
-                        }));
-                        continue;
-                    }
-                    batch.push(self.operation(request, move |outcome| {
-                        match &outcome {
-                            Ok(Done::Added { .. }) => {
-                                port.capacity.took(port.rules.load(Ordering::SeqCst));
-                            }
-                            Ok(_) => port.gave_up_place(),
-                            Err(rejection) => {
-                                port.gave_up_place();
-                                port.note_refused_shape(shape, rejection);
-                                if rejection.reason == Reason::TableFull {
-                                    let rules = port.rules.load(Ordering::SeqCst);
-                                    let (words, now) = (&rejection.detail, shared.clock.now_ms());
-                                    port.capacity.refused(rules, words.as_deref(), now);
-                                }
+                    let then = self.of_slot(conn, d, move |slot, outcome| match found {
+                        None => slot.added(op, path, shape, outcome),
+                        Some(Found { leftover, tally }) => {
+                            if slot.adopted(op, path, &leftover, outcome) {
+                                tally.adopted();
+                            } else {
+                                tally.removed();
                             }
                         }
-                        settle_added(&shared, &port, &conn, d, op, path, cookie, outcome);
-                    }));
+                    });
+                    batch.push(self.operation(request, then));
                 }
             }
         }
@@ -581,7 +499,7 @@ impl Writer {
     }
 
     fn arm_retry(&mut self, conn: ConnHandle, d: Direction) {
-        let at = self.slot(&conn, d).and_then(|s| s.detail().retry_at.ms());
+        let at = self.slot(&conn, d).and_then(|s| s.retry_at_ms());
         if let Some(at_ms) = at {
             self.timers.push(Reverse(Timer { at_ms, conn, direction: d }));
         }
@@ -595,23 +513,10 @@ impl Writer {
                 return Duration::from_millis((t.at_ms - now).min(1000));
             }
             let Some(Reverse(Timer { conn, direction: d, .. })) = self.timers.pop() else { break };
-            let Some(slot) = self.slot(&conn, d) else { continue };
-            let mut detail = slot.detail();
-            if detail.retry_at.ms().is_none_or(|at| at > now) {
-                continue; // something else happened to the slot since
-            }
-            detail.retry_at = Moment::default();
-            if slot.word.load().state() == SlotState::Deleting {
-                drop(detail);
-                self.stage_delete(&conn, d, staged);
-            } else if slot.word.retry(self.port.generation()) {
-                // The number of attempts stays: the next pause is longer. How long the next packet
-                // takes from now on tells the connection's pace.
-                let (attempts, pace) = (detail.attempts, detail.pace);
-                forget(&self.port, &conn, d, &mut detail);
-                (detail.attempts, detail.pace, detail.used_ms) = (attempts, pace, now);
-                drop(detail);
-                self.push_rearm(conn, d);
+            match self.slot(&conn, d).map(|s| s.retry(now)) {
+                Some(Due::Delete) => self.stage_delete(&conn, d, staged),
+                Some(Due::Rearm) => self.push_rearm(conn, d),
+                Some(Due::Nothing) | None => {}
             }
         }
         // Until somebody asks for something.

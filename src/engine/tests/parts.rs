@@ -6,10 +6,12 @@ use netdev_providers::{Above, Epoch, Flow, FlowMatch, L4Proto, VlanId};
 
 use super::*;
 use crate::engine::conn::Moment;
+use crate::engine::counters::PortCounters;
 use crate::engine::datapath::{NoDatapath, SlotChange};
+use crate::engine::held::Held;
 use crate::engine::latency::OpKind;
-use crate::engine::port::{Held, MAX_SHAPES, PortCounters, Shape};
 use crate::engine::queue::{Command, Queue};
+use crate::engine::shapes::{MAX_SHAPES, Shape};
 
 /// A hasher that keeps what it is given.
 #[derive(Default)]
@@ -234,14 +236,14 @@ fn as_many_refused_shapes_are_remembered_as_there_may_be() {
         .take(MAX_SHAPES + 1)
         .collect();
     for shape in &shapes {
-        port.note_refused_shape(*shape, &Reason::Unsupported.into());
+        port.shapes().note_refused(*shape, &Reason::Unsupported.into());
     }
-    let remembered = shapes.iter().filter(|s| port.refused_shape(s).is_some()).count();
+    let remembered = shapes.iter().filter(|s| port.shapes().refused(s).is_some()).count();
     assert_eq!(remembered, MAX_SHAPES);
     // One that lasts no longer than the moment is none of the shape's.
-    port.forget_refused_shapes();
-    port.note_refused_shape(shapes[0], &Reason::Busy.into());
-    assert_eq!(port.refused_shape(&shapes[0]), None);
+    port.shapes().forget();
+    port.shapes().note_refused(shapes[0], &Reason::Busy.into());
+    assert_eq!(port.shapes().refused(&shapes[0]), None);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::conn::Conn;
-use crate::engine::reconcile::is_adopted;
+use crate::engine::reconcile::as_adopted;
 
 fn carry(b: &Bench, dummy: &DummyClass, conn: &ConnHandle, packets: u64, bytes: u64) {
     assert!(dummy.carry(ifindex(1), b.engine.0.cookie(conn, Original), packets, bytes));
@@ -192,13 +192,13 @@ fn what_waits_behind_a_slow_provider_is_counted_as_pending() {
 fn an_adoption_is_one_of_the_rule_that_was_found() {
     use netdev_providers::{Done, RuleId};
     let found = RuleId(5);
-    assert_eq!(is_adopted(&Ok(Done::added(found, None)), found), Ok(()));
+    assert_eq!(as_adopted(Ok(Done::added(found, Some(true))), found), Ok((Some(true), None)));
     for wrong in [Done::added(RuleId(6), None), Done::Deleted, Done::Noted] {
-        let why = is_adopted(&Ok(wrong.clone()), found).unwrap_err();
+        let why = as_adopted(Ok(wrong.clone()), found).unwrap_err();
         assert_eq!(why.reason, Reason::ProviderFault, "{wrong:?}");
     }
     let conflict = Rejection::with_detail(Reason::Conflict, "another path");
-    assert_eq!(is_adopted(&Err(conflict.clone()), found), Err(conflict));
+    assert_eq!(as_adopted(Err(conflict.clone()), found), Err(conflict));
 }
 
 /// Workers: who is waited for.

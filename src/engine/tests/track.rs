@@ -149,13 +149,13 @@ fn a_shape_that_is_not_tracked_is_remembered_apart_from_those_that_are_forwarded
     let conn = b.conn(1);
     let shape = |arrival| {
         let tracked = crate::engine::datapath::tracked(&conn, Original, arrival);
-        crate::engine::port::Shape::of_work(&crate::engine::datapath::Work::Track(Box::new(
+        crate::engine::shapes::Shape::of_work(&crate::engine::datapath::Work::Track(Box::new(
             tracked,
         )))
     };
     let (plain, tagged) = (Arrival::default(), Arrival { vlan: VlanId::new(5), eth_dst: None });
     assert_ne!(shape(plain), shape(tagged));
-    table.get(p).unwrap().note_refused_shape(shape(tagged), &Reason::Unsupported.into());
+    table.get(p).unwrap().shapes().note_refused(shape(tagged), &Reason::Unsupported.into());
     assert_eq!(port.can_track(&conn, Original, plain), Ok(()));
     assert!(port.can_track(&conn, Original, tagged).is_err());
     assert_eq!(tracker.asked.load(Ordering::SeqCst), 1, "of the plain one");

@@ -2,21 +2,29 @@
 
 use std::sync::Arc;
 
-use netdev_providers::{Fault, Leftover, Observed, Operation};
+use netdev_providers::{Fault, Leftover, Observed, Operation, Request};
 
 use super::{BATCH, Staged, Writer};
 use crate::engine::Engine;
 use crate::engine::conn::ConnClaim;
-use crate::engine::reconcile::{self, Found, Recognised, Reconciled, Tally};
+use crate::engine::datapath::Recognised;
+use crate::engine::reconcile::{Found, Reconciled, Tally};
 
 impl Writer {
     pub(super) fn remove_found(&self, found: &Found, staged: &mut Vec<Staged>) {
         staged.push(Staged::Other(self.removal(&found.leftover, &found.tally)));
     }
 
+    /// The delete of a rule that nobody adopts.
     pub(super) fn removal(&self, leftover: &Leftover, tally: &Arc<Tally>) -> Operation {
-        let operation = |request, then| self.operation(request, then);
-        reconcile::removal(leftover, operation, Arc::clone(&self.port), Arc::clone(tally))
+        let (rule, cookie) = (leftover.rule, leftover.cookie);
+        let (port, tally) = (Arc::clone(&self.port), Arc::clone(tally));
+        self.operation(Request::Delete { rule, cookie }, move |outcome| match outcome {
+            Ok(_) => tally.removed(),
+            Err(e) => {
+                tracing::warn!(port = %port.netdev, %cookie, "left by a dead engine, not removed: {e}");
+            }
+        })
     }
 
     pub(super) fn reconcile(&mut self, staged: &mut Vec<Staged>) -> Reconciled {

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::{Direction, Fault, Ifindex, Reason};
 
-use super::completion::{forget, unwind};
 use super::{BATCH, Staged, Writer};
 use crate::engine::conn::ConnHandle;
 use crate::engine::queue::{Command, Stopped};
-use crate::engine::slot::{SlotState, Unwind};
+use crate::engine::slot::Unwind;
 
 /// Rounds of deletes that follow from what was in flight: the add comes back, and its delete is
 /// queued; the message about the reply, and the same.
@@ -98,7 +97,7 @@ impl Writer {
         // What is staged leads somewhere already.
         self.submit(staged);
         self.count_retraction(egress, 1);
-        self.port.forget_shapes_towards(egress);
+        self.port.shapes().forget_towards(egress);
         let towards = self.port.held().towards(egress);
         let n = self.delete_each(towards, staged, true);
         self.finish_removals(staged);
@@ -110,10 +109,7 @@ impl Writer {
     pub(super) fn reconsider(&mut self, egress: Ifindex, staged: &mut Vec<Staged>) {
         let mut refused = self.port.held().towards(egress);
         refused.retain(|(conn, d)| {
-            conn.slot(self.port.generation(), *d).map(|s| s.word.load()).is_some_and(|now| {
-                now.state() == SlotState::Rejected
-                    && now.reason() == Some(Reason::EgressUnsupported)
-            })
+            self.slot(conn, *d).is_some_and(|s| s.is_rejected_for(Reason::EgressUnsupported))
         });
         self.delete_each(refused, staged, false);
     }
@@ -128,7 +124,7 @@ impl Writer {
     ) -> u64 {
         let mut n = 0;
         for (conn, d) in slots {
-            match unwind(&self.port, &conn, d) {
+            match self.slot(&conn, d).map_or(Unwind::Nothing, |s| s.unwind()) {
                 Unwind::Delete => {
                     n += 1;
                     self.stage_delete(&conn, d, staged);
@@ -160,17 +156,14 @@ impl Writer {
     /// The slot is empty, whatever it was, if it is this port's.
     fn reset(&self, conn: &ConnHandle, d: Direction) {
         if let Some(slot) = self.slot(conn, d) {
-            let mut detail = slot.detail();
-            if slot.word.reset(self.port.generation()).is_some() {
-                forget(&self.port, conn, d, &mut detail);
-            }
+            slot.reset();
         }
     }
 
     pub(super) fn flush(&mut self, staged: &mut Vec<Staged>) -> u64 {
         self.submit(staged);
         self.cancel_waiting();
-        self.port.forget_refused_shapes();
+        self.port.shapes().forget();
         self.port.capacity.forget_learnt();
         // The provider is not to be asked for it while it has operations.
         let flushed = self.settle().then(|| self.flush_at_once()).flatten();
