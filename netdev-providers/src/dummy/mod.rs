@@ -27,6 +27,8 @@ mod class;
 mod handle;
 mod provider;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use handle::DummyClass;
 pub use state::{Call, DummyRule, Pending};
