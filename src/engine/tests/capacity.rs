@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::capacity::PROBE_EVERY_MS;
+use crate::engine::capacity::{IDLE_MS, PROBE_EVERY_MS};
 
 /// A port with room for so many rules.
 fn port_of(b: &Bench, capacity: u32) -> Generation {
@@ -66,6 +66,23 @@ fn an_idle_rule_gives_way_to_anybody_and_its_sight_is_rearmed() {
     assert_eq!((port.capacity, port.capacity_learnt, port.evictions), (Some(2), false, 1));
     assert_eq!(dummy.rules(ifindex(1)).len(), 2);
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
+fn a_rule_that_one_sweep_has_seen_gives_way_to_nobody() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    port_of(&b, 1);
+    let (first, newcomer) = (b.conn(1), b.conn(2));
+    b.install(1, &first, Original);
+    // It has carried nothing for long, and that was not measured yet.
+    advance(&b, IDLE_MS);
+    sweep_after(&b, &dummy, &[]);
+    assert!(!insist(&b, &newcomer, 0, 1));
+    assert_eq!(b.state(1, &first, Original), Some(SlotState::Installed));
+    sweep_after(&b, &dummy, &[]);
+    assert!(insist(&b, &newcomer, 0, 1));
+    assert_eq!(b.state(1, &first, Original), None);
 }
 
 #[test]

@@ -136,6 +136,51 @@ fn a_retraction_takes_what_leads_there_and_nothing_else_and_says_how_many() {
 }
 
 #[test]
+fn a_port_whose_removals_are_through_has_nothing_left_to_do() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let table = b.engine.0.publication.table();
+    let port = table.get(ifindex(1)).unwrap();
+    // Installed, in flight, and waiting behind it: each goes another way.
+    let conns = [1, 2, 3].map(|n| b.conn(n));
+    b.install(1, &conns[0], Original);
+    let retract: [fn(&Engine) -> u64; 3] = [
+        |engine| engine.retract_egress(ifindex(99)),
+        |engine| {
+            let zone = FlushFilter { zone: Some(Zone(0)), ..Default::default() };
+            engine.flush(&zone).unwrap().iter().map(|(_, n)| n).sum()
+        },
+        |engine| engine.flush(&FlushFilter::default()).unwrap().iter().map(|(_, n)| n).sum(),
+    ];
+    for retract in retract {
+        dummy.set_latency(Some(Duration::MAX));
+        assert_eq!(b.offer(1, &conns[1], Original), Offer::Queued);
+        b.drained(&dummy, 1);
+        dummy.hang(Call::Submit);
+        assert_eq!(b.offer(1, &conns[2], Original), Offer::Queued);
+        wait_for(|| dummy.held() == 1);
+        let retracting = std::thread::spawn({
+            let engine = b.engine.clone();
+            move || retract(&engine)
+        });
+        wait_for(|| port.queue.removals() > 0);
+        dummy.set_latency(None);
+        dummy.let_go();
+        while !retracting.is_finished() {
+            dummy.release_pending();
+            std::thread::yield_now();
+        }
+        assert_eq!(retracting.join().unwrap(), 3);
+        // Then a flush asks nobody, and whoever adds a port has not to tell this one.
+        wait_for(|| port.is_empty());
+        assert!(dummy.rules(ifindex(1)).is_empty() && !port.may_lead_to(ifindex(99)));
+        b.install(1, &conns[0], Original);
+    }
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
 fn a_connection_whose_slots_are_all_taken_is_offered_on_no_further_port() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);

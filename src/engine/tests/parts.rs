@@ -261,6 +261,34 @@ fn a_port_without_a_provider_is_told_nothing() {
     assert!(port.queue.is_finished(), "nobody would take it out of there");
 }
 
+/// Who adds or deletes a port asks those that may lead there, and nobody else.
+#[test]
+fn a_port_may_lead_where_a_rule_of_it_does_or_one_that_is_on_its_way() {
+    let b = Bench::new(&[]);
+    let none = Some(vec![NO_PROVIDER.to_owned()]);
+    b.engine.port_add(NewPort { providers: none, ..new_port(1) }).unwrap();
+    let table = b.engine.0.publication.table();
+    // No thread of its own: what is queued stays there.
+    let port = table.get(ifindex(1)).unwrap();
+    let leads = || [7, 8].map(|n| port.may_lead_to(ifindex(n)));
+    assert_eq!(leads(), [false, false]);
+    let conn = b.conn(1);
+    port.held().insert(conn.clone(), Original);
+    assert_eq!(leads(), [false, false], "rejected before a path was known");
+    port.held().set_egress(&conn, Original, ifindex(7));
+    assert_eq!(leads(), [true, false]);
+    port.queue.push(Command::Repair);
+    assert_eq!(leads(), [true, true], "it may be an offer");
+    port.queue.pop();
+    port.queue.finished(1);
+    assert_eq!(leads(), [true, false]);
+    port.progress.operations.begin();
+    assert_eq!(leads(), [true, true], "and this an add");
+    port.progress.operations.end();
+    port.held().clear_egress(&conn, Original, ifindex(7));
+    assert_eq!(leads(), [false, false]);
+}
+
 #[test]
 fn a_port_finds_what_it_holds_by_connection_and_by_egress_in_each_direction() {
     let b = Bench::new(&[]);

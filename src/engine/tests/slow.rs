@@ -137,7 +137,8 @@ fn offers_behind_what_does_not_go_on_are_few_though_nobody_looks() {
     wait_for(|| dummy.held() == 1);
     std::thread::sleep(SOON * 2);
     let queued = (1..1000).filter(|n| b.offer(1, &b.conn(*n), Original) == Offer::Queued).count();
-    assert!(queued <= 64, "{queued}");
+    // The time is looked at behind as many as that, and not for each.
+    assert_eq!(queued, 64);
     dummy.let_go();
     b.settle();
     assert_eq!(dummy.rules(ifindex(1)).len(), queued + 1);

@@ -58,6 +58,32 @@ fn a_pending_connection_is_unknown_so_that_it_does_not_expire() {
 }
 
 #[test]
+fn a_sweep_takes_no_slot_for_lost_that_has_no_rule() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let (refused, pending) = (b.conn(1), b.conn(2));
+    dummy.fail_next(1, Reason::Busy);
+    assert_eq!(b.offer(1, &refused, Original), Offer::Queued);
+    b.settle();
+    dummy.set_latency(Some(Duration::MAX));
+    assert_eq!(b.offer(1, &pending, Original), Offer::Queued);
+    b.drained(&dummy, 1);
+    // The pause of the one that was refused is not over.
+    b.clock.fetch_add(50, Ordering::SeqCst);
+    let mut strays = Strays::default();
+    for _ in 0..2 {
+        let sweep = b.engine.sweep(&mut strays);
+        assert_eq!((sweep.lost, sweep.strays), (0, 0));
+    }
+    assert_eq!(b.state(1, &refused, Original), Some(SlotState::Rejected));
+    assert_eq!(b.rearmed(), []);
+    dummy.release_pending();
+    b.settle();
+    assert_eq!(b.state(1, &pending, Original), Some(SlotState::Installed), "nobody cancelled it");
+}
+
+#[test]
 fn a_rule_that_somebody_removed_is_noticed_and_its_sight_rearmed() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
