@@ -5,6 +5,7 @@ use std::sync::Arc;
 use netdev_providers::{BindError, Provider, ProviderClass};
 
 use super::*;
+use crate::engine::state::PortSlot;
 
 /// A class that declines every netdev, and remembers which it was asked to clear.
 #[derive(Default)]
@@ -177,6 +178,53 @@ fn a_port_whose_removals_are_through_has_nothing_left_to_do() {
         assert!(dummy.rules(ifindex(1)).is_empty() && !port.may_lead_to(ifindex(99)));
         b.install(1, &conns[0], Original);
     }
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
+fn an_add_that_was_taken_back_and_fails_then_may_be_offered_again() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.in_flight(&dummy);
+    assert_eq!(b.engine.conn_retract(&conn), 1);
+    dummy.set_latency(None);
+    dummy.fail_next(1, Reason::Busy);
+    dummy.release_pending();
+    b.settle();
+    assert_eq!(b.state(1, &conn, Original), None);
+    assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
+    assert_eq!(b.engine.ports()[0].reasons, [], "nobody waits for what was refused");
+    b.install(1, &conn, Original);
+}
+
+#[test]
+fn only_a_rule_that_stands_can_be_found_to_do_nothing() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.in_flight(&dummy);
+    let table = b.engine.0.publication.table();
+    let port = table.get(ifindex(1)).unwrap();
+    let slot = PortSlot::find(&b.engine.0, port, &conn, Original).unwrap();
+    let refute = || slot.refute(Reason::NoEffect.into(), 60_000);
+    assert!(!refute(), "it is being added");
+    dummy.release_pending();
+    b.settle();
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Installed));
+    // While the provider is told of the reply its delete has to wait, and nothing is said about it.
+    b.engine.worker().port(ifindex(1)).unwrap().conn_established(&conn, Original);
+    b.drained(&dummy, 1);
+    assert!(!refute());
+    dummy.set_latency(None);
+    dummy.release_pending();
+    wait_for(|| b.state(1, &conn, Original).is_none());
+    b.install(1, &conn, Original);
+    assert!(refute());
+    assert!(!refute(), "once");
+    b.settle();
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Rejected));
+    assert_eq!(b.engine.ports()[0].reasons, [(Reason::NoEffect, 1)]);
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
 

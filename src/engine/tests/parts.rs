@@ -12,6 +12,7 @@ use crate::engine::held::Held;
 use crate::engine::latency::OpKind;
 use crate::engine::queue::{Command, Queue};
 use crate::engine::shapes::{MAX_SHAPES, Shape};
+use crate::engine::sync::Patience;
 
 /// A hasher that keeps what it is given.
 #[derive(Default)]
@@ -259,6 +260,16 @@ fn a_port_without_a_provider_is_told_nothing() {
     b.engine.port_add(NewPort { providers: none(), ..new_port(2) }).unwrap();
     b.engine.put_in_order(ifindex(1));
     assert!(port.queue.is_finished(), "nobody would take it out of there");
+}
+
+/// Others have the processor meanwhile.
+#[test]
+fn who_waits_looks_less_and_less_often_until_the_time_is_over() {
+    let mut patience = Patience::new(Duration::from_millis(100));
+    let looks = std::iter::from_fn(|| patience.pause().then_some(())).count();
+    assert!((1..200).contains(&looks), "{looks}");
+    assert!(!Patience::new(Duration::ZERO).pause());
+    assert!(Patience::new(Duration::MAX).pause(), "no time is too long");
 }
 
 /// Who adds or deletes a port asks those that may lead there, and nobody else.

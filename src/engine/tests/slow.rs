@@ -343,6 +343,44 @@ fn closing_stops_all_ports_at_once_and_deletes_nothing_one_by_one() {
 }
 
 #[test]
+fn a_provider_is_released_under_a_call_that_does_not_come_back_in_time_and_that_is_said() {
+    for call in [Call::Usage, Call::Describe] {
+        let dummy = DummyClass::new("dummy");
+        let b = Bench::with_limits(&[&dummy], Limits { port_del: PATIENCE, ..limits() });
+        b.port(1);
+        dummy.hang(call);
+        let asking = std::thread::spawn({
+            let engine = b.engine.clone();
+            move || match call {
+                Call::Usage => drop(engine.sweep(&mut Strays::default())),
+                _ => drop(engine.ports()),
+            }
+        });
+        wait_for(|| dummy.held() == 1);
+        std::thread::sleep(SOON * 2 / 3);
+        let began = Instant::now();
+        let deleted = b.engine.port_del(ifindex(1)).unwrap();
+        assert!(began.elapsed() >= SOON, "its time runs from here: {:?}", began.elapsed());
+        assert_eq!(deleted.faults.len(), 1, "{:?}", deleted.faults);
+        assert!(deleted.faults[0].to_string().contains("is released under it"), "{call:?}");
+        assert!(dummy.ports().is_empty());
+        dummy.let_go();
+        asking.join().unwrap();
+    }
+    // Of operations it is known how many there are.
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::with_limits(&[&dummy], Limits { port_del: PATIENCE, ..limits() });
+    b.port(1);
+    b.in_flight(&dummy);
+    let faults = b.engine.port_del(ifindex(1)).unwrap().faults;
+    assert_eq!(faults.len(), 1, "{faults:?}");
+    let words = faults[0].to_string();
+    assert!(words.contains("1 operations have no result: the provider is released"), "{words}");
+    assert!(dummy.ports().is_empty());
+    dummy.release_pending();
+}
+
+#[test]
 fn closing_says_what_it_left_and_where() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::with_limits(&[&dummy], limits());
