@@ -321,6 +321,12 @@ impl DummyClass {
         self.state().requests
     }
 
+    /// How often it was told that a NIC may have lost its rules.
+    #[must_use]
+    pub fn suspected(&self) -> u64 {
+        self.state().suspected
+    }
+
     /// True between `init` and `deinit`.
     #[must_use]
     pub fn is_initialised(&self) -> bool {

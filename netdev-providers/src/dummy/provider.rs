@@ -103,6 +103,10 @@ impl Provider for Dummy {
         Ok(())
     }
 
+    fn hardware_suspect(&self) {
+        self.class.state().suspected += 1;
+    }
+
     fn describe(&self) -> String {
         self.class.enter(Call::Describe, Some(self.ifindex));
         "in memory".into()

@@ -206,6 +206,7 @@ pub(super) struct State {
     pub(super) usage_fault: Option<Fault>,
     pub(super) initialised: bool,
     pub(super) requests: u64,
+    pub(super) suspected: u64,
     pub(super) violations: Vec<String>,
 }
 
@@ -236,6 +237,7 @@ impl Default for State {
             usage_fault: None,
             initialised: false,
             requests: 0,
+            suspected: 0,
             violations: Vec::new(),
         }
     }

@@ -420,6 +420,10 @@ fn the_hardware_and_the_driver_say_what_the_test_sets() {
     let mut in_hw = Vec::new();
     p.usage(&mut |r| in_hw.push(r.in_hw)).unwrap();
     assert_eq!(in_hw, [Some(false); 3], "as it is when it is read back");
+    assert_eq!(class.suspected(), 0);
+    p.hardware_suspect();
+    p.hardware_suspect();
+    assert_eq!(class.suspected(), 2);
     assert_eq!(p.can_offload(&flow(4)), Ok(()));
     class.refuse_shapes(Some(Reason::Unsupported.into()));
     assert_eq!(p.can_offload(&flow(4)).unwrap_err().reason, Reason::Unsupported);

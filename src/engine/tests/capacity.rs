@@ -111,6 +111,42 @@ fn a_busier_connection_gets_the_place_of_a_slower_one_once_its_sights_have_told(
 }
 
 #[test]
+fn a_rule_is_as_fast_as_it_is_now_whatever_it_has_carried() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    port_of(&b, 1);
+    let [once_fast, early, late] = [1, 2, 3].map(|n| b.conn(n));
+    b.install(1, &once_fast, Original);
+    sweep_after(&b, &dummy, &[(&once_fast, 1)]);
+    sweep_after(&b, &dummy, &[(&once_fast, 10_000)]);
+    assert!(!insist(&b, &early, 20, 3), "a burst is not forgotten at once");
+    for _ in 0..15 {
+        sweep_after(&b, &dummy, &[(&once_fast, 1)]);
+    }
+    assert!(insist(&b, &late, 20, 3));
+    assert_eq!(b.state(1, &once_fast, Original), None);
+}
+
+#[test]
+fn a_rule_that_came_again_since_the_sweep_does_not_give_way() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    port_of(&b, 1);
+    let (again, newcomer) = (b.conn(1), b.conn(2));
+    b.install(1, &again, Original);
+    for _ in 0..12 {
+        sweep_after(&b, &dummy, &[]);
+    }
+    // The sweep has found it idle; that was the one before.
+    b.engine.conn_retract(&again);
+    b.settle();
+    b.install(1, &again, Original);
+    assert!(!insist(&b, &newcomer, 0, 1));
+    assert_eq!(b.state(1, &again, Original), Some(SlotState::Installed));
+    assert_eq!(b.engine.ports()[0].evictions, 0);
+}
+
+#[test]
 fn a_full_table_is_learnt_and_so_is_one_that_has_become_larger() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);

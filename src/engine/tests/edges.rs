@@ -181,6 +181,29 @@ fn a_port_whose_removals_are_through_has_nothing_left_to_do() {
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
 
+/// How long the threads of this name have had a processor, in nanoseconds.
+fn processor_ns(name: &str) -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten().map(|task| task.path());
+    let named = tasks.filter(|task| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name)
+    });
+    let times = named.map(|task| std::fs::read_to_string(task.join("schedstat")).unwrap());
+    times.map(|time| time.split(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn a_port_that_has_nothing_to_do_sleeps() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.engine.port_add(NewPort { name: "idle".to_owned(), ..new_port(1) }).unwrap();
+    b.install(1, &b.conn(1), Original);
+    let before = processor_ns("port-idle");
+    assert!(before > 0, "it has done something");
+    std::thread::sleep(Duration::from_millis(200));
+    let spent = processor_ns("port-idle") - before;
+    assert!(spent < 10_000_000, "{spent} ns");
+}
+
 #[test]
 fn an_add_that_was_taken_back_and_fails_then_may_be_offered_again() {
     let dummy = DummyClass::new("dummy");

@@ -75,6 +75,8 @@ fn behind_a_learnt_limit_one_add_is_let_through_now_and_then() {
     let capacity = Capacity::new(None);
     capacity.refused(3, None, 1000);
     let free = |now| full(capacity.place(3, Pace::UNKNOWN, now)).is_none();
+    // One that takes the place of another says nothing about the table.
+    capacity.took(3);
     assert!(!free(1000 + PROBE_EVERY_MS - 1));
     assert!(free(1000 + PROBE_EVERY_MS));
     assert!(!free(1000 + PROBE_EVERY_MS), "one");

@@ -49,6 +49,29 @@ fn a_shape_the_backend_does_not_support_is_asked_once_and_again_after_a_flush() 
 
 /// A flowtable takes what leaves by another of its ports, and by no other netdev.
 #[test]
+fn a_shape_is_asked_for_again_when_the_netdev_that_it_leads_to_has_gone() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let towards = |egress, n| {
+        *b.datapath.egress.lock().unwrap() = Some(ifindex(egress));
+        let conn = b.conn(n);
+        assert_eq!(b.offer(1, &conn, Original), Offer::Queued);
+        b.settle();
+        b.state(1, &conn, Original)
+    };
+    dummy.fail_next(2, Reason::Unsupported);
+    let (rejected, installed) = (Some(SlotState::Rejected), Some(SlotState::Installed));
+    assert_eq!([towards(50, 1), towards(51, 2), towards(50, 3)], [rejected; 3]);
+    assert_eq!(dummy.requests(), 2, "it is remembered");
+    // When it comes back it may be another netdev.
+    b.engine.retract_egress(ifindex(50));
+    assert_eq!(towards(51, 4), rejected, "that of the other one is what it was");
+    assert_eq!(towards(50, 5), installed);
+    assert_eq!(dummy.requests(), 3);
+}
+
+#[test]
 fn what_its_egress_was_refused_for_is_offered_again_when_that_becomes_a_port() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);

@@ -381,6 +381,41 @@ fn a_provider_is_released_under_a_call_that_does_not_come_back_in_time_and_that_
 }
 
 #[test]
+fn nothing_is_left_in_a_slot_whose_ports_provider_never_came_back() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::with_limits(&[&dummy], limits());
+    b.port(1);
+    let (carried, refused) = (b.conn(1), b.conn(2));
+    b.install(1, &carried, Original);
+    assert!(dummy.carry(ifindex(1), dummy.rules(ifindex(1))[0].cookie, 3, 300));
+    b.clock.fetch_add(1000, Ordering::SeqCst);
+    b.engine.sweep(&mut Strays::default());
+    *b.datapath.refuse.lock().unwrap() = Some(Reason::Busy.into());
+    let pause = |n| {
+        assert_eq!(b.offer(n, &refused, Original), Offer::Queued);
+        b.settle_one(n);
+        b.engine.slots(&refused)[0].retry_in_ms.unwrap()
+    };
+    assert!(pause(1) < 200);
+    dummy.hang_on(Call::Flush, ifindex(1));
+    let deleted = b.engine.port_del(ifindex(1)).unwrap();
+    assert!(deleted.faults[0].to_string().contains("abandoned"), "{:?}", deleted.faults);
+    b.port(2);
+    assert!(pause(2) < 200, "it is the first time there");
+    *b.datapath.refuse.lock().unwrap() = None;
+    assert_eq!(b.offer(2, &carried, Original), Offer::Queued);
+    b.settle_one(2);
+    assert_eq!(carried.all_slots().count(), 1, "the slot is used again");
+    assert_eq!(b.engine.slots(&carried)[0].packets, 0);
+    assert_eq!(carried.traffic().packets, 3, "and what it has carried is not forgotten");
+    // What the old one does at its end is nothing to the new one's slots.
+    dummy.let_go();
+    wait_for(|| dummy.ports() == [ifindex(2)]);
+    assert_eq!(b.state(2, &carried, Original), Some(SlotState::Installed));
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
 fn closing_says_what_it_left_and_where() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::with_limits(&[&dummy], limits());

@@ -110,6 +110,49 @@ fn a_rule_that_nobody_holds_is_deleted_when_two_sweeps_have_seen_it() {
     assert_eq!(b.state(1, &other, Original), Some(SlotState::Installed));
 }
 
+/// Of what was not reported nothing is known.
+#[test]
+fn a_sweep_that_fails_half_way_takes_nothing_for_lost() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conns = [1, 2].map(|n| b.conn(n));
+    conns.iter().for_each(|c| b.install(1, c, Original));
+    conns.iter().for_each(|c| carry(&b, &dummy, c, 1, 60));
+    dummy.fail_usage(Some(Fault::new("interrupted")));
+    let failed = sweep(&b);
+    assert_eq!((failed.rules, failed.used.len(), failed.lost), (1, 1, 0));
+    let faults: Vec<_> = failed.faults.iter().map(|(port, why)| (&**port, &*why.what)).collect();
+    assert_eq!(faults, [("p1", "interrupted")]);
+    dummy.fail_usage(None);
+    let swept = sweep(&b);
+    assert_eq!((swept.rules, swept.used.len(), swept.lost), (2, 1, 0), "{:?}", swept.faults);
+}
+
+/// What one sweep found strange is still strange when the next one learns nothing.
+#[test]
+fn a_sweep_that_has_no_answer_forgets_no_stray() {
+    let dummy = DummyClass::new("dummy");
+    let soon = Duration::from_millis(300);
+    let b = Bench::with_limits(&[&dummy], Limits { complete: soon, ..Limits::default() });
+    let generation = b.port(1);
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    let slot = conn.slot(generation, Original).unwrap();
+    slot.word.reset(generation);
+    slot.detail().rule = None;
+    let mut strays = Strays::default();
+    assert_eq!(b.engine.sweep(&mut strays).strays, 1);
+    dummy.hang(Call::Usage);
+    assert_eq!(b.engine.sweep(&mut strays).faults.len(), 1);
+    dummy.let_go();
+    let table = b.engine.0.publication.table();
+    wait_for(|| !table.get(ifindex(1)).unwrap().swept.load(Ordering::SeqCst));
+    assert_eq!(b.engine.sweep(&mut strays).strays, 1);
+    b.settle();
+    assert!(dummy.rules(ifindex(1)).is_empty());
+}
+
 #[test]
 fn what_is_installed_tells_more_than_what_is_on_its_way() {
     for first in Direction::BOTH {

@@ -117,7 +117,9 @@ fn seen_in_software(dummy: &DummyClass) -> (Bench, ConnHandle, Strays) {
 fn a_rule_in_hardware_that_does_nothing_is_deleted_and_comes_back_after_a_pause() {
     let dummy = DummyClass::new("dummy");
     let (b, conn, mut strays) = seen_in_software(&dummy);
+    assert_eq!(dummy.suspected(), 0);
     assert_eq!(b.engine.sweep(&mut strays).without_effect, 1);
+    assert_eq!(dummy.suspected(), 1, "the provider may look at what else the NIC has lost");
     b.settle();
     assert!(dummy.rules(ifindex(1)).is_empty());
     assert_eq!(b.state(1, &conn, Original), Some(SlotState::Rejected));
