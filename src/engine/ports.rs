@@ -11,6 +11,7 @@ use super::ask::{Asked, NoAnswer};
 use super::contain::contained;
 use super::port::{Binding, Port, Refusal};
 use super::queue::{Command, Stopped};
+use super::state::undeleted_towards;
 use super::table::PortTable;
 use super::writer::Writer;
 use super::{Admin, Engine, Leaving, NO_PROVIDER, NewPort, NoSuchPort, PortAddError, PortDeleted};
@@ -131,6 +132,8 @@ impl Engine {
     /// they are repeated once no worker can offer towards the netdev any more. A datapath that
     /// gives paths itself ([`PathSpec::Known`](super::datapath::PathSpec::Known)) must have stopped to
     /// choose this egress by the next quiescent state of each worker.
+    /// A delete that the backend refuses is tried again at once, a few times; what is left then is told
+    /// ([`PortDeleted::faults`]), and tried until it is gone.
     ///
     /// A provider that has not come back by then is abandoned: it does what it was asked for when it
     /// does, and the netdev cannot be added again before ([`PortAddError::Busy`]).
@@ -155,6 +158,15 @@ impl Engine {
         retracting.extend(start_retract(self.0.publication.table().iter(), ifindex));
         let mut deleted = self.stopped(&port, stop(&port));
         deleted.retracted = self.retracted(retracting);
+        for other in self.0.publication.table().iter() {
+            let left = undeleted_towards(&self.0, other, ifindex).len();
+            if left > 0 {
+                deleted.faults.push(Fault::new(format!(
+                    "{}: {left} rules that forward into it are not deleted yet: each is tried until it is",
+                    other.netdev
+                )));
+            }
+        }
         tracing::info!(
             port = %port.netdev,
             flushed = deleted.flushed,

@@ -17,7 +17,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use netdev_providers::{
-    Direction, Done, Leftover, Outcome, Permanence, Reason, Rejection, RuleId, RuleReport,
+    Direction, Done, Ifindex, Leftover, Outcome, Permanence, Reason, Rejection, RuleId, RuleReport,
 };
 
 use super::Shared;
@@ -466,6 +466,12 @@ impl<'a> PortSlot<'a> {
         self.pause(&mut detail);
     }
 
+    /// Whether its rule is to go, and was not deleted though the provider was asked to.
+    fn is_undeleted(&self) -> bool {
+        let (detail, now) = (self.slot.detail(), self.slot.word.load());
+        now.state() == SlotState::Deleting && !now.in_flight() && detail.attempts > 0
+    }
+
     /// The slot is empty, whatever it was: the provider has no rule of it, and gets none.
     pub(super) fn reset(&self) {
         let mut detail = self.slot.detail();
@@ -547,6 +553,19 @@ impl<'a> PortSlot<'a> {
             is_lost: installed && detail.sweep < sweep && detail.used_ms + 1 < started_ms,
         }
     }
+}
+
+/// The slots of a port whose rules forward into this netdev, and could not be deleted so far.
+pub(super) fn undeleted_towards(
+    shared: &Shared,
+    port: &Port,
+    egress: Ifindex,
+) -> Vec<(ConnHandle, Direction)> {
+    let mut towards = port.held().towards(egress);
+    towards.retain(|(conn, d)| {
+        PortSlot::find(shared, port, conn, *d).is_some_and(|slot| slot.is_undeleted())
+    });
+    towards
 }
 
 /// Doubles with every attempt, with a quarter of jitter so that a full table is not asked by

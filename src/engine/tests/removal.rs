@@ -50,6 +50,39 @@ fn a_port_delete_flushes_that_port_and_retracts_what_forwards_into_it() {
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
 
+/// A rule into a netdev that is gone drops packets.
+#[test]
+fn what_leads_into_a_port_that_goes_is_deleted_though_the_backend_refuses_at_first() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.port(2);
+    *b.datapath.egress.lock().unwrap() = Some(ifindex(2));
+    let conns = [1, 2, 3].map(|n| b.conn(n));
+    conns.iter().for_each(|c| b.install(1, c, Original));
+    dummy.fail_next(5, Reason::Busy);
+    let deleted = b.engine.port_del(ifindex(2)).unwrap();
+    assert_eq!((deleted.retracted, deleted.faults.len()), (3, 0), "{:?}", deleted.faults);
+    assert!(dummy.rules(ifindex(1)).is_empty());
+    b.settle();
+    assert!(conns.iter().all(|c| b.engine.slots(c).is_empty()));
+    // One that goes on to refuse keeps nobody; that is said, and it is tried until it is done.
+    b.port(2);
+    b.install(1, &conns[0], Original);
+    dummy.fail_next(20, Reason::Busy);
+    let deleted = b.engine.port_del(ifindex(2)).unwrap();
+    assert_eq!((deleted.retracted, deleted.faults.len()), (1, 1), "{:?}", deleted.faults);
+    let words = deleted.faults[0].to_string();
+    assert!(words.contains("p1") && words.contains("1 rules that forward into it"), "{words}");
+    assert_eq!(dummy.rules(ifindex(1)).len(), 1);
+    wait_for(|| {
+        b.clock.fetch_add(60_000, Ordering::SeqCst);
+        b.settle();
+        dummy.rules(ifindex(1)).is_empty()
+    });
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
 #[test]
 fn a_port_delete_is_bounded_even_if_a_worker_never_passes_a_quiescent_state() {
     let dummy = DummyClass::new("dummy");

@@ -38,7 +38,8 @@ fn who_waits_for_a_slow_port_does_not_fault_it() {
     b.engine.flush(&FlushFilter { zone: Some(Zone(0)), ..Default::default() }).unwrap();
     let reconciled = b.engine.reconcile(Some(ifindex(1))).unwrap().remove(0).1;
     assert!(reconciled.fault.unwrap().to_string().contains("slow"));
-    b.engine.port_del(ifindex(2)).unwrap();
+    let deleted = b.engine.port_del(ifindex(2)).unwrap();
+    assert!(deleted.faults.is_empty(), "it has refused nothing: {:?}", deleted.faults);
     let slow = port(&b, 1);
     assert_eq!(slow.fault, None);
     assert!(slow.slow.unwrap().since >= SOON);
@@ -121,6 +122,22 @@ fn operations_that_do_not_come_back_make_a_port_slow_until_they_do() {
     assert_eq!(port(&b, 1).slow, None);
     dummy.set_service_time(ifindex(1), None);
     b.install(1, &b.conn(2), Original);
+}
+
+#[test]
+fn a_delete_that_does_not_come_back_is_not_told_as_one_that_was_refused() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::with_limits(&[&dummy], limits());
+    b.port(1);
+    b.port(2);
+    *b.datapath.egress.lock().unwrap() = Some(ifindex(2));
+    b.install(1, &b.conn(1), Original);
+    dummy.set_latency(Some(Duration::MAX));
+    let deleted = b.engine.port_del(ifindex(2)).unwrap();
+    assert_eq!((deleted.retracted, deleted.faults.len()), (1, 0), "{:?}", deleted.faults);
+    assert_eq!(dummy.rules(ifindex(1)).len(), 1);
+    dummy.release_pending();
+    wait_for(|| dummy.rules(ifindex(1)).is_empty());
 }
 
 fn hint() -> PathSpec {

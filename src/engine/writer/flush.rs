@@ -10,10 +10,15 @@ use super::{BATCH, Staged, Writer};
 use crate::engine::conn::ConnHandle;
 use crate::engine::queue::{Command, Stopped};
 use crate::engine::slot::Unwind;
+use crate::engine::state::undeleted_towards;
 
 /// Rounds of deletes that follow from what was in flight: the add comes back, and its delete is
 /// queued; the message about the reply, and the same.
 const ROUNDS: usize = 4;
+
+/// How often a rule into a netdev that goes is to be deleted once more when the backend has refused, after
+/// a pause that doubles each time, from a millisecond on: an eighth of a second in all.
+const INSISTENCE: u32 = 7;
 
 impl Writer {
     /// Waits for what is with the provider. False when nothing of it has come back for too long:
@@ -101,6 +106,19 @@ impl Writer {
         let towards = self.port.held().towards(egress);
         let n = self.delete_each(towards, staged, true);
         self.finish_removals(staged);
+        for attempt in 0..INSISTENCE {
+            let undeleted = undeleted_towards(&self.shared, &self.port, egress);
+            if undeleted.is_empty() {
+                break;
+            }
+            // Their packets would go nowhere until the pause of each is over.
+            std::thread::park_timeout(Duration::from_millis(1 << attempt));
+            for (conn, d) in undeleted {
+                self.stage_delete(&conn, d, staged);
+                self.submit_full(staged);
+            }
+            self.finish_removals(staged);
+        }
         n
     }
 
