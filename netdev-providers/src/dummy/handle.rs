@@ -210,10 +210,15 @@ impl DummyClass {
         }
     }
 
-    /// An engine that died has left this rule on a netdev that is not bound: the next bind finds it.
+    /// An engine that died has left this rule on a netdev: the next look at it finds the rule, or the next bind
+    /// where it is not bound.
     pub fn leave(&self, ifindex: Ifindex, cookie: Cookie, flow: Flow, counters: Counters) {
         let rule = DummyRule { rule: RuleId(0), cookie, flow, counters, established: 0 };
-        self.state().left.entry(ifindex).or_default().push(rule);
+        let mut state = self.state();
+        match state.ports.get_mut(&ifindex) {
+            Some(port) => port.leave(rule),
+            None => state.left.entry(ifindex).or_default().push(rule),
+        }
     }
 
     /// Others have so many rules on every netdev.

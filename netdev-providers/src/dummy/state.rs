@@ -101,6 +101,12 @@ impl Port {
         }
     }
 
+    pub(super) fn leave(&mut self, rule: DummyRule) {
+        let name = self.next_rule;
+        self.next_rule += 1;
+        self.left.insert(name, DummyRule { rule: RuleId(name), ..rule });
+    }
+
     pub(super) fn left(&self) -> impl Iterator<Item = &DummyRule> {
         self.left.values()
     }

@@ -508,6 +508,13 @@ fn what_an_engine_that_died_has_left_is_found_adopted_or_removed() {
         one(&*p, add(n)).unwrap();
     }
     assert_eq!(p.flush(), Ok(4));
+    // One that comes to light later has a name that no other has had.
+    class.leave(ifindex(3), dead(9), flow(9), carried);
+    let late = p.observe().unwrap().leftovers;
+    assert_eq!(late.iter().map(|l| (l.rule.0, l.cookie)).collect::<Vec<_>>(), [(6, dead(9))]);
+    class.leave(ifindex(3), dead(8), flow(8), carried);
+    let names: Vec<_> = p.observe().unwrap().leftovers.iter().map(|l| l.rule.0).collect();
+    assert_eq!(names, [6, 7]);
     // The next bind finds nothing of it.
     p.release().unwrap();
     assert!(class.bind(&netdev(3), INSTANCE).unwrap().observe().unwrap().leftovers.is_empty());

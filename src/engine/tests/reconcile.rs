@@ -91,6 +91,32 @@ fn what_belongs_to_nobody_or_leads_elsewhere_is_removed_and_offered_anew() {
 }
 
 #[test]
+fn what_a_reconciliation_has_done_is_told_in_numbers() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.settle();
+    // What comes to light later: two of living connections, one that leads elsewhere, two of nobody.
+    for n in 1..=5 {
+        let mut flow = flow_of(n);
+        if n == 3 {
+            flow.forward.egress = ifindex(98);
+        }
+        leave(&dummy, n, u64::from(n), flow);
+        if n <= 3 {
+            lives(&b, n);
+        }
+    }
+    dummy.set_foreign(4);
+    let done = b.engine.reconcile(Some(ifindex(1))).unwrap().remove(0).1;
+    assert_eq!(done, Reconciled { adopted: 2, removed: 3, foreign: 4, fault: None });
+    assert_eq!(dummy.rules(ifindex(1)).len(), 2);
+    let again = b.engine.reconcile(None).unwrap().remove(0).1;
+    assert_eq!(again, Reconciled { foreign: 4, ..Reconciled::default() });
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
 fn what_cannot_be_offloaded_now_is_not_left_standing() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
