@@ -17,6 +17,7 @@ use netdev_providers::{
     RuleReport, Tuple, Zone,
 };
 
+use crate::flower::{Wire, parse};
 use crate::host::Host;
 use crate::netns::NetNs;
 use crate::release::flowtable_wants_both;
@@ -287,6 +288,62 @@ const PROTOCOLS: [(L4Proto, &str); 4] = [
     (L4Proto::Tcp, "fd02::2"),
     (L4Proto::Udp, "fd02::2"),
 ];
+
+/// A datagram of this connection from the client, with a header checksum that is right or wrong.
+fn datagram(c: &Connection, to: MacAddr, damaged: bool) -> Vec<u8> {
+    let (IpAddr::V4(src), IpAddr::V4(dst)) = (c.original.src(), c.original.dst()) else { panic!() };
+    let mut ip = [0x45, 0, 0, 32, 0, 1, 0, 0, 64, 17, 0, 0].to_vec();
+    ip.extend([src.octets(), dst.octets()].concat());
+    let sum: u32 = ip.chunks(2).map(|b| u32::from(u16::from_be_bytes([b[0], b[1]]))).sum();
+    let check = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    ip[10..12].copy_from_slice(&(check ^ u16::from(damaged)).to_be_bytes());
+    let (sport, dport) = (c.original.sport().to_be_bytes(), c.original.dport().to_be_bytes());
+    let udp = [&sport[..], &dport, &[0, 12, 0, 0], b"ping"].concat();
+    [&to.0[..], &[2, 0, 0, 0, 9, 9], &[8, 0], &ip, &udp].concat()
+}
+
+/// A flowtable corrects the header checksum for the TTL, and does not look whether it was right: what is
+/// damaged stays damaged, where a router drops it. It is the kernel's, and told in the README.
+#[test]
+fn flowtable_what_is_damaged_stays_damaged() {
+    let net = Net::new();
+    let class = net.class();
+    let (lan, wan) = (net.bind(&class, "lan0"), net.bind(&class, "wan0"));
+    let mut c = net.connect(L4Proto::Udp, "10.0.2.2");
+    c.talk(5);
+    let link = net.ns.run("ip -o link show dev lan0");
+    let address = link.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap();
+    let bytes: Vec<u8> = address.split(':').map(|b| u8::from_str_radix(b, 16).unwrap()).collect();
+    let router = MacAddr(bytes.try_into().unwrap());
+    // How many of three arrive, and whether their checksums are right.
+    let passes = |c: &Connection, damaged: bool| {
+        let (frame, from) = (datagram(c, router, damaged), c.original.src());
+        let within = if damaged { Duration::from_secs(1) } else { PATIENCE };
+        let (ready_tx, ready) = std::sync::mpsc::channel();
+        let seen = net.server.start(move || {
+            let wire = Wire::open("e0", false);
+            ready_tx.send(()).unwrap();
+            let is_it =
+                |f: &[u8]| parse(f).is_some_and(|s| s.payload == b"ping" && s.tuple.src() == from);
+            let got = wire.receive(3, within, is_it);
+            got.iter().map(|f| parse(f).unwrap().ip_checksum_right).collect::<Vec<_>>()
+        });
+        ready.recv().unwrap();
+        net.client.call(move || {
+            let wire = Wire::open("e0", false);
+            (0..3).for_each(|_| wire.send(&frame));
+        });
+        seen.recv().unwrap()
+    };
+    assert_eq!((passes(&c, false), passes(&c, true)), (vec![true; 3], vec![]), "the slow path");
+    lan.add(1, net.flow(&c, ORIGINAL));
+    wan.add(1, net.flow(&c, REPLY));
+    wait_until("it is offloaded", || {
+        c.talk(1);
+        net.is_offloaded(&c)
+    });
+    assert_eq!((passes(&c, false), passes(&c, true)), (vec![true; 3], vec![false; 3]));
+}
 
 /// The condition of the rule: neither netdev before both have seen it, then both at once; and
 /// neither again when one of them has gone.

@@ -235,7 +235,7 @@ fn tc_shows_our_hardware_rules_as_it_shows_those_that_are_written_with_it() {
             "tcp 10.0.1.2:4000 > 10.0.2.2:80",
             "tcp 10.0.2.1:5000 > 10.0.2.2:80",
             "pref 49412 protocol ip flower skip_sw dst_mac {us} ip_proto tcp dst_ip 10.0.2.2 src_ip 10.0.1.2 \
-             dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
+             dst_port 80 src_port 4000 tcp_flags 0x10/0x17 ip_flags nofrag",
             "munge ip src set 10.0.2.1 munge tcp sport set 5000 munge ip ttl dec pipe \
              no_percpu action csum ip4h and tcp pipe",
         ),

@@ -117,7 +117,7 @@ fn alone_what_flower_lacks_is_named() {
     let ns = network();
     let class = TcFlowerClass::default();
     bind(&class).unwrap().release().unwrap();
-    for (module, is_needed) in [("cls_u32", true), ("act_mirred", true), ("act_police", false)] {
+    for (module, is_needed) in [("cls_bpf", true), ("act_mirred", true), ("act_police", false)] {
         let none = Modprobe::none();
         unload(&ns, module);
         match bind(&class) {
@@ -139,6 +139,26 @@ fn alone_what_flower_lacks_is_named() {
     }
 }
 
+/// Rules in software that have programs are refused, in words; what needs none is served.
+#[test]
+fn alone_what_needs_act_bpf_is_refused_without_it() {
+    let ns = network();
+    let class = TcFlowerClass::default();
+    bind(&class).unwrap().release().unwrap();
+    let _none = Modprobe::none();
+    unload(&ns, "act_bpf");
+    let port = bind(&class).unwrap();
+    let described = port.describe();
+    assert!(described.contains("act_bpf"), "{described}");
+    let all = port.capabilities();
+    let software = |name: &str| all.iter().find(|c| c.name == name).unwrap().software.clone();
+    assert_eq!(software("flow ipv6 udp"), Some(Ok(())));
+    for name in ["flow ipv4 udp", "flow ipv6 udp nat"] {
+        assert_eq!(software(name), None, "{name}: there is nothing to try");
+    }
+    port.release().unwrap();
+}
+
 /// Two that start at boot ask for the same modules: what the other one's request has begun to load is
 /// not a thing that the kernel lacks.
 #[test]
@@ -154,7 +174,7 @@ fn alone_what_is_being_loaded_is_waited_for() {
     while_loading(&ns, &["nft_flow_offload", "nf_flow_table_inet"], || {
         bind(&flowtable).unwrap().release().unwrap();
     });
-    for module in ["cls_u32", "cls_flower", "act_mirred", "act_police"] {
+    for module in ["cls_bpf", "cls_flower", "act_mirred", "act_police"] {
         while_loading(&ns, &[module], || {
             let port = bind(&flower).unwrap();
             let all = port.capabilities();

@@ -127,6 +127,12 @@ impl Flow {
         self.matches.tuple != self.forward.tuple
     }
 
+    /// True when the packets are IPv4, and a router forwards them: `ip_forward` is what is done to them.
+    #[must_use]
+    pub const fn is_routed_ipv4(&self) -> bool {
+        self.forward.macs.is_some() && !self.matches.tuple.is_ipv6()
+    }
+
     /// True when packets can arrive that are longer than may be sent.
     #[must_use]
     pub const fn may_exceed_mtu(&self) -> bool {

@@ -91,7 +91,7 @@ reasons! {
     TooManyPorts = 18, "too-many-ports", Permanent;
     /// The port has no provider.
     NoProvider = 19, "no-provider", Permanent;
-    /// The addresses change and this kernel cannot keep the checksums right in software (act_bpf or the bpf system call is missing).
+    /// The addresses change and this kernel cannot keep the checksums right in software (act_bpf is missing).
     NatChecksum = 20, "nat-checksum", Permanent;
     /// The engine keeps as many connections as it is configured for.
     ConnTableFull = 21, "conn-table-full", Transient;

@@ -2,7 +2,8 @@
 //!
 //! The order is that of the design: VLAN pop, MAC addresses, NAT, one off the TTL (all three in one
 //! `pedit`), checksums, VLAN push, redirect. Around the `pedit` of a NAT rule in software stand two `bpf`
-//! actions that keep the L4 checksum right; see [`super::bpf`] for why `csum` cannot.
+//! actions that keep the L4 checksum right, and in the place of `csum` another for the IPv4 header and
+//! `skb->priority`; see [`super::bpf`] for why `csum` cannot.
 //!
 //! # police
 //! Where packets can arrive that are longer than may be sent, a `police` without a rate stands first:
@@ -27,7 +28,7 @@
 
 use std::net::IpAddr;
 
-use super::bpf::NatProgram;
+use super::bpf::Program;
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::types::{Ifindex, L4Proto, VlanId};
@@ -37,7 +38,7 @@ use crate::netlink::wire::Message;
 #[derive(Clone, Copy, Debug)]
 pub(super) enum NatForm<'p> {
     /// By programs around the `pedit`.
-    Software { before: &'p NatProgram, after: &'p NatProgram },
+    Software { before: &'p Program, after: &'p Program },
     /// By `csum`: the NIC computes it anew.
     Hardware,
 }
@@ -49,7 +50,7 @@ enum Vlan {
     Push(VlanId),
 }
 
-/// The actions that rules are made of; `bpf`, for NAT in software, is looked for apart.
+/// The actions that rules are made of; `bpf`, for NAT and IPv4 in software, is looked for apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Gact,
@@ -155,7 +156,7 @@ impl<'m, 'b> ActionList<'m, 'b> {
         });
     }
 
-    fn bpf(&mut self, program: &NatProgram) {
+    fn bpf(&mut self, program: &Program) {
         self.push(b"bpf\0", None, |m| {
             m.attr(TCA_ACT_BPF_PARMS, &tc_gen(TC_ACT_PIPE));
             m.attr(TCA_ACT_BPF_FD, &program.raw_fd().to_ne_bytes());
@@ -215,7 +216,12 @@ impl<'m, 'b> ActionList<'m, 'b> {
     }
 
     /// The actions of a flow. The cookie stands on the last, whose counters are the rule's.
-    pub(super) fn flow(&mut self, flow: &Flow, nat: Option<NatForm<'_>>, cookie: &[u8; 16]) {
+    pub(super) fn flow(
+        &mut self,
+        flow: &Flow,
+        (nat, header): (Option<NatForm<'_>>, Option<&Program>),
+        cookie: &[u8; 16],
+    ) {
         let keys = PeditKeys::of(flow, nat);
         let nat = nat.filter(|_| flow.has_nat());
         if flow.may_exceed_mtu() {
@@ -234,8 +240,10 @@ impl<'m, 'b> ActionList<'m, 'b> {
             self.bpf(after);
         }
         let update = checksums_to_update(flow, nat);
-        if update != 0 {
-            self.csum(update);
+        match header {
+            Some(program) if flow.is_routed_ipv4() => self.bpf(program),
+            _ if update != 0 => self.csum(update),
+            _ => {}
         }
         if let Some(id) = flow.forward.vlan {
             self.vlan(Vlan::Push(id));

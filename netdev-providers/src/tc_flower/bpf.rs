@@ -1,53 +1,29 @@
-//! Two tiny programs that keep L4 checksums right when a NAT rule runs in software.
-//!
-//! # Why `csum` cannot
-//! `act_csum` computes a checksum anew, and leaves GSO packets alone ("computed after
-//! segmentation"). But the checksum field of such a packet (`CHECKSUM_PARTIAL`) holds the sum of the
-//! pseudo header, with the **old** addresses, which `pedit` does not touch: after an address was
-//! rewritten, every segment leaves with a wrong checksum, unless the next device is one that never
-//! verifies it (veth).
-//!
-//! # What is done instead
-//! `before` the `pedit`, a program takes addresses and ports as they are out of the checksum;
-//! `after` it, another adds them as they are then. No constants of a connection are in the
-//! programs, so there is one per (family, protocol, phase) and process, eight in all, without maps,
-//! and without a branch but for errors. `bpf_l4_csum_replace` knows the four states of a packet
-//! (`inet_proto_csum_replace_by_diff`): the addresses are given with `BPF_F_PSEUDO_HDR`, which
-//! adjusts a `PARTIAL` field as what it is, a pseudo-header sum, and the others as a checksum; the
-//! ports without it, which leaves a `PARTIAL` field alone. `BPF_F_MARK_MANGLED_0` leaves a UDP
-//! checksum of 0 ("none") and never makes one.
-//!
-//! With `CHECKSUM_COMPLETE` the sum over the whole packet is adjusted too. For IPv6 that is wrong,
-//! since no header checksum takes the change of the addresses back, and `BPF_F_IPV6` says so only
-//! to newer kernels; `bpf_csum_update` takes it back on all of them.
-//!
-//! At ingress `act_bpf` pushes the MAC header before it runs a program, so offsets count from it:
-//! the guards keep options and extension headers away, so L4 stands at 14 + 20 or 14 + 40. A VLAN tag
-//! is not in the way: it stands beside the packet (`skb_vlan_untag` in `__netif_receive_skb_core`),
-//! and has been popped before.
+//! The programs of rules and guards in software, and how they are loaded: `nat` keeps L4 checksums right,
+//! `header` does to an IPv4 header what `ip_forward` does, `inspect` leaves to the stack what it would not
+//! forward. None has constants of a connection, or maps: they are loaded once in a process.
 
 use std::ffi::{CStr, c_int};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use self::assembler::Insn;
+use self::nat::Phase;
 use super::uapi::Family;
 use crate::contract::types::L4Proto;
 
-/// Before or after the packet is rewritten.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Before = 0,
-    After = 1,
-}
+mod assembler;
+mod header;
+mod inspect;
+mod nat;
 
 /// A loaded program.
 #[derive(Debug)]
-pub(super) struct NatProgram {
+pub(super) struct Program {
     fd: OwnedFd,
     name: &'static CStr,
 }
 
-impl NatProgram {
+impl Program {
     pub(super) fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
@@ -59,9 +35,13 @@ impl NatProgram {
 
 /// All of them.
 #[derive(Debug)]
-pub(super) struct NatPrograms([NatProgram; 8]);
+pub(super) struct Programs {
+    nat: [Program; 8],
+    header: Program,
+    inspect: [Program; 2],
+}
 
-impl NatPrograms {
+impl Programs {
     /// Loads them.
     ///
     /// # Errors
@@ -70,29 +50,48 @@ impl NatPrograms {
         Self::each(load_program)
     }
 
-    fn each(make: impl Fn(&CStr, &[Insn]) -> io::Result<OwnedFd>) -> io::Result<Self> {
+    fn each(make: impl Fn(u32, &CStr, &[Insn]) -> io::Result<OwnedFd>) -> io::Result<Self> {
         use {Family::*, L4Proto::*, Phase::*};
-        let load = |family, proto, phase, name| {
-            let fd = make(name, &assemble(family, proto, phase))?;
-            Ok::<_, io::Error>(NatProgram { fd, name })
+        let load = |ty, name, program: &[Insn]| {
+            let fd = make(ty, name, program)?;
+            Ok::<_, io::Error>(Program { fd, name })
         };
-        // In the order of `index`.
-        Ok(Self([
-            load(Ipv4, Tcp, Before, c"nat4_tcp_before")?,
-            load(Ipv4, Tcp, After, c"nat4_tcp_after")?,
-            load(Ipv4, Udp, Before, c"nat4_udp_before")?,
-            load(Ipv4, Udp, After, c"nat4_udp_after")?,
-            load(Ipv6, Tcp, Before, c"nat6_tcp_before")?,
-            load(Ipv6, Tcp, After, c"nat6_tcp_after")?,
-            load(Ipv6, Udp, Before, c"nat6_udp_before")?,
-            load(Ipv6, Udp, After, c"nat6_udp_after")?,
-        ]))
+        let nat = |family, proto, phase, name| {
+            load(BPF_PROG_TYPE_SCHED_ACT, name, &nat::assemble(family, proto, phase))
+        };
+        let inspect =
+            |family, name| load(BPF_PROG_TYPE_SCHED_CLS, name, &inspect::assemble(family));
+        Ok(Self {
+            // In the order of `index`.
+            nat: [
+                nat(Ipv4, Tcp, Before, c"nat4_tcp_before")?,
+                nat(Ipv4, Tcp, After, c"nat4_tcp_after")?,
+                nat(Ipv4, Udp, Before, c"nat4_udp_before")?,
+                nat(Ipv4, Udp, After, c"nat4_udp_after")?,
+                nat(Ipv6, Tcp, Before, c"nat6_tcp_before")?,
+                nat(Ipv6, Tcp, After, c"nat6_tcp_after")?,
+                nat(Ipv6, Udp, Before, c"nat6_udp_before")?,
+                nat(Ipv6, Udp, After, c"nat6_udp_after")?,
+            ],
+            header: load(BPF_PROG_TYPE_SCHED_ACT, c"header4", &header::assemble())?,
+            inspect: [inspect(Ipv4, c"inspect4")?, inspect(Ipv6, c"inspect6")?],
+        })
     }
 
-    /// The two that go around the `pedit` of such a flow.
-    pub(super) fn pair(&self, family: Family, proto: L4Proto) -> (&NatProgram, &NatProgram) {
-        let at = |phase| &self.0[index(family, proto, phase)];
+    /// The two that go around the `pedit` of such a flow with NAT.
+    pub(super) fn nat(&self, family: Family, proto: L4Proto) -> (&Program, &Program) {
+        let at = |phase| &self.nat[index(family, proto, phase)];
         (at(Phase::Before), at(Phase::After))
+    }
+
+    /// That of routed IPv4 flows.
+    pub(super) const fn header(&self) -> &Program {
+        &self.header
+    }
+
+    /// That of the guard of a family.
+    pub(super) fn inspect(&self, family: Family) -> &Program {
+        &self.inspect[usize::from(family.is_ipv6())]
     }
 }
 
@@ -102,149 +101,8 @@ fn index(family: Family, proto: L4Proto, phase: Phase) -> usize {
 
 // linux/bpf.h
 const BPF_PROG_LOAD: c_int = 5;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_SCHED_ACT: u32 = 4;
-const BPF_FUNC_L4_CSUM_REPLACE: i32 = 11;
-const BPF_FUNC_SKB_LOAD_BYTES: i32 = 26;
-const BPF_FUNC_CSUM_DIFF: i32 = 28;
-const BPF_FUNC_CSUM_UPDATE: i32 = 40;
-const BPF_F_PSEUDO_HDR: i32 = 1 << 4;
-const BPF_F_MARK_MANGLED_0: i32 = 1 << 5;
-const TC_ACT_OK: i32 = 0;
-const TC_ACT_SHOT: i32 = 2;
-const TC_ACT_PIPE: i32 = 3;
-
-/// Registers: results come in R0, R1 to R5 are arguments, R6 to R9 survive calls, R10 is the end
-/// of the stack frame.
-#[derive(Clone, Copy)]
-#[repr(u8)]
-enum Reg {
-    R0 = 0,
-    R1,
-    R2,
-    R3,
-    R4,
-    R5,
-    R6,
-    R7,
-    R10 = 10,
-}
-use Reg::*;
-
-/// `struct bpf_insn`: code, the two registers, offset, immediate.
-type Insn = [u8; 8];
-
-fn insn(code: u8, dst: Reg, src: Reg, off: i16, imm: i32) -> Insn {
-    let (dst, src) = (dst as u8, src as u8);
-    // Two bit fields of four bits, dst first: the lower half of the byte where the least
-    // significant come first.
-    let regs = if cfg!(target_endian = "little") { src << 4 | dst } else { dst << 4 | src };
-    let ([o0, o1], [i0, i1, i2, i3]) = (off.to_ne_bytes(), imm.to_ne_bytes());
-    [code, regs, o0, o1, i0, i1, i2, i3]
-}
-
-/// The few instructions that the programs are made of.
-struct Assembler(Vec<Insn>);
-
-impl Assembler {
-    /// `dst = src`
-    fn mov(&mut self, dst: Reg, src: Reg) {
-        self.0.push(insn(0xbf, dst, src, 0, 0)); // BPF_ALU64 | BPF_MOV | BPF_X
-    }
-    /// `dst = imm`
-    fn set(&mut self, dst: Reg, imm: i32) {
-        self.0.push(insn(0xb7, dst, R0, 0, imm)); // BPF_ALU64 | BPF_MOV | BPF_K
-    }
-    /// `dst = end of the stack frame - below`
-    fn stack(&mut self, dst: Reg, below: i32) {
-        self.mov(dst, R10);
-        self.0.push(insn(0x07, dst, R0, 0, -below)); // BPF_ALU64 | BPF_ADD | BPF_K
-    }
-    fn call(&mut self, function: i32) {
-        self.0.push(insn(0x85, R0, R0, 0, function)); // BPF_JMP | BPF_CALL
-    }
-    /// `if R0 != 0 { return verdict }`
-    fn give_up_on_error(&mut self, verdict: i32) {
-        self.0.push(insn(0x15, R0, R0, 2, 0)); // BPF_JMP | BPF_JEQ | BPF_K, over the next two
-        self.ret(verdict);
-    }
-    fn ret(&mut self, verdict: i32) {
-        self.set(R0, verdict);
-        self.0.push(insn(0x95, R0, R0, 0, 0)); // BPF_JMP | BPF_EXIT
-    }
-
-    /// Loads `len` bytes of the packet onto the stack and leaves in R7 what they are to add to the
-    /// sum: `-bytes` before, `+bytes` after.
-    fn diff(&mut self, phase: Phase, at: i32, len: i32, on_error: i32) {
-        self.mov(R1, R6);
-        self.set(R2, at);
-        self.stack(R3, len);
-        self.set(R4, len);
-        self.call(BPF_FUNC_SKB_LOAD_BYTES);
-        self.give_up_on_error(on_error);
-        // bpf_csum_diff(from, from_size, to, to_size, seed)
-        match phase {
-            Phase::Before => {
-                self.stack(R1, len);
-                self.set(R2, len);
-                self.set(R3, 0);
-                self.set(R4, 0);
-            }
-            Phase::After => {
-                self.set(R1, 0);
-                self.set(R2, 0);
-                self.stack(R3, len);
-                self.set(R4, len);
-            }
-        }
-        self.set(R5, 0);
-        self.call(BPF_FUNC_CSUM_DIFF);
-        self.mov(R7, R0);
-    }
-
-    /// Adds R7 to the checksum at `at`.
-    fn replace(&mut self, at: i32, flags: i32, on_error: i32) {
-        self.mov(R1, R6);
-        self.set(R2, at);
-        self.set(R3, 0);
-        self.mov(R4, R7);
-        self.set(R5, flags);
-        self.call(BPF_FUNC_L4_CSUM_REPLACE);
-        self.give_up_on_error(on_error);
-    }
-}
-
-fn assemble(family: Family, proto: L4Proto, phase: Phase) -> Vec<Insn> {
-    const ETH_HLEN: i32 = 14;
-    let (addresses, addresses_len, l4) = if family.is_ipv6() {
-        (ETH_HLEN + 8, 32, ETH_HLEN + 40)
-    } else {
-        (ETH_HLEN + 12, 8, ETH_HLEN + 20)
-    };
-    let (check, keep_zero) = match proto {
-        L4Proto::Tcp => (l4 + 16, 0),
-        L4Proto::Udp => (l4 + 6, BPF_F_MARK_MANGLED_0),
-    };
-    // Before, nothing is changed yet: a packet too short for a checksum, or no memory, and the
-    // packet goes the slow way. After, it cannot fail any more (the same bytes have just been made
-    // writable); a packet half rewritten must not go on.
-    let on_error = match phase {
-        Phase::Before => TC_ACT_OK,
-        Phase::After => TC_ACT_SHOT,
-    };
-    let mut a = Assembler(Vec::with_capacity(64));
-    a.mov(R6, R1);
-    a.diff(phase, addresses, addresses_len, on_error);
-    a.replace(check, BPF_F_PSEUDO_HDR | keep_zero, on_error);
-    if family.is_ipv6() {
-        a.mov(R1, R6);
-        a.mov(R2, R7);
-        a.call(BPF_FUNC_CSUM_UPDATE); // ENOTSUPP unless CHECKSUM_COMPLETE
-    }
-    a.diff(phase, l4, 4, on_error);
-    a.replace(check, keep_zero, on_error);
-    a.ret(TC_ACT_PIPE);
-    a.0
-}
 
 /// `union bpf_attr` of `BPF_PROG_LOAD`, as far as it is used.
 #[repr(C)]
@@ -262,9 +120,9 @@ struct ProgLoad {
     prog_name: [u8; 16],
 }
 
-fn load_program(name: &CStr, insns: &[Insn]) -> io::Result<OwnedFd> {
+fn load_program(prog_type: u32, name: &CStr, insns: &[Insn]) -> io::Result<OwnedFd> {
     let mut attr = ProgLoad {
-        prog_type: BPF_PROG_TYPE_SCHED_ACT,
+        prog_type,
         insn_cnt: u32::try_from(insns.len()).unwrap_or(u32::MAX),
         insns: insns.as_ptr().expose_provenance() as u64,
         license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
@@ -313,5 +171,7 @@ fn bpf_prog_load(attr: &ProgLoad) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+#[cfg(test)]
+mod machine;
 #[cfg(test)]
 pub(super) mod tests;

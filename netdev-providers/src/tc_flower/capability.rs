@@ -12,8 +12,9 @@ use tracing::debug;
 
 use super::actions::{Action, ActionList, NatForm};
 use super::hook::Hook;
+use super::plan::needs_programs;
 use super::prios::Use;
-use super::probe::{Found, Guards};
+use super::probe::{Found, Guards, Mode};
 use super::rule::{self, Form, Place};
 use super::uapi::*;
 use crate::contract::flow::{Above, Flow, FlowMatch, Forward, MacRewrite};
@@ -154,6 +155,25 @@ impl Capabilities {
             .collect()
     }
 
+    /// What the guards tell apart and rules set, where rules run: known without a trial.
+    pub(super) fn by_nature(mode: Mode) -> [Capability; 3] {
+        let line = |name: &str, hardware: Result<(), &str>| Capability {
+            name: name.to_owned(),
+            software: mode.has_software().then_some(Ok(())),
+            hardware: mode.has_hardware().then(|| hardware.map_err(str::to_owned)),
+        };
+        [
+            line("guard ttl", Ok(())),
+            line(
+                "guard options, header checksum, lengths",
+                Err(
+                    "flower has no keys for them: what the NIC does with such packets is its own affair",
+                ),
+            ),
+            line("skb priority by tos", Err("no packet of the host's, and no qdisc on the way")),
+        ]
+    }
+
     /// Why a flow need not be tried: every place in which its shape was tried refused it.
     pub(super) fn refusal(&self, flow: &Flow) -> Option<Rejection> {
         Shape::of(flow).find_map(|shape| self.refusal_of(shape))
@@ -216,17 +236,21 @@ impl Trials<'_> {
         let places = shape.places(found);
         let [software, hardware] = self.both(shape.family(), places, |m, flags| {
             let (buf, seq, place, handle) = m;
-            let nat = match (shape.does, flags) {
-                (Does::Nothing | Does::Untag | Does::Tag, _) => None,
-                (Does::Nat, TCA_CLS_FLAGS_SKIP_SW) => Some(NatForm::Hardware),
-                (Does::Nat, _) => {
+            let (nat, header) = match (shape.does, flags) {
+                (Does::Nat, TCA_CLS_FLAGS_SKIP_SW) => (Some(NatForm::Hardware), None),
+                (_, TCA_CLS_FLAGS_SKIP_SW) => (None, None),
+                _ if !needs_programs(&flow) => (None, None),
+                (does, _) => {
                     // Without programs there is nothing to try; why not is known already.
-                    let Ok(programs) = &found.nat else { return false };
-                    let (before, after) = programs.pair(shape.family(), shape.proto);
-                    Some(NatForm::Software { before, after })
+                    let Ok(programs) = found.rule_programs() else { return false };
+                    let nat = (does == Does::Nat).then(|| {
+                        let (before, after) = programs.nat(shape.family(), shape.proto);
+                        NatForm::Software { before, after }
+                    });
+                    (nat, flow.is_routed_ipv4().then(|| programs.header()))
                 }
             };
-            let form = Form { flags, nat, percpu_stats: found.percpu_stats(flags) };
+            let form = Form { flags, nat, header, percpu_stats: found.percpu_stats(flags) };
             rule::add(buf, seq, place, handle, &flow, cookie, form);
             true
         })?;
@@ -315,7 +339,6 @@ pub(super) fn trial_flow(ifindex: Ifindex, shape: Shape) -> Flow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tc_flower::probe::Mode;
     use nix::errno::Errno;
 
     #[test]
@@ -441,6 +464,20 @@ mod tests {
             let flow = |shape| trial_flow(Ifindex::new(7).unwrap(), shape);
             assert_eq!(found.refusal(&flow(plain)), None);
             assert_eq!(found.refusal(&flow(shape)).unwrap().detail, Some("no tags".into()));
+        }
+    }
+
+    #[test]
+    fn what_hardware_does_not_tell_apart_is_said_where_there_is_hardware() {
+        for (mode, software, hardware) in [
+            (Mode::Software, Some(true), [None; 3]),
+            (Mode::Hardware, None, [Some(true), Some(false), Some(false)]),
+            (Mode::Both, Some(true), [Some(true), Some(false), Some(false)]),
+        ] {
+            let lines = Capabilities::by_nature(mode);
+            let yes = |a: &Option<Result<(), String>>| a.as_ref().map(Result::is_ok);
+            assert_eq!(lines.each_ref().map(|l| yes(&l.hardware)), hardware, "{mode:?}");
+            assert_eq!(lines.each_ref().map(|l| yes(&l.software)), [software; 3], "{mode:?}");
         }
     }
 

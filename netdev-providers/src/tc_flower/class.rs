@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tracing::{debug, info};
 
-use super::bpf::NatPrograms;
+use super::bpf::Programs;
 use super::handles::MAX_LANES;
 use super::hook::Hook;
 use super::occupants;
@@ -64,7 +64,7 @@ const DEFAULT_WRITERS: usize = 4;
 pub struct TcFlowerClass {
     config: TcFlowerConfig,
     /// Loaded at the first bind that succeeds in it.
-    nat: Mutex<Option<Arc<NatPrograms>>>,
+    programs: Mutex<Option<Arc<Programs>>>,
     /// Where writers run that are not alone. Made at the first bind.
     threads: OnceLock<Arc<Threads>>,
 }
@@ -81,13 +81,15 @@ impl TcFlowerClass {
         Arc::clone(self.threads.get_or_init(make))
     }
 
-    fn nat_programs(&self) -> Result<Arc<NatPrograms>, String> {
-        let mut loaded = self.nat.lock().unwrap_or_else(PoisonError::into_inner);
+    fn programs(&self) -> Result<Arc<Programs>, String> {
+        let mut loaded = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
         match &*loaded {
             Some(programs) => Ok(Arc::clone(programs)),
             None => {
-                let programs = NatPrograms::load().map(Arc::new).map_err(|e| {
-                    format!("the bpf system call does not load the NAT programs: {e}")
+                let programs = Programs::load().map(Arc::new).map_err(|e| {
+                    format!(
+                        "the bpf system call does not load the programs of rules and guards: {e}"
+                    )
                 })?;
                 *loaded = Some(Arc::clone(&programs));
                 Ok(programs)
@@ -132,7 +134,7 @@ impl ProviderClass for TcFlowerClass {
                 hw_flags: netdev.hw_flags,
                 prio_base: self.config.prio_base,
                 percpu_stats: self.config.percpu_stats,
-                nat: self.nat_programs(),
+                programs: self.programs(),
             },
         )
         .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;

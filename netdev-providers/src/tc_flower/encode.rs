@@ -12,9 +12,11 @@ use crate::contract::flow::FlowMatch;
 use crate::contract::types::L4Proto;
 use crate::netlink::wire::Message;
 
-/// FIN, SYN and RST (`enum` of TCP flags as flower sees them: bytes 12 and 13 of the TCP header
-/// with the data offset masked off): these belong to conntrack.
-const TCP_FLAGS_FOR_CONNTRACK: u16 = 0x0007;
+/// FIN, SYN, RST and ACK (TCP flags as flower sees them: bytes 12 and 13 of the TCP header with the data
+/// offset masked off): the first three belong to conntrack, and what has not even the last, or a header
+/// that is cut short, whose flags flower reads as 0, conntrack calls invalid (`tcp_error`).
+const TCP_FLAGS: u16 = 0x0017;
+const ONLY_ACK: u16 = 0x0010;
 
 /// Writes the keys into the options of a flower rule.
 pub(super) fn flow_keys(m: &mut Message<'_>, flow: &FlowMatch) {
@@ -67,7 +69,7 @@ pub(super) fn flow_keys(m: &mut Message<'_>, flow: &FlowMatch) {
     m.be32(TCA_FLOWER_KEY_FLAGS, 0);
     m.be32(TCA_FLOWER_KEY_FLAGS_MASK, TCA_FLOWER_KEY_FLAGS_IS_FRAGMENT);
     if tuple.proto() == L4Proto::Tcp {
-        m.be16(TCA_FLOWER_KEY_TCP_FLAGS, 0);
-        m.be16(TCA_FLOWER_KEY_TCP_FLAGS_MASK, TCP_FLAGS_FOR_CONNTRACK);
+        m.be16(TCA_FLOWER_KEY_TCP_FLAGS, ONLY_ACK);
+        m.be16(TCA_FLOWER_KEY_TCP_FLAGS_MASK, TCP_FLAGS);
     }
 }

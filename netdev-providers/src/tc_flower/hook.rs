@@ -283,16 +283,18 @@ impl Hook {
         self.forgive_absence(deleted)
     }
 
-    /// Deletes one u32 rule. That there is none is success.
-    pub(super) fn delete_u32(
+    /// Deletes one rule of another classifier. That there is none is success.
+    pub(super) fn delete_of_kind(
         &mut self,
         prio: Prio,
         family: Family,
         handle: Handle,
+        kind: &str,
     ) -> Result<(), NetlinkError> {
+        let kind = [kind.as_bytes(), b"\0"].concat();
         let deleted = self.request(|buf, seq, ifindex| {
             let place = Place { ifindex, prio, family };
-            rule::delete_of_kind(buf, seq, place, handle, b"u32\0");
+            rule::delete_of_kind(buf, seq, place, handle, &kind);
             rule::ask_for_ack(buf, 0);
         });
         self.forgive_absence(deleted)

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use tracing::{debug, warn};
 
 use super::hook::{Hook, means_no_such_rule};
-use super::plan::Plan;
+use super::plan::{Plan, needs_programs};
 use super::probe::Mode;
 use super::rule::{self, Place, rule_id};
 use super::template::{Subject, Templates};
@@ -244,16 +244,16 @@ impl Lane {
                 return None;
             }
             What::Add { flow, software, nic_said, .. }
-                if flow.has_nat()
+                if needs_programs(flow)
                     && !*software
                     && plan.found.mode == Mode::Both
-                    && plan.found.nat.is_ok()
+                    && plan.found.rule_programs().is_ok()
                     && !matches!(e.errno, Errno::EEXIST | Errno::ENODEV) =>
             {
                 *software = true;
-                let words = e.to_string();
+                let words = e.extack.clone().unwrap_or_else(|| e.to_string().into());
                 plan.nic_refused(&words);
-                *nic_said = Some(words.into());
+                *nic_said = Some(words);
                 return Some(p);
             }
             What::Add { flow, .. } => {
@@ -273,12 +273,14 @@ impl Lane {
                     },
                     _ => {
                         let mut why = Rejection::from(e);
-                        if let (Mode::Both, true, Err(no_nat)) =
-                            (plan.found.mode, flow.has_nat(), &plan.found.nat)
+                        if let (Mode::Both, true, Err(no_programs)) =
+                            (plan.found.mode, needs_programs(flow), plan.found.rule_programs())
                         {
                             let nic = why.to_string();
-                            why.reason = Reason::NatChecksum;
-                            why.detail = Some(format!("{no_nat}; in hardware: {nic}").into());
+                            if flow.has_nat() {
+                                why.reason = Reason::NatChecksum;
+                            }
+                            why.detail = Some(format!("{no_programs}; in hardware: {nic}").into());
                         }
                         if plan.found.mode == Mode::Hardware
                             && matches!(why.reason, Reason::Unsupported | Reason::Refused)

@@ -5,12 +5,12 @@
 //! clsact of the port, ingress, chain 0
 //!   other people's filters                        (lower prios: asked first)
 //!   prio base+0 ip, +1 ipv6   flower, skip_sw     TTL 0 and 1: pass       (hardware ports)
-//!   prio base+2 ip, +3 ipv6   u32, skip_hw        TTL, options, ...: pass (software ports)
+//!   prio base+2 ip, +3 ipv6   bpf, skip_hw        TTL, options, ...: pass (software ports)
 //!   prio base+4 ip, +5 ipv6   flower              one rule per flow
 //!   prio base+6 to +11        802.1q              the same three for tagged frames
 //! ```
-//! A flow's rule matches the exact tuple, unfragmented, and of TCP only segments without SYN, FIN and
-//! RST; it takes the VLAN tag off, rewrites MAC addresses, addresses and ports, takes one off the TTL,
+//! A flow's rule matches the exact tuple, unfragmented, and of TCP only segments with ACK and without SYN,
+//! FIN and RST; it takes the VLAN tag off, rewrites MAC addresses, addresses and ports, takes one off the TTL,
 //! puts a VLAN tag on and redirects to the egress netdev. Everything else goes up the stack as if there were no rules.
 //!
 //! A port that is bound again after its engine died finds the old rules where it would put its own:
@@ -23,21 +23,21 @@
 //!   ([`Reason::MtuMismatch`](crate::Reason::MtuMismatch)).
 //! * **VLAN.** One 802.1Q tag is matched, taken off, put on; a frame with two is none of ours. What
 //!   arrives tagged with any priority leaves with priority 0.
-//! * **Options and extension headers** are told apart by the u32 guards, in software only. What a NIC
-//!   does with them is its own affair: see `guard.rs`.
+//! * **Options and extension headers, wrong header checksums and lengths** are told apart by the guards, in
+//!   software only: the stack gets what it would drop, cut, answer, or call invalid. What a NIC does with
+//!   them is its own affair: see `guard.rs`. A wrong L4 checksum is looked for nowhere, and stays wrong in
+//!   software; a NIC that computes it anew (NAT) makes it right.
 //! * **A NIC that says no.** On a port for hardware and software a rule that the NIC refuses is in
 //!   software only, and reads back `not_in_hw`; what the driver said is kept with the rule, and for the
-//!   port (rules ask for it, `verbose`). On a port for hardware only it is refused, in these words.
+//!   port (rules that stand in both ask for it, `verbose`). On a port for hardware only it is refused, in these words.
 //! * **TTL.** A port is used for hardware only if the NIC takes the guard for TTL 0 and 1.
-//! * **NAT.** A rule is either for hardware (`skip_sw`, the NIC computes checksums) or for software
-//!   (`skip_hw`, two BPF programs keep them right: see `bpf.rs`); on a port with hardware the former
-//!   is tried first. Without act_bpf and bpf() there is none in software
-//!   ([`Reason::NatChecksum`](crate::Reason::NatChecksum)).
+//! * **NAT, and routed IPv4.** A rule is either for hardware (`skip_sw`, the NIC computes checksums) or for
+//!   software (`skip_hw`, BPF programs keep them right, and set `skb->priority` from the ToS as
+//!   `ip_forward` does: see `bpf.rs`); on a port with hardware the former is tried first. Without act_bpf
+//!   there is none in software ([`Reason::NatChecksum`](crate::Reason::NatChecksum),
+//!   [`Reason::Unsupported`](crate::Reason::Unsupported)), and without cls_bpf and bpf() no guard.
 //! * **The last data of a TCP connection** often stands in a segment with FIN and goes the slow way:
 //!   conntrack must let it pass (TCP liberal), although it has not seen what came before.
-//! * **The IPv4 header checksum** is computed anew when the TTL is decremented, so a header that
-//!   arrives with a wrong one leaves with a right one; the slow path would drop it. Likewise a TCP
-//!   header that is cut short, or says a length below 20, is forwarded: flower sees no flags in it.
 //! * **A device below a `redirect`** that is down drops: whoever adds rules must delete them when the
 //!   egress netdev goes down.
 //! * Packets with `CHECKSUM_COMPLETE` over IPv6 leave with the sum of the old hop limit, as with any
@@ -45,7 +45,7 @@
 //!
 //! # How the code is cut
 //! `uapi` numbers of the kernel headers, `prios` where rules stand, `encode` match keys, `actions`,
-//! `bpf` the checksum programs, `guard`, `rule` whole messages, `template` the same without encoding
+//! `bpf` the programs, `guard`, `rule` whole messages, `template` the same without encoding
 //! them anew, `parse` dumps, `same` whether a dumped rule is what we would write, `hook` requests on one
 //! netdev, `probe` what bind does, `occupants` what it finds there, `capability` what it finds out, `plan` what that means for a flow,
 //! `handles`, `writer` a batch from the queue to its results, `lane` one of the sockets that it goes through, `upkeep` what concerns all rules of a

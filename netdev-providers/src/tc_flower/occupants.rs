@@ -137,7 +137,11 @@ pub(super) fn clear(
                     }
                 }
             }
-            Some((what @ (Use::HardwareGuards | Use::SoftwareGuards), ..)) => {
+            // Of another kind of classifier than ours nothing can stand there beside ours: guards of
+            // another version fall before ours stand.
+            Some((what @ (Use::HardwareGuards | Use::SoftwareGuards), ..))
+                if o.kind == guard::kind(what) =>
+            {
                 let handles = o.ours.iter().filter_map(|&(h, _)| handle(h)).collect();
                 left.guards.push((what, family, prio, handles));
             }
@@ -148,10 +152,7 @@ pub(super) fn clear(
                     continue;
                 }
                 for h in o.ours.iter().filter_map(|&(h, _)| handle(h)) {
-                    match o.kind.as_str() {
-                        "u32" => hook.delete_u32(prio, family, h)?,
-                        _ => hook.delete(prio, family, h)?,
-                    }
+                    hook.delete_of_kind(prio, family, h, &o.kind)?;
                 }
             }
         }

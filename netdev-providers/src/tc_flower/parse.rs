@@ -48,6 +48,8 @@ impl<'a> Filter<'a> {
     fn actions(&self) -> impl Iterator<Item = Action<'a>> + use<'a> {
         let list = match self.kind {
             "flower" => Some(TCA_FLOWER_ACT),
+            "bpf" => Some(TCA_BPF_ACT),
+            // Guards of earlier versions.
             "u32" => Some(TCA_U32_ACT),
             _ => None,
         };
@@ -184,6 +186,7 @@ mod tests {
         let mark = cookie.to_bytes();
         assert_eq!(counted("flower", TCA_FLOWER_ACT, mark, None), told(3));
         assert_eq!(counted("u32", TCA_U32_ACT, mark, None), told(3));
+        assert_eq!(counted("bpf", TCA_BPF_ACT, mark, None), told(3));
         // More than 32 bits of packets.
         assert_eq!(counted("flower", TCA_FLOWER_ACT, mark, Some(5 << 32)), told(5 << 32));
         assert_eq!(counted("flower", TCA_FLOWER_ACT, [1; 16], None), None, "somebody else's");

@@ -46,11 +46,12 @@ impl Plan {
                 format!("MTU {from} on arrival, {to} on departure, and {why}"),
             ));
         }
-        if flow.has_nat()
+        if needs_programs(flow)
             && self.is_for_software(flow)
-            && let Err(why) = &found.nat
+            && let Err(why) = found.rule_programs()
         {
-            return Err(Rejection::with_detail(Reason::NatChecksum, why.as_str()));
+            let reason = if flow.has_nat() { Reason::NatChecksum } else { Reason::Unsupported };
+            return Err(Rejection::with_detail(reason, why));
         }
         // In the kernel's or the driver's words.
         self.found.capabilities.refusal(flow).map_or(Ok(()), Err)
@@ -64,21 +65,30 @@ impl Plan {
             || (flow.matches.vlan.is_some() && !self.found.tagged_in_hw)
     }
 
-    /// The form of a flow's rule. A NAT rule is either for hardware or for software, since their
-    /// checksums are kept right in different ways; `software` asks for the latter.
+    /// The form of a flow's rule. One that needs programs in software is either for hardware or for
+    /// software; `software` asks for the latter.
     pub(super) fn form(&self, flow: &Flow, software: bool) -> Form<'_> {
-        let form = |flags, nat| Form { flags, nat, percpu_stats: self.found.percpu_stats(flags) };
-        if !flow.has_nat() {
+        let form = |flags, nat, header| Form {
+            flags,
+            nat,
+            header,
+            percpu_stats: self.found.percpu_stats(flags),
+        };
+        if !needs_programs(flow) {
             let flags = if software { TCA_CLS_FLAGS_SKIP_HW } else { self.found.mode.flags() };
-            return form(flags, None);
+            return form(flags, None, None);
         }
-        match &self.found.nat {
+        match self.found.rule_programs() {
             Ok(programs) if software => {
-                let family = Family::of(&flow.matches);
-                let (before, after) = programs.pair(family, flow.matches.tuple.proto());
-                form(TCA_CLS_FLAGS_SKIP_HW, Some(NatForm::Software { before, after }))
+                let nat = flow.has_nat().then(|| {
+                    let family = Family::of(&flow.matches);
+                    let (before, after) = programs.nat(family, flow.matches.tuple.proto());
+                    NatForm::Software { before, after }
+                });
+                let header = flow.is_routed_ipv4().then(|| programs.header());
+                form(TCA_CLS_FLAGS_SKIP_HW, nat, header)
             }
-            _ => form(TCA_CLS_FLAGS_SKIP_SW, Some(NatForm::Hardware)),
+            _ => form(TCA_CLS_FLAGS_SKIP_SW, flow.has_nat().then_some(NatForm::Hardware), None),
         }
     }
 
@@ -97,10 +107,15 @@ impl Plan {
             Mode::Software => Some(false),
             Mode::Hardware => Some(true),
             Mode::Both if software => Some(false),
-            Mode::Both if flow.has_nat() => Some(true),
+            Mode::Both if needs_programs(flow) => Some(true),
             Mode::Both => None,
         }
     }
+}
+
+/// True when the flow's rule in software has actions that no NIC takes: it is another than in hardware.
+pub(super) fn needs_programs(flow: &Flow) -> bool {
+    flow.has_nat() || flow.is_routed_ipv4()
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use tracing::debug;
 
 use super::actions::{Action, ActionList, NatForm};
-use super::bpf::NatPrograms;
+use super::bpf::Programs;
 use super::capability::{Capabilities, Shape, trial_flow};
 use super::guard::{self, is_guard};
 use super::hook::Hook;
@@ -27,7 +27,7 @@ pub(super) struct Wanted {
     pub(super) hw_flags: HwFlags,
     pub(super) prio_base: u16,
     pub(super) percpu_stats: bool,
-    pub(super) nat: Result<Arc<NatPrograms>, String>,
+    pub(super) programs: Result<Arc<Programs>, String>,
 }
 
 /// Where the rules of a port run. Resolved at bind: hardware only counts where the NIC has taken a
@@ -69,7 +69,10 @@ pub(super) struct Found {
     pub(super) made_qdisc: bool,
     /// Whether actions that run in software count per processor.
     percpu_stats: bool,
-    pub(super) nat: Result<Arc<NatPrograms>, String>,
+    /// Those of guards and rules, or why they could not be loaded.
+    pub(super) programs: Result<Arc<Programs>, String>,
+    /// Why rules in software have none, where that is so.
+    pub(super) act_bpf: Result<(), String>,
     /// What rules it takes, and in which form.
     pub(super) capabilities: Capabilities,
     /// Flows' rules of dead engines, which go on forwarding.
@@ -99,6 +102,12 @@ impl Found {
         self.percpu_stats && flags & TCA_CLS_FLAGS_SKIP_SW == 0
     }
 
+    /// The programs that rules in software have.
+    pub(super) fn rule_programs(&self) -> Result<&Programs, &str> {
+        let programs = self.programs.as_deref().map_err(String::as_str)?;
+        self.act_bpf.as_ref().map(|()| programs).map_err(String::as_str)
+    }
+
     /// The families whose guards stand at a prio of this use.
     fn guarded(&self, what: Use) -> impl Iterator<Item = Family> {
         let found = Family::ALL.map(|f| (f, self.has_guards_at(what, f)));
@@ -110,7 +119,7 @@ impl Found {
 impl Found {
     /// Of a netdev that takes everything there, in this mode.
     pub(super) fn everything(mode: Mode) -> Self {
-        let nat = super::bpf::tests::not_loaded();
+        let programs = super::bpf::tests::not_loaded();
         Self {
             prios: Prios::new(0xc100).expect("it fits"),
             mode,
@@ -118,7 +127,8 @@ impl Found {
             qdisc_kind: "clsact".to_owned(),
             made_qdisc: true,
             percpu_stats: true,
-            nat: Ok(Arc::new(nat)),
+            programs: Ok(Arc::new(programs)),
+            act_bpf: Ok(()),
             capabilities: Capabilities::default(),
             left: Vec::new(),
             vlan: Ok(()),
@@ -200,7 +210,8 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
         qdisc_kind: qdisc.kind,
         made_qdisc: *made_qdisc,
         percpu_stats: wanted.percpu_stats,
-        nat: wanted.nat.clone(),
+        programs: wanted.programs.clone(),
+        act_bpf: Ok(()),
         capabilities: Capabilities::default(),
         left: left.flows.clone(),
         vlan: Ok(()),
@@ -238,14 +249,15 @@ fn install(
         }
     }
     if found.mode.has_software() {
-        software_guards(hook, found, guards, Family::UNTAGGED).map_err(|e| {
+        let programs = found.programs.as_ref().map_err(|e| BindError::Declined(e.clone()))?;
+        software_guards(hook, found, programs, guards, Family::UNTAGGED).map_err(|e| {
             // "TC classifier not found", or "Failed to load TC action module".
             let module = if e.to_string().contains("action") {
                 Action::Gact.module()
             } else {
-                "cls_u32: CONFIG_NET_CLS_U32"
+                "cls_bpf: CONFIG_NET_CLS_BPF"
             };
-            missing("u32", e, module)
+            missing("bpf", e, module)
         })?;
         try_rules(hook, found, guards)?;
         tagged_software_guards(hook, found, guards);
@@ -257,9 +269,9 @@ fn install(
     for (what, family, prio, handles) in &left.guards {
         let cleared = match what {
             _ if !found.has_guards_at(*what, *family) => hook.delete_all(*prio, *family),
-            Use::SoftwareGuards => {
-                handles.iter().try_for_each(|&h| hook.delete_u32(*prio, *family, h))
-            }
+            Use::SoftwareGuards => handles
+                .iter()
+                .try_for_each(|&h| hook.delete_of_kind(*prio, *family, h, guard::kind(*what))),
             _ => Ok(()),
         };
         cleared.map_err(|e| failed("removing the guards of a dead engine", e))?;
@@ -294,7 +306,8 @@ fn tagged_software_guards(hook: &mut Hook, found: &mut Found, guards: Guards) {
     if found.vlan.is_err() {
         return;
     }
-    if let Err(e) = software_guards(hook, found, guards, Family::TAGGED) {
+    let Ok(programs) = found.programs.clone() else { return };
+    if let Err(e) = software_guards(hook, found, &programs, guards, Family::TAGGED) {
         take_down(hook, found, Use::SoftwareGuards, Family::TAGGED);
         found.vlan = Err(format!("the kernel does not take a guard for tagged frames: {e}"));
     }
@@ -321,7 +334,8 @@ pub(super) fn put_up_guards(
 ) -> Result<(), NetlinkError> {
     let none = Left::default();
     hardware_guards(hook, found, guards, &none, found.guarded(Use::HardwareGuards))?;
-    software_guards(hook, found, guards, found.guarded(Use::SoftwareGuards))
+    let Ok(programs) = &found.programs else { return Ok(()) };
+    software_guards(hook, found, programs, guards, found.guarded(Use::SoftwareGuards))
 }
 
 /// Gives the NIC the guards that it should have, whether or not it has them.
@@ -373,23 +387,22 @@ fn hardware_guards(
 fn software_guards(
     hook: &mut Hook,
     found: &Found,
+    programs: &Programs,
     guards: Guards,
     families: impl IntoIterator<Item = Family>,
 ) -> Result<(), NetlinkError> {
     for family in families {
         let prio = found.prios.of(Use::SoftwareGuards, family);
-        for &knode in guard::knodes(family) {
-            hook.request(|buf, seq, ifindex| {
-                guard::u32(buf, seq, ifindex, prio, family, knode, guards.cookie());
-            })?;
-        }
+        hook.request(|buf, seq, ifindex| {
+            let program = programs.inspect(family);
+            guard::software(buf, seq, ifindex, prio, family, program, guards.cookie());
+        })?;
     }
     Ok(())
 }
 
-/// Tries a rule with every key and action of each family, and takes it away again. Without the
-/// programs for NAT, or without `act_bpf`, `act_vlan` or `act_police`, the port still serves the
-/// flows that do not need them.
+/// Tries a rule with every key and action of each family, and takes it away again. Without
+/// `act_bpf`, `act_vlan` or `act_police`, the port still serves the flows that do not need them.
 fn try_rules(hook: &mut Hook, found: &mut Found, guards: Guards) -> Result<(), BindError> {
     for family in Family::UNTAGGED {
         let trial = |nat| trial_flow(hook.ifindex, Shape::new(family.is_ipv6(), L4Proto::Tcp, nat));
@@ -398,10 +411,10 @@ fn try_rules(hook: &mut Hook, found: &mut Found, guards: Guards) -> Result<(), B
             let module = name_missing(hook, found, guards, family);
             return Err(missing("flower", e, module));
         }
-        if found.nat.is_ok()
+        if found.act_bpf.is_ok()
             && let Err(e) = try_rule(hook, found, guards, &translated)
         {
-            found.nat = Err(format!(
+            found.act_bpf = Err(format!(
                 "the kernel does not take the bpf action (act_bpf: CONFIG_NET_ACT_BPF): {e}"
             ));
         }
@@ -431,16 +444,19 @@ fn try_rule(
     let family = Family::of(&flow.matches);
     let prio = found.prios.of(Use::Flows, family);
     let handle = Handle(NonZeroU32::MAX);
-    let nat = match &found.nat {
+    // Those without NAT are tried without programs, so that what else is missing is told apart.
+    let (nat, header) = match &found.programs {
         Ok(programs) if flow.has_nat() => {
-            let (before, after) = programs.pair(family, L4Proto::Tcp);
-            Some(NatForm::Software { before, after })
+            let (before, after) = programs.nat(family, L4Proto::Tcp);
+            let header = flow.is_routed_ipv4().then(|| programs.header());
+            (Some(NatForm::Software { before, after }), header)
         }
-        _ => None,
+        _ => (None, None),
     };
     let form = Form {
         flags: TCA_CLS_FLAGS_SKIP_HW,
         nat,
+        header,
         percpu_stats: found.percpu_stats(TCA_CLS_FLAGS_SKIP_HW),
     };
     hook.request(|buf, seq, ifindex| {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 
+use super::capability::Capabilities;
 use super::guard;
 use super::hook::Hook;
 use super::parse::Filter;
@@ -162,7 +163,10 @@ impl Provider for TcFlower {
     }
 
     fn capabilities(&self) -> Vec<Capability> {
-        self.plan.found.capabilities.table()
+        let found = &self.plan.found;
+        let mut all = found.capabilities.table();
+        all.extend(Capabilities::by_nature(found.mode));
+        all
     }
 
     fn describe(&self) -> String {
@@ -181,9 +185,9 @@ impl Provider for TcFlower {
         let whose = if found.made_qdisc { "ours" } else { "not ours" };
         text += &format!("; prios {}; {} qdisc, {whose}", found.prios, found.qdisc_kind);
         if found.mode.has_software()
-            && let Err(why) = &found.nat
+            && let Err(why) = found.rule_programs()
         {
-            text += &format!("; no NAT: {why}");
+            text += &format!("; no NAT in software, and no IPv4: {why}");
         }
         if let Err(why) = &found.vlan {
             text += &format!("; no VLAN tags: {why}");

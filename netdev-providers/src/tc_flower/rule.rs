@@ -1,6 +1,7 @@
 //! Whole messages about rules: add, delete, delete all of a prio, get, dump.
 
 use super::actions::{ActionList, NatForm};
+use super::bpf::Program;
 use super::encode::flow_keys;
 use super::uapi::*;
 use crate::contract::flow::{Flow, FlowMatch};
@@ -36,6 +37,9 @@ pub(super) struct Form<'p> {
     pub(super) flags: u32,
     /// `None` for a flow without NAT.
     pub(super) nat: Option<NatForm<'p>>,
+    /// What does the rest of what `ip_forward` does, in software. `None`: the header checksum of IPv4 is
+    /// computed by `csum`.
+    pub(super) header: Option<&'p Program>,
     /// Whether actions count per processor.
     pub(super) percpu_stats: bool,
 }
@@ -64,7 +68,7 @@ pub(super) fn add(
 ) {
     let cookie = cookie.to_bytes();
     add_with(buf, seq, place, handle, &flow.matches, form.flags, |m| {
-        ActionList::new(m, form.percpu_stats).flow(flow, form.nat, &cookie);
+        ActionList::new(m, form.percpu_stats).flow(flow, (form.nat, form.header), &cookie);
     });
 }
 

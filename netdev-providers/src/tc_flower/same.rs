@@ -171,7 +171,7 @@ mod tests {
 
     use super::*;
     use crate::netlink::wire::Message;
-    use crate::tc_flower::bpf::NatPrograms;
+    use crate::tc_flower::bpf::Programs;
 
     type Fill<'a> = &'a dyn Fn(&mut Message<'_>);
 
@@ -313,8 +313,8 @@ mod tests {
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(program_tag(file.as_raw_fd()), None);
         // Without the privilege to load them the kernel tests of the lab decide.
-        let Ok(programs) = NatPrograms::load() else { return };
-        let (before, after) = programs.pair(Family::Ipv4, L4Proto::Tcp);
+        let Ok(programs) = Programs::load() else { return };
+        let (before, after) = programs.nat(Family::Ipv4, L4Proto::Tcp);
         let tags = [before, after].map(|p| program_tag(p.raw_fd()).unwrap());
         assert!(tags[0] != tags[1] && !tags.contains(&[0; 8]), "{tags:?}");
     }

@@ -244,6 +244,7 @@ struct Key {
     flags: u32,
     /// The programs are the same for all flows of one family and protocol.
     software_nat: Option<bool>,
+    header: bool,
     percpu_stats: bool,
     flow: Flow,
 }
@@ -254,6 +255,7 @@ impl Key {
             place,
             flags: form.flags,
             software_nat: form.nat.map(|n| matches!(n, NatForm::Software { .. })),
+            header: form.header.is_some(),
             percpu_stats: form.percpu_stats,
             flow: Marks::First.flow(flow)?,
         })
@@ -339,7 +341,7 @@ mod tests {
         (place(2), trial_flow(Ifindex::new(3).unwrap(), shape))
     }
 
-    const FORM: Form<'_> = Form { flags: 0, nat: None, percpu_stats: true };
+    const FORM: Form<'_> = Form { flags: 0, nat: None, header: None, percpu_stats: true };
 
     /// What stands together in the message and in the values goes in one copy.
     #[test]

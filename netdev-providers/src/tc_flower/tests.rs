@@ -113,7 +113,7 @@ prop_compose! {
 /// The message that adds the flow, for hardware, where no program is needed for NAT.
 fn add_message(flow: &Flow, flags: u32) -> Vec<u8> {
     let nat = flow.has_nat().then_some(NatForm::Hardware);
-    let form = Form { flags, nat, percpu_stats: true };
+    let form = Form { flags, nat, header: None, percpu_stats: true };
     let mut buf = Vec::new();
     let family = Family::of(&flow.matches);
     rule::add(&mut buf, 9, place(family), handle(5), flow, cookie(), form);
@@ -135,7 +135,7 @@ fn a_whole_message_is_what_the_kernel_took() {
         06000800 0800 0000 0a000400 020000000101 0000 0a000500 ffffffffffff 0000 \
         05000900 06 000000 08000a00 0a000102 08000b00 ffffffff 08000c00 0a000202 08000d00 ffffffff \
         06001200 0fa0 0000 06002300 ffff 0000 06001300 0050 0000 06002400 ffff 0000 \
-        08002f00 00000000 08003000 00000001 06004700 0000 0000 06004800 0007 0000 08001600 01000000";
+        08002f00 00000000 08003000 00000001 06004700 0010 0000 06004800 0017 0000 08001600 01000000";
     let want: String = want.split_whitespace().collect();
     let got: String =
         add_message(&example(), TCA_CLS_FLAGS_SKIP_HW).iter().map(|b| format!("{b:02x}")).collect();
@@ -196,7 +196,7 @@ proptest! {
         };
         p = p.push_key_flags(0).push_key_flags_mask(1);
         if t.proto() == L4Proto::Tcp {
-            p = p.push_key_tcp_flags(0).push_key_tcp_flags_mask(7);
+            p = p.push_key_tcp_flags(0x10).push_key_tcp_flags_mask(0x17);
         }
         p.end_nested();
         // The generated encoder leaves the last attribute without its padding.
@@ -318,6 +318,7 @@ proptest! {
         let form = Form {
             flags: 0,
             nat: hardware.then_some(NatForm::Hardware),
+            header: None,
             percpu_stats: false,
         };
         let mut buf = Vec::new();
@@ -349,7 +350,7 @@ proptest! {
             let instance = Instance(NonZeroU32::new(*instance).unwrap());
             let cookie = Cookie { instance, epoch: Epoch(*epoch), direction };
             let nat = flow.has_nat().then_some(NatForm::Hardware);
-            let form = Form { flags, nat, percpu_stats: *epoch % 2 == 0 };
+            let form = Form { flags, nat, header: None, percpu_stats: *epoch % 2 == 0 };
             let at = place(Family::of(&flow.matches));
             let subject = Subject { seq, handle: handle(*h), cookie, flow };
             templates.add(&mut patched, at, form, &subject);
@@ -385,7 +386,7 @@ proptest! {
 fn the_cost_of_a_message() {
     let mut flow = example();
     flow.forward.tuple = "tcp 10.0.2.1:5000 > 10.0.2.2:80".parse().unwrap();
-    let form = Form { flags: 0, nat: Some(NatForm::Hardware), percpu_stats: true };
+    let form = Form { flags: 0, nat: Some(NatForm::Hardware), header: None, percpu_stats: true };
     let mut templates = Templates::default();
     let mut buf = Vec::new();
     for round in 0..6 {
@@ -439,32 +440,57 @@ fn run_pedit(options: AttrIter<'_>, packet: &mut [u8], l4: usize) {
     }
 }
 
-#[test]
-fn a_nat_rule_in_software_has_its_programs_around_the_pedit() {
+/// The kinds of a rule's actions in software, and the descriptors and names of its programs.
+fn software_actions(flow: &Flow) -> (Vec<std::ffi::CString>, Vec<(i32, std::ffi::CString)>) {
     let programs = not_loaded();
-    let mut flow = example();
-    flow.forward.tuple = "tcp 10.0.2.1:5000 > 10.0.2.2:80".parse().unwrap();
-    let (before, after) = programs.pair(Family::Ipv4, L4Proto::Tcp);
+    let family = Family::of(&flow.matches);
+    let (before, after) = programs.nat(family, L4Proto::Tcp);
     let form = Form {
         flags: TCA_CLS_FLAGS_SKIP_HW,
-        nat: Some(NatForm::Software { before, after }),
+        nat: flow.has_nat().then_some(NatForm::Software { before, after }),
+        header: Some(programs.header()),
         percpu_stats: true,
     };
     let mut buf = Vec::new();
-    rule::add(&mut buf, 1, place(Family::Ipv4), handle(1), &flow, cookie(), form);
+    rule::add(&mut buf, 1, place(family), handle(1), flow, cookie(), form);
     let (_, attrs) = tc::OpNewtfilterDo::decode_request(only_message(&buf).payload);
     let OptionsMsg::Flower(options) = attrs.get_options().unwrap() else { unreachable!() };
     let (mut kinds, mut named) = (Vec::new(), Vec::new());
     for action in options.get_act().unwrap() {
-        kinds.push(action.get_kind().unwrap());
+        kinds.push(action.get_kind().unwrap().to_owned());
         if let Ok(ActOptionsMsg::Bpf(o)) = action.get_options() {
-            named.push((o.get_fd().unwrap().cast_signed(), o.get_name().unwrap()));
+            named.push((o.get_fd().unwrap().cast_signed(), o.get_name().unwrap().to_owned()));
             assert_eq!(&o.get_parms().unwrap()[8..12], &3i32.to_ne_bytes());
         }
     }
-    assert_eq!(kinds, [c"bpf", c"pedit", c"bpf", c"csum", c"mirred"]);
-    let wanted = [(before.raw_fd(), c"nat4_tcp_before"), (after.raw_fd(), c"nat4_tcp_after")];
-    assert_eq!(named, wanted);
+    let known = [before, after, programs.header()].map(|p| p.raw_fd());
+    assert!(named.iter().all(|(fd, _)| known.contains(fd)), "{named:?}");
+    (kinds, named)
+}
+
+#[test]
+fn a_rule_in_software_has_its_programs_where_they_belong() {
+    let of = |flow: &Flow| {
+        let (kinds, named) = software_actions(flow);
+        let kinds: Vec<_> = kinds.iter().map(|k| k.to_str().unwrap().to_owned()).collect();
+        let names: Vec<_> = named.iter().map(|(_, n)| n.to_str().unwrap().to_owned()).collect();
+        (kinds.join(" "), names.join(" "))
+    };
+    let want = |kinds: &str, names: &str| (kinds.to_owned(), names.to_owned());
+    let mut flow = example();
+    assert_eq!(of(&flow), want("pedit bpf mirred", "header4"));
+    flow.forward.macs = None;
+    assert_eq!(of(&flow), want("mirred", ""), "a bridge leaves the packet as it is");
+    let mut nat = example();
+    nat.forward.tuple = "tcp 10.0.2.1:5000 > 10.0.2.2:80".parse().unwrap();
+    let programs = "nat4_tcp_before nat4_tcp_after header4";
+    assert_eq!(of(&nat), want("bpf pedit bpf bpf mirred", programs));
+    let mut v6 = example();
+    v6.matches.tuple = "tcp [fd01::2]:4000 > [fd02::2]:80".parse().unwrap();
+    v6.forward.tuple = v6.matches.tuple;
+    assert_eq!(of(&v6), want("pedit mirred", ""), "ip6_forward sets no priority");
+    v6.forward.tuple = "tcp [fd02::1]:4000 > [fd02::2]:80".parse().unwrap();
+    assert_eq!(of(&v6), want("bpf pedit bpf mirred", "nat6_tcp_before nat6_tcp_after"));
 }
 
 /// The actions of a message, as attributes.
@@ -479,7 +505,7 @@ fn actions_are_numbered_and_count_per_processor_where_they_are_told_to() {
     for percpu_stats in [true, false] {
         let mut flow = example();
         flow.forward.vlan = VlanId::new(7);
-        let form = Form { flags: 0, nat: None, percpu_stats };
+        let form = Form { flags: 0, nat: None, header: None, percpu_stats };
         let mut buf = Vec::new();
         rule::add(&mut buf, 1, place(Family::Ipv4), handle(1), &flow, cookie(), form);
         let actions = actions_of(&buf);
@@ -507,56 +533,6 @@ fn an_action_alone_is_of_the_kind_that_it_is_called_by_and_so_is_its_module() {
         let option = kind.to_uppercase();
         assert_eq!(action.module(), format!("act_{kind}: CONFIG_NET_ACT_{option}"));
     }
-}
-
-#[test]
-fn u32_guards_compare_the_right_bits() {
-    // Headers as a packet has them: what is to be caught and what is not.
-    let v4 = |first: u8, ttl: u8| {
-        let mut h = [0; 20];
-        (h[0], h[8], h[9]) = (first, ttl, 6);
-        h
-    };
-    let v6 = |next: u8, hops: u8| {
-        let mut h = [0; 40];
-        (h[0], h[6], h[7]) = (0x60, next, hops);
-        h
-    };
-    let caught = |family: Family, header: &[u8]| {
-        guard::knodes(family).iter().any(|&knode| {
-            let mut buf = Vec::new();
-            let ifindex = Ifindex::new(2).unwrap();
-            guard::u32(&mut buf, 1, ifindex, Prio(1), family, knode, cookie());
-            let options = only_message(&buf).attrs(20).find_type(TCA_OPTIONS).unwrap().nested();
-            let sel = options.find_type(TCA_U32_SEL).unwrap().payload;
-            let keys = &sel[16..];
-            assert_eq!((keys.len(), sel[0]), (usize::from(sel[2]) * 16, 1));
-            assert_eq!(sel[2], if family.is_tagged() { 2 } else { 1 });
-            let be = |b: &[u8]| u32::from_be_bytes(b.try_into().unwrap());
-            keys.chunks_exact(16).all(|key| {
-                let at = i32::from_ne_bytes(key[8..12].try_into().unwrap()) as usize;
-                be(&header[at..at + 4]) & be(&key[..4]) == be(&key[4..8])
-            })
-        })
-    };
-    for (v4_family, v6_family) in
-        [(Family::Ipv4, Family::Ipv6), (Family::TaggedIpv4, Family::TaggedIpv6)]
-    {
-        for ihl in 5..=15 {
-            assert_eq!(caught(v4_family, &v4(0x40 | ihl, 64)), ihl > 5, "header length {ihl}");
-        }
-        for ttl in 0..=255 {
-            assert_eq!(caught(v4_family, &v4(0x45, ttl)), ttl < 2, "TTL {ttl}");
-            assert_eq!(caught(v6_family, &v6(6, ttl)), ttl < 2, "hop limit {ttl}");
-        }
-        for next in 0..=255 {
-            let want = [0, 43, 60].contains(&next);
-            assert_eq!(caught(v6_family, &v6(next, 64)), want, "next header {next}");
-        }
-    }
-    // A prio of tagged frames does not say what is inside: the guards do.
-    assert!(!caught(Family::TaggedIpv6, &[&v4(0x4f, 0)[..], &[0; 20]].concat()));
-    assert!(!caught(Family::TaggedIpv4, &v6(0, 0)));
 }
 
 /// The payload of a message of Linux 6.12, in hexadecimal.

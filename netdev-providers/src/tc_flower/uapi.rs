@@ -37,6 +37,7 @@ pub(super) const PARENT_EGRESS: u32 = 0xffff_fff3;
 
 // linux/pkt_cls.h: verdicts
 pub(super) const TC_ACT_OK: i32 = 0;
+pub(super) const TC_ACT_SHOT: i32 = 2;
 pub(super) const TC_ACT_PIPE: i32 = 3;
 pub(super) const TC_ACT_STOLEN: i32 = 4;
 
@@ -64,8 +65,12 @@ pub(super) const TCA_STATS_PKT64: u16 = 8;
 // linux/pkt_cls.h: u32
 pub(super) const TCA_U32_SEL: u16 = 5;
 pub(super) const TCA_U32_ACT: u16 = 7;
-pub(super) const TCA_U32_FLAGS: u16 = 11;
-pub(super) const TC_U32_TERMINAL: u8 = 1;
+
+// linux/pkt_cls.h: bpf, the classifier
+pub(super) const TCA_BPF_ACT: u16 = 1;
+pub(super) const TCA_BPF_FD: u16 = 6;
+pub(super) const TCA_BPF_NAME: u16 = 7;
+pub(super) const TCA_BPF_FLAGS_GEN: u16 = 9;
 
 // linux/pkt_cls.h: flower
 pub(super) const TCA_FLOWER_ACT: u16 = 3;

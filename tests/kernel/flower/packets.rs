@@ -51,7 +51,7 @@ impl Wire {
         Self(fd)
     }
 
-    pub(super) fn send(&self, bytes: &[u8]) {
+    pub(crate) fn send(&self, bytes: &[u8]) {
         let n = nix::unistd::write(&self.0, bytes).unwrap();
         assert_eq!(n, bytes.len());
     }
@@ -302,7 +302,7 @@ pub(crate) struct Seen {
     pub(super) src: MacAddr,
     /// VLAN tags, the outermost first: ethertype and TCI.
     pub(super) tags: Vec<(u16, u16)>,
-    pub(super) tuple: Tuple,
+    pub(crate) tuple: Tuple,
     pub(super) ttl: u8,
     pub(crate) ip_checksum_right: bool,
     pub(super) l4_check: u16,

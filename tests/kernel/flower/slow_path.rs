@@ -166,6 +166,147 @@ fn what_is_for_the_slow_path_is_seen_there() {
     }
 }
 
+/// The frame with bytes of its IP packet changed, and the header checksum of IPv4 put right again.
+fn changed(frame: &[u8], l3: usize, change: impl Fn(&mut Vec<u8>)) -> Vec<u8> {
+    let (head, ip) = frame.split_at(l3);
+    let mut ip = ip.to_vec();
+    change(&mut ip);
+    if ip[0] >> 4 == 4 {
+        ip[10..12].fill(0);
+        let check = !packets::sum(0, &ip[..20]);
+        ip[10..12].copy_from_slice(&check.to_be_bytes());
+    }
+    [head, &ip].concat()
+}
+
+/// Packets that `ip_rcv` drops or cuts, or that conntrack calls invalid: the stack does with them what it
+/// does. None of the wrong header checksums arrives, wrong or made right.
+#[test]
+fn what_is_damaged_is_left_to_the_stack() {
+    for vlan in [None, Some(10)] {
+        let r = Router::new(vlan);
+        let mut damaged = 0;
+        for (epoch, name) in ALL.into_iter().enumerate() {
+            let t = tuple(name);
+            r.port.add(epoch as u64, r.flow(t));
+            let packet = r.packet(name);
+            let (good, l3) = (packet.frame(false), packet.l3_at());
+            let (v6, l4) = (t.is_ipv6(), packet.l3_len());
+            let with = |change: &dyn Fn(&mut Vec<u8>)| changed(&good, l3, change);
+            let length_at = if v6 { 4 } else { 2 };
+            let longer = |ip: &mut Vec<u8>, at: usize, by: i16| {
+                let old = u16::from_be_bytes([ip[at], ip[at + 1]]);
+                ip[at..at + 2].copy_from_slice(&old.wrapping_add_signed(by).to_be_bytes());
+            };
+            let mut cases: Vec<(&str, Vec<u8>)> = vec![
+                ("longer than the frame", with(&|ip| longer(ip, length_at, 1))),
+                ("bytes behind it", with(&|ip| ip.extend([0; 7]))),
+                ("another version", with(&|ip| ip[0] ^= 0x20)),
+            ];
+            match t.proto() {
+                L4Proto::Tcp => {
+                    cases.push(("a data offset of 4 words", with(&|ip| ip[l4 + 12] = 0x40)));
+                    cases.push((
+                        "a data offset beyond the packet",
+                        with(&|ip| {
+                            longer(ip, length_at, -101);
+                            ip.truncate(l4 + 20);
+                            ip[l4 + 12] = 0x70;
+                            ip.resize(46.max(l4 + 20), 0);
+                        }),
+                    ));
+                    cases.push(("no flags", with(&|ip| ip[l4 + 13] = 0)));
+                    cases.push(("no ACK", with(&|ip| ip[l4 + 13] = 0x08)));
+                }
+                L4Proto::Udp => {
+                    cases.push(("a UDP length of 7", with(&|ip| ip[l4 + 5] = 7)));
+                    cases.push((
+                        "a UDP length beyond the packet",
+                        with(&|ip| longer(ip, l4 + 4, 1)),
+                    ));
+                }
+            }
+            if !v6 {
+                for at in [1, 4, 8, 10, 11] {
+                    let mut frame = good.clone();
+                    frame[l3 + at] ^= 0x04;
+                    cases.push(("a wrong header checksum", frame));
+                }
+            }
+            for (what, frame) in cases {
+                if what.ends_with("header checksum") {
+                    assert_eq!(r.net.pass(frame, false, t, 0).len(), 0, "{what}: {name}");
+                    damaged += 1;
+                } else {
+                    r.net.client.call(move || Wire::open("c0", false).send(&frame));
+                }
+                assert_eq!(r.taken(), epoch as u64, "{what}: {name}\n{}", r.net.filters("lan0"));
+            }
+            // What is behind the packet only because frames have a least length is nobody's fault.
+            let short = Packet { payload: Vec::new(), ..packet.clone() };
+            let mut frame = short.frame(false);
+            frame.resize(frame.len().max(l3 + 46), 0);
+            assert_eq!(r.net.pass(frame, false, t, 1).len(), 1, "{name}");
+            assert_eq!(r.taken(), epoch as u64 + 1, "{name}");
+        }
+        assert_eq!(damaged, 10);
+    }
+}
+
+/// Which band of the qdisc on the way out packets with a ToS take: as many by the rule as by the stack.
+#[test]
+fn a_packet_has_the_priority_that_the_router_gives_it() {
+    const EACH: usize = 4;
+    let bands = |r: &Router| -> Vec<u64> {
+        let text = r.net.ns.run("tc -s class show dev wan0");
+        let sent = text.lines().filter_map(|l| l.trim().strip_prefix("Sent "));
+        let packets = |l: &str| l.split_whitespace().nth(2).unwrap().parse().unwrap();
+        sent.map(packets).take(4).collect()
+    };
+    for vlan in [None, Some(10)] {
+        let r = Router::new(vlan);
+        // What the router says itself (neighbour discovery) has the priority of control.
+        r.net.ns.run(
+            "tc qdisc add dev wan0 root handle 1: prio bands 5 \
+               priomap 0 4 1 4 2 4 3 4 4 4 4 4 4 4 4 4",
+        );
+        for (n, name) in ALL.into_iter().enumerate() {
+            let t = tuple(name);
+            let packet = r.packet(name);
+            let l3 = packet.l3_at();
+            let mut took: Vec<Vec<Option<usize>>> = Vec::new();
+            for offloaded in [false, true] {
+                let rule = offloaded.then(|| r.port.add(n as u64, r.flow(t)));
+                let mut of_tos = Vec::new();
+                for tos in [0, 0x02, 0x08, 0x10, 0x18, 0x20, 0x48, 0xb8, 0xe0] {
+                    let frame = changed(&packet.frame(false), l3, |ip| {
+                        if t.is_ipv6() {
+                            (ip[0], ip[1]) = (0x60 | tos >> 4, tos << 4);
+                        } else {
+                            ip[1] = tos;
+                        }
+                    });
+                    let before = bands(&r);
+                    for _ in 0..EACH {
+                        assert_eq!(r.net.pass(frame.clone(), false, t, 1).len(), 1, "{name}");
+                    }
+                    let grown = |(a, b): (u64, u64)| b - a >= EACH as u64;
+                    of_tos.push(before.into_iter().zip(bands(&r)).position(grown));
+                }
+                if let Some(rule) = rule {
+                    let packets = r.port.packets(n as u64);
+                    assert_eq!(packets, 9 * EACH as u64, "{name}: by the rule");
+                    r.port.delete(n as u64, rule).unwrap();
+                }
+                took.push(of_tos);
+            }
+            assert_eq!(took[0], took[1], "{name}: by the stack, by the rule");
+            let different = took[0].iter().collect::<std::collections::HashSet<_>>().len();
+            assert_eq!(different, if t.is_ipv6() { 1 } else { 4 }, "{name}: {took:?}");
+        }
+    }
+}
+
 #[test]
 fn the_sender_hears_that_the_time_to_live_is_over() {
     for vlan in [None, Some(10)] {

@@ -30,8 +30,8 @@ fn rules_with_tags_and_lengths_read_back_as_they_were_meant() {
     let text = net.filters("lan0");
     println!("{}\n{text}", port.provider.describe());
     for line in [
-        "filter protocol 802.1Q pref 49416 u32",
-        "filter protocol 802.1Q pref 49417 u32",
+        "filter protocol 802.1Q pref 49416 bpf",
+        "filter protocol 802.1Q pref 49417 bpf",
         "filter protocol 802.1Q pref 49418 flower chain 0 handle 0x1",
         "filter protocol 802.1Q pref 49419 flower chain 0 handle 0x1",
         "vlan_id 10",
@@ -47,7 +47,7 @@ fn rules_with_tags_and_lengths_read_back_as_they_were_meant() {
     // In the order in which they have to be done.
     let first = text.split("pref 49418 flower chain 0 handle 0x1").nth(1).unwrap();
     let at = |what: &str| first.find(what).unwrap_or_else(|| panic!("no {what} in {first}"));
-    let order = [at("vlan  pop"), at(" pedit "), at("csum (iph)"), at("vlan  push"), at("mirred")];
+    let order = [at("vlan  pop"), at(" pedit "), at("header4"), at("vlan  push"), at("mirred")];
     assert!(order.is_sorted(), "{first}");
     assert_eq!(port.usage().len(), 3);
     assert_eq!(port.provider.flush().unwrap(), 3);
@@ -64,21 +64,21 @@ fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
     let to = "no_percpu action mirred egress redirect dev wan0 no_percpu";
     for (ours, vlan_in, vlan_out, matches, actions) in [
         (
-            TCP4,
+            TCP6,
             Some(10),
             Some(20),
-            "pref 49418 protocol 802.1q flower skip_hw dst_mac {LAN} vlan_id 10 vlan_ethtype ipv4 ip_proto tcp \
-             dst_ip 10.0.2.2 src_ip 10.0.1.2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
-            "action vlan pop pipe no_percpu action {macs} munge ip ttl dec pipe no_percpu \
-             action csum ip4h pipe no_percpu action vlan push id 20 priority 0 pipe",
+            "pref 49419 protocol 802.1q flower skip_hw dst_mac {LAN} vlan_id 10 vlan_ethtype ipv6 ip_proto tcp \
+             dst_ip fd02::2 src_ip fd01::2 dst_port 80 src_port 4000 tcp_flags 0x10/0x17 ip_flags nofrag",
+            "action vlan pop pipe no_percpu action {macs} munge ip6 hoplimit add 0xff pipe no_percpu \
+             action vlan push id 20 priority 0 pipe",
         ),
         (
-            UDP4,
+            UDP6,
             None,
             Some(20),
-            "pref 49412 protocol ip flower skip_hw dst_mac {LAN} ip_proto udp dst_ip 10.0.2.2 \
-             src_ip 10.0.1.2 dst_port 53 src_port 4000 ip_flags nofrag",
-            "action {macs} munge ip ttl dec pipe no_percpu action csum ip4h pipe no_percpu \
+            "pref 49413 protocol ipv6 flower skip_hw dst_mac {LAN} ip_proto udp dst_ip fd02::2 \
+             src_ip fd01::2 dst_port 53 src_port 4000 ip_flags nofrag",
+            "action {macs} munge ip6 hoplimit add 0xff pipe no_percpu \
              action vlan push id 20 priority 0 pipe",
         ),
         (
@@ -86,7 +86,7 @@ fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
             Some(10),
             None,
             "pref 49419 protocol 802.1q flower skip_hw dst_mac {LAN} vlan_id 10 vlan_ethtype ipv6 ip_proto tcp \
-             dst_ip fd02::2 src_ip fd01::2 dst_port 80 src_port 4000 tcp_flags 0x0/0x7 ip_flags nofrag",
+             dst_ip fd02::2 src_ip fd01::2 dst_port 80 src_port 4000 tcp_flags 0x10/0x17 ip_flags nofrag",
             "action vlan pop pipe no_percpu action {macs} munge ip6 hoplimit add 0xff pipe",
         ),
     ] {

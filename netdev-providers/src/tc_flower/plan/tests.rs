@@ -12,6 +12,11 @@ fn flow(nat: bool) -> Flow {
     trial_flow(Ifindex::new(3).unwrap(), Shape::new(false, L4Proto::Tcp, nat))
 }
 
+/// One without NAT that needs no programs.
+fn ipv6() -> Flow {
+    trial_flow(Ifindex::new(3).unwrap(), Shape::new(true, L4Proto::Tcp, false))
+}
+
 /// Its path has a smaller MTU than the port.
 fn shrinking(flow: Flow) -> Flow {
     Flow { ingress_mtu: 1500, forward: Forward { mtu: 1400, ..flow.forward }, ..flow }
@@ -67,10 +72,13 @@ fn what_the_netdev_takes_is_offered_and_what_it_lacks_is_refused_in_its_words() 
 
     // Programs are for rules in software; the NIC computes checksums itself.
     let checksum = said(Reason::NatChecksum);
-    let software = refused(Found::everything(Mode::Software).but(|f| f.nat = no()));
-    assert_eq!(software.each_ref(), [&none, &checksum, &none, &none, &none, &checksum]);
-    let both = refused(Found::everything(Mode::Both).but(|f| f.nat = no()));
-    assert_eq!(both.each_ref(), [&none, &none, &none, &none, &none, &checksum]);
+    let software = refused(Found::everything(Mode::Software).but(|f| f.act_bpf = no()));
+    let each = [&unsupported, &checksum, &unsupported, &unsupported, &unsupported, &checksum];
+    assert_eq!(software.each_ref(), each);
+    let both = refused(Found::everything(Mode::Both).but(|f| f.act_bpf = no()));
+    assert_eq!(both.each_ref(), [&none, &none, &none, &none, &unsupported, &checksum]);
+    let v6 = plan(Found::everything(Mode::Software).but(|f| f.act_bpf = no()));
+    assert_eq!(v6.can_offload(&ipv6()), Ok(()), "it needs none");
 }
 
 #[test]
@@ -114,17 +122,22 @@ const FLAGS: [(Mode, u32); 3] = [(Mode::Software, 1), (Mode::Hardware, 2), (Mode
 fn a_rule_without_nat_is_where_the_port_has_its_rules_or_in_software() {
     for (mode, flags) in FLAGS {
         let plan = plan(Found::everything(mode));
-        let form = plan.form(&flow(false), false);
-        assert_eq!((form.flags, form.nat.is_some()), (flags, false));
+        let form = plan.form(&ipv6(), false);
+        assert_eq!((form.flags, form.nat.is_some(), form.header.is_some()), (flags, false, false));
         assert_eq!(form.percpu_stats, mode != Mode::Hardware, "what never runs counts nothing");
-        assert_eq!(plan.form(&flow(false), true).flags, 1);
+        assert_eq!(plan.form(&ipv6(), true).flags, 1);
     }
 }
 
 #[test]
-fn a_rule_with_nat_is_in_hardware_or_in_software_and_never_in_both() {
+fn a_rule_with_programs_is_in_hardware_or_in_software_and_never_in_both() {
     for (mode, _) in FLAGS {
         let plan = plan(Found::everything(mode));
+        for (software, flags) in [(false, 2), (true, 1)] {
+            let form = plan.form(&flow(false), software);
+            let has = (form.flags, form.nat.is_some(), form.header.is_some());
+            assert_eq!(has, (flags, false, software));
+        }
         let form = plan.form(&flow(true), false);
         assert_eq!(form.flags, 2);
         assert!(matches!(form.nat, Some(NatForm::Hardware)));
@@ -133,23 +146,27 @@ fn a_rule_with_nat_is_in_hardware_or_in_software_and_never_in_both() {
         let Some(NatForm::Software { before, after }) = form.nat else { panic!("{form:?}") };
         assert_eq!(before.name_with_nul(), b"nat4_tcp_before\0");
         assert_eq!(after.name_with_nul(), b"nat4_tcp_after\0");
+        assert_eq!(form.header.unwrap().name_with_nul(), b"header4\0");
     }
-    let without = plan(Found::everything(Mode::Both).but(|f| f.nat = Err("no".to_owned())));
+    let without = plan(Found::everything(Mode::Both).but(|f| f.act_bpf = Err("no".to_owned())));
     let form = without.form(&flow(true), true);
     assert!(matches!(form.nat, Some(NatForm::Hardware)), "nothing else is there");
 }
 
 #[test]
 fn where_a_rule_is_that_was_taken_is_known_but_where_the_nic_has_a_choice() {
-    let in_hw = |mode, nat, software| plan(Found::everything(mode)).in_hw(&flow(nat), software);
-    for (nat, software) in [(false, false), (false, true), (true, false), (true, true)] {
-        assert_eq!(in_hw(Mode::Software, nat, software), Some(false));
-        assert_eq!(in_hw(Mode::Hardware, nat, software), Some(true));
+    let in_hw = |mode, flow: Flow, software| plan(Found::everything(mode)).in_hw(&flow, software);
+    for of in [flow(false), flow(true), ipv6()] {
+        for software in [false, true] {
+            assert_eq!(in_hw(Mode::Software, of, software), Some(false));
+            assert_eq!(in_hw(Mode::Hardware, of, software), Some(true));
+        }
+        assert_eq!(in_hw(Mode::Both, of, true), Some(false));
     }
-    assert_eq!(in_hw(Mode::Both, false, true), Some(false));
-    assert_eq!(in_hw(Mode::Both, true, true), Some(false));
-    assert_eq!(in_hw(Mode::Both, true, false), Some(true), "it is for hardware only");
-    assert_eq!(in_hw(Mode::Both, false, false), None);
+    for of in [flow(false), flow(true)] {
+        assert_eq!(in_hw(Mode::Both, of, false), Some(true), "it is for hardware only");
+    }
+    assert_eq!(in_hw(Mode::Both, ipv6(), false), None);
 }
 
 #[test]

@@ -128,17 +128,21 @@ fn the_generated_decoder_understands_the_guards() {
         assert_eq!(o.get_flags().unwrap(), TCA_CLS_FLAGS_SKIP_SW);
         assert!(is_pass(o.get_act().unwrap()));
 
-        for &knode in guard::knodes(family) {
-            let mut buf = Vec::new();
-            guard::u32(&mut buf, 9, ifindex, prio, family, knode, cookie());
-            let m = only_message(&buf);
-            assert_eq!((m.ty, m.flags), (RTM_NEWTFILTER, 0x605));
-            let (got, attrs) = tc::OpNewtfilterDo::decode_request(m.payload);
-            assert_eq!((got.handle, got.info), (0, want.info), "the kernel chooses the handle");
-            let OptionsMsg::U32(o) = attrs.get_options().unwrap() else { panic!("not u32") };
-            assert_eq!(o.get_flags().unwrap(), TCA_CLS_FLAGS_SKIP_HW);
-            assert!(is_pass(o.get_act().unwrap()));
-        }
+        let mut buf = Vec::new();
+        let programs = not_loaded();
+        let program = programs.inspect(family);
+        guard::software(&mut buf, 9, ifindex, prio, family, program, cookie());
+        let m = only_message(&buf);
+        assert_eq!((m.ty, m.flags), (RTM_NEWTFILTER, 0x605));
+        let (got, attrs) = tc::OpNewtfilterDo::decode_request(m.payload);
+        assert_eq!((got.handle, got.info), (0, want.info), "the kernel chooses the handle");
+        let OptionsMsg::Bpf(o) = attrs.get_options().unwrap() else { panic!("not bpf") };
+        assert_eq!(o.get_flags_gen().unwrap(), TCA_CLS_FLAGS_SKIP_HW);
+        assert!(o.get_flags().is_err(), "its result is a match, and no verdict");
+        assert_eq!(o.get_fd().unwrap().cast_signed(), program.raw_fd());
+        let name = if family.is_ipv6() { c"inspect6" } else { c"inspect4" };
+        assert_eq!(o.get_name().unwrap(), name);
+        assert!(is_pass(o.get_act().unwrap()));
     }
 }
 
