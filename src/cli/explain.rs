@@ -178,6 +178,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::FirewallBehind => {
             "give the chain a lower priority than 2147483647, or register it after the daemon's start"
         }
+        Reason::ZoneUnclear => {
+            "let the netdev, the tag, addresses or ports choose the zone (`nft list ruleset`)"
+        }
         Reason::NotAdmitted => "change the [[admit]] rules of the daemon's configuration",
         _ => return None,
     })

@@ -299,6 +299,9 @@ fn help_for(reason: Reason) -> Option<&'static str> {
         Reason::FirewallBehind => {
             "give the chain a lower priority than 2147483647, or register it after the daemon's start"
         }
+        Reason::ZoneUnclear => {
+            "let the netdev, the tag, addresses or ports choose the zone: see `nft list ruleset`"
+        }
         Reason::NotAdmitted => {
             "change the [[admit]] rules of the configuration, and start the daemon again"
         }

@@ -118,6 +118,8 @@ pub(super) struct Sighted {
     pub iif: Ifindex,
     pub port: Ifindex,
     pub direction: Direction,
+    /// The source port of the connection's original direction, which stands in the element.
+    pub sport: u16,
     /// Of a bridged one: the MAC address that it came from, which the bridge has learnt there.
     pub from: Option<MacAddr>,
 }
@@ -621,7 +623,9 @@ impl Datapath for Backend {
                 let id = entry.id?;
                 let key = ConnKey { zone: entry.zone, original: entry.original };
                 // What is no longer admitted goes; its next packet is told why.
-                self.config.admission.admit(&self.links.name(port.ifindex), &key).ok()?;
+                let name = self.links.name(port.ifindex);
+                self.config.admission.admit(&name, &key).ok()?;
+                self.firewall.zone_is_clear(key.zone, port.ifindex, &name).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.
                 let new = || Known::new(id, entry.mark, entry.timeout, entry.mark);
@@ -643,7 +647,8 @@ impl Datapath for Backend {
             // Also where nothing is noted of it any more: what the port itself has sighted.
             for hook in Hook::BOTH {
                 let (iif, direction) = (sight.ifindex, sight.direction);
-                keys.push(LedgerKey { hook, iif, ct_id: id, direction });
+                let sport = sight.conn.key().original.sport();
+                keys.push(LedgerKey { hook, iif, ct_id: id, sport, direction });
             }
             let known = self.known.get_mut(sight.conn.key());
             if let Some(mut known) = known.filter(|k| k.id == id) {
@@ -705,7 +710,8 @@ impl Known {
 
 impl Sighted {
     pub(super) fn key(&self, ct_id: CtId) -> LedgerKey {
-        LedgerKey { hook: self.hook, iif: self.iif, ct_id, direction: self.direction }
+        let Self { hook, iif, sport, direction, .. } = *self;
+        LedgerKey { hook, iif, ct_id, sport, direction }
     }
 }
 

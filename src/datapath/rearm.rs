@@ -174,7 +174,7 @@ mod tests {
     fn keys(n: std::ops::Range<u32>) -> impl Iterator<Item = LedgerKey> {
         let iif = Ifindex::new(2).unwrap();
         let direction = Direction::Original;
-        n.map(move |n| LedgerKey { hook: Hook::Inet, iif, ct_id: CtId(n), direction })
+        n.map(move |n| LedgerKey { hook: Hook::Inet, iif, ct_id: CtId(n), sport: 80, direction })
     }
 
     /// Puts in what each step brings, every `step`, and says when transactions were made.

@@ -28,8 +28,8 @@ use nix::errno::Errno;
 
 use super::TICK;
 use super::backend::{OnRulesetChange, Shared};
-use super::firewall::Behind;
 use super::firewall::model::{Concerns, Model, Transaction};
+use super::firewall::{Behind, Zones};
 use super::netfilter::hooks::{Hooks, Registered, behind, is_absent};
 use super::netfilter::ledger::{CHAIN, Hook};
 use super::supervisor::Failures;
@@ -150,6 +150,7 @@ impl Watch {
             failures: Failures::default(),
         };
         watch.read_all();
+        watch.tell_zones();
         watch.look();
         Ok(watch)
     }
@@ -240,6 +241,7 @@ impl Watch {
             return;
         }
         // First: what was sighted before is not installed any more.
+        self.tell_zones();
         self.backend.firewall().changed();
         match (concerns, self.backend.config().revalidation.rate) {
             (Concerns::All, None) => {
@@ -305,9 +307,23 @@ impl Watch {
         }
     }
 
+    /// What chooses conntrack zones now.
+    fn tell_zones(&self) {
+        let unclear = self.model.unclear_zones();
+        let told: Vec<_> = unclear.iter().map(|z| z.what.clone()).collect();
+        if self.backend.firewall().set_zones(Zones { unclear, legacy_raw: has_legacy_raw() }) {
+            for what in told {
+                tracing::warn!(
+                    "{what}, which no rule matches: what arrives there is not offloaded"
+                );
+            }
+        }
+    }
+
     /// Looks who stands in the hooks.
     fn look(&mut self) {
         self.looked = Some(Instant::now());
+        self.tell_zones();
         let mut silent = self.model.silent();
         let (mut others, mut legacy) = (Vec::new(), false);
         let hooks = [NF_INET_PRE_ROUTING, NF_INET_FORWARD, NF_INET_POST_ROUTING];
@@ -460,9 +476,19 @@ fn is_legacy(r: &Registered) -> bool {
 /// Whether this network namespace has tables of iptables-legacy: what the kernel tells where it does not
 /// tell who is registered in a hook (nfnetlink_hook; Debian's 6.1 has none).
 fn legacy_tables() -> bool {
-    ["ip", "ip6"].iter().any(|family| {
-        std::fs::read_to_string(format!("/proc/self/net/{family}_tables_names"))
-            .is_ok_and(|names| !names.trim().is_empty())
+    names_of_legacy_tables().next().is_some()
+}
+
+/// Whether it has the one of them that can set conntrack zones.
+fn has_legacy_raw() -> bool {
+    names_of_legacy_tables().any(|name| name == "raw")
+}
+
+fn names_of_legacy_tables() -> impl Iterator<Item = String> {
+    ["ip", "ip6"].into_iter().flat_map(|family| {
+        let path = format!("/proc/self/net/{family}_tables_names");
+        let names = std::fs::read_to_string(path).unwrap_or_default();
+        names.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
     })
 }
 

@@ -99,9 +99,8 @@ impl Reader {
     /// Packets that the firewall may have let pass as it was: the next of each is to be seen.
     fn disbelieve(&self, identified: &[(&Sight, Option<Whose>)]) {
         let key = |(s, whose): &(&Sight, Option<Whose>)| {
-            let (_, ct_id, direction) = *whose.as_ref().map(|(_, i, d)| ((), i, d)).as_ref()?;
-            let (ct_id, direction) = (*ct_id, *direction);
-            Some(LedgerKey { hook: s.hook, iif: s.in_dev, ct_id, direction })
+            let (entry, ct_id, direction) = whose.as_ref()?;
+            Some(key_in_ledger(s, entry, *ct_id, *direction))
         };
         self.backend.counts().sights.fetch_add(identified.len() as u64, Ordering::Relaxed);
         self.backend.rearming().soon(identified.iter().filter_map(key));
@@ -114,7 +113,7 @@ impl Reader {
             return;
         };
         let bridged = sight.hook == Hook::Bridge;
-        let key = LedgerKey { hook: sight.hook, iif: sight.in_dev, ct_id: id, direction };
+        let key = key_in_ledger(sight, &entry, id, direction);
         // In the flowtable of somebody else: it is left to that one, and looked at again.
         if entry.status.offload() && !self.is_ours(&entry, id) {
             self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
@@ -159,7 +158,8 @@ impl Reader {
             }
             known.ct_mark = entry.mark;
             let from = mac(6).filter(|_| bridged);
-            let sighted = Sighted { hook: sight.hook, iif, port: real, direction, from };
+            let sport = key.sport;
+            let sighted = Sighted { hook: sight.hook, iif, port: real, direction, sport, from };
             match known.sighted.iter_mut().find(|s| s.key(id) == key && s.port == real) {
                 Some(before) => *before = sighted,
                 None => known.sighted.push(sighted),
@@ -183,7 +183,12 @@ impl Reader {
         let name = self.backend.links().name(real);
         let admitted = self.backend.config().admission.admit(&name, conn.key());
         let ipv6 = entry.original.is_ipv6();
-        let passed = admitted.and_then(|()| self.backend.firewall().is_last(sight.hook, ipv6));
+        let firewall_says = || {
+            self.backend.firewall().is_last(sight.hook, ipv6)?;
+            let above = self.backend.links().name(iif);
+            self.backend.firewall().zone_is_clear(entry.zone, iif, &above)
+        };
+        let passed = admitted.and_then(|()| firewall_says());
         let path = match passed {
             Ok(()) => PathSpec::Resolve(PathHint {
                 ingress: (real != iif).then_some(iif),
@@ -271,4 +276,10 @@ impl Reader {
         let keys: Vec<_> = self.refused.drain(..due).map(|(_, key)| key).collect();
         self.backend.rearming().soon(keys);
     }
+}
+
+/// The element that a sight has made.
+fn key_in_ledger(sight: &Sight, entry: &CtEntry, ct_id: CtId, direction: Direction) -> LedgerKey {
+    let (hook, iif) = (sight.hook, sight.in_dev);
+    LedgerKey { hook, iif, ct_id, sport: entry.original.sport(), direction }
 }

@@ -123,7 +123,8 @@ fn seen(log: &mut SightLog, ct: &mut Conntrack) -> Vec<LedgerKey> {
                 assert_eq!(s.direction, Some(direction));
             }
             assert_eq!(s.hw_header.unwrap()[12], if entry.original.is_ipv6() { 0x86 } else { 8 });
-            LedgerKey { hook: s.hook, iif: s.in_dev, ct_id: entry.id.unwrap(), direction }
+            let (ct_id, sport) = (entry.id.unwrap(), entry.original.sport());
+            LedgerKey { hook: s.hook, iif: s.in_dev, ct_id, sport, direction }
         })
         .collect();
     keys.sort_unstable();
@@ -144,9 +145,9 @@ fn both_directions(e: &CtEntry, from: Ifindex, to: Ifindex) -> [LedgerKey; 2] {
 }
 
 fn both_directions_in(hook: Hook, e: &CtEntry, from: Ifindex, to: Ifindex) -> [LedgerKey; 2] {
-    let ct_id = e.id.unwrap();
+    let (ct_id, sport) = (e.id.unwrap(), e.original.sport());
     [
-        LedgerKey { hook, iif: from, ct_id, direction: Direction::Original },
-        LedgerKey { hook, iif: to, ct_id, direction: Direction::Reply },
+        LedgerKey { hook, iif: from, ct_id, sport, direction: Direction::Original },
+        LedgerKey { hook, iif: to, ct_id, sport, direction: Direction::Reply },
     ]
 }

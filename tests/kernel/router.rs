@@ -33,6 +33,7 @@ mod signals;
 mod stack;
 mod tos;
 mod world;
+mod zones;
 
 /// A router with netdevs `lan` and `wan`, and a host behind each.
 pub(crate) struct Router {

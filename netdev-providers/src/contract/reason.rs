@@ -107,6 +107,8 @@ reasons! {
     TosRouted = 29, "tos-routed", Permanent;
     /// A hook of others stands behind the one that sees the packets, and could refuse them yet.
     FirewallBehind = 28, "firewall-behind", Transient;
+    /// Conntrack zones are chosen by something that no rule matches: a rule could take the packets of another connection.
+    ZoneUnclear = 30, "zone-unclear", Permanent;
 }
 
 impl fmt::Display for Reason {

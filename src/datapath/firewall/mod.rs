@@ -8,16 +8,20 @@
 //!   are thrown away ([`Quarantine`]), offers that wait in a port's queue are refused when they are
 //!   looked at ([`Firewall::is_current`]), and what is installed is taken back.
 //! - [`model`] tells what a change concerns: nothing, connections with certain addresses, or all.
-//! - Nothing of others may stand behind the chain that sights ([`Firewall::behind`]).
+//! - Nothing of others may stand behind the chain that sights ([`Firewall::is_last`]).
+//! - Packets that a rule of ours takes for one connection's must not be another's, in another conntrack
+//!   zone ([`zones`], [`Firewall::zone_is_clear`]).
 
 pub(super) mod model;
+pub(super) mod zones;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use netdev_providers::{Reason, Rejection};
+use netdev_providers::{Ifindex, Reason, Rejection, Zone};
 
+use self::zones::UnclearZone;
 use super::netfilter::ledger::Hook;
 
 /// A packet that has passed the old rules is sighted this much later than the change is told at most:
@@ -30,6 +34,16 @@ pub(super) struct Firewall {
     generation: AtomicU64,
     /// By [`Hook`], family IPv4 or IPv6: what stands behind our chain.
     behind: RwLock<Vec<Behind>>,
+    zones: RwLock<Zones>,
+}
+
+/// What is known of conntrack zones.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Zones {
+    /// What chooses them by something that no rule of ours matches.
+    pub unclear: Vec<UnclearZone>,
+    /// There is a table `raw` of iptables-legacy, which nobody can read here.
+    pub legacy_raw: bool,
 }
 
 /// A hook of others that packets pass after they were sighted.
@@ -89,6 +103,38 @@ impl Firewall {
                 format!("{} can refuse packets yet when they have been seen", b.what),
             )),
         }
+    }
+}
+
+impl Firewall {
+    /// What chooses conntrack zones now. True when that is news.
+    pub(super) fn set_zones(&self, now: Zones) -> bool {
+        let mut zones = self.zones.write().unwrap_or_else(PoisonError::into_inner);
+        let news = *zones != now;
+        *zones = now;
+        news
+    }
+
+    /// Whether a rule for packets of this zone takes those of no other: what arrives by this netdev is of
+    /// the zone that netdev, tag and tuple say.
+    ///
+    /// # Errors
+    /// Names what chooses zones by something else.
+    pub(super) fn zone_is_clear(
+        &self,
+        zone: Zone,
+        iif: Ifindex,
+        name: &str,
+    ) -> Result<(), Rejection> {
+        let zones = self.zones.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(unclear) = zones.unclear.iter().find(|z| z.concerns(iif.get(), name)) {
+            return Err(Rejection::with_detail(Reason::ZoneUnclear, unclear.what.as_str()));
+        }
+        if zones.legacy_raw && zone != Zone(0) {
+            let why = "table raw of iptables-legacy may have chosen the zone, and cannot be read";
+            return Err(Rejection::with_detail(Reason::ZoneUnclear, why));
+        }
+        Ok(())
     }
 }
 
@@ -157,6 +203,29 @@ mod tests {
         assert!(firewall.is_last(Hook::Bridge, false).is_ok());
         assert!(firewall.set_behind(Vec::new()));
         assert!(firewall.is_last(Hook::Inet, false).is_ok());
+    }
+
+    #[test]
+    fn zones_that_something_else_chooses_are_refused_where_it_chooses() {
+        let firewall = Firewall::default();
+        let asked = |zone, iif, name: &str| {
+            firewall.zone_is_clear(Zone(zone), Ifindex::new(iif).unwrap(), name)
+        };
+        assert_eq!(asked(7, 2, "lan"), Ok(()));
+        let what = "chain pre of table raw chooses conntrack zones by the mark".to_owned();
+        let unclear = vec![UnclearZone { what, iif: Some(zones::Iif::Name("lan".into())) }];
+        let now = Zones { unclear, legacy_raw: false };
+        assert!(firewall.set_zones(now.clone()) && !firewall.set_zones(now));
+        for zone in [0, 7] {
+            let refused = asked(zone, 2, "lan").unwrap_err();
+            assert_eq!(refused.reason, Reason::ZoneUnclear);
+            assert!(refused.detail.unwrap().contains("chain pre of table raw"));
+            assert_eq!(asked(zone, 3, "wan"), Ok(()));
+        }
+        // Of what cannot be read only the zone is seen that it has chosen.
+        assert!(firewall.set_zones(Zones { legacy_raw: true, ..Zones::default() }));
+        assert_eq!(asked(0, 2, "lan"), Ok(()));
+        assert_eq!(asked(7, 2, "lan").unwrap_err().reason, Reason::ZoneUnclear);
     }
 
     #[test]

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::zones::{UnclearZone, ZoneRule};
 use netdev_providers::netlink::netfilter::nft::{
     NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, NFT_MSG_DELRULE, NFT_MSG_DELSETELEM,
     NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM,
@@ -75,6 +76,9 @@ const NFT_SET_ELEM_INTERVAL_END: u32 = 1;
 const TYPE_IPADDR: u32 = 7;
 const TYPE_IP6ADDR: u32 = 8;
 
+/// `enum nft_rule_attributes`: what tells a rule from the others of its table.
+const NFTA_RULE_HANDLE: u16 = 3;
+
 type TableId = (u8, String);
 
 /// What of the ruleset is known.
@@ -101,6 +105,8 @@ struct Chain {
     objects: BTreeSet<String>,
     /// What in its rules answers otherwise without an announcement.
     silent: BTreeSet<&'static str>,
+    /// Its rules that have to do with conntrack zones, by their handles.
+    zones: BTreeMap<u64, ZoneRule>,
 }
 
 #[derive(Debug, Default)]
@@ -237,6 +243,29 @@ impl Model {
         all.into_iter().collect()
     }
 
+    /// What chooses conntrack zones by something that no rule of ours matches.
+    pub(crate) fn unclear_zones(&self) -> Vec<UnclearZone> {
+        let mut all = Vec::new();
+        for ((_, name), table) in &self.tables {
+            let bases = table.chains.iter().filter(|(_, c)| c.on_the_way);
+            let with_zones: HashSet<&str> = bases
+                .map(|(base, _)| table.reachable_from(vec![base]))
+                .filter(|chains| {
+                    let sets = |c: &&str| table.chains.get(*c).is_some_and(Chain::sets_zones);
+                    chains.iter().any(sets)
+                })
+                .flatten()
+                .collect();
+            for chain in with_zones {
+                let rules = table.chains.get(chain).into_iter().flat_map(|c| c.zones.values());
+                all.extend(rules.filter_map(|r| r.unclear(name, chain)));
+            }
+        }
+        all.sort_by(|a, b| a.what.cmp(&b.what));
+        all.dedup();
+        all
+    }
+
     fn about(&self, m: &Received<'_>, family: u8) -> Option<(String, About)> {
         let attrs = m.attrs(NFGENMSG_LEN);
         let text = |ty| attrs.find_type(ty).and_then(|a| a.str()).map(str::to_owned);
@@ -340,10 +369,23 @@ impl Model {
                 }
                 let chain = table.chains.entry(chain).or_default();
                 chain.has_rules = true;
+                if let Some(zone) = ZoneRule::read(e.nested()) {
+                    let handle = attrs.find_type(NFTA_RULE_HANDLE).and_then(|a| a.be64());
+                    chain.zones.insert(handle.unwrap_or(0), zone);
+                }
                 chain.to.extend(rule.to);
                 chain.sets.extend(rule.sets);
                 chain.objects.extend(rule.objects);
                 chain.silent.extend(rule.silent);
+            }
+            NFT_MSG_DELRULE => {
+                // One that is replaced is announced as deleted too.
+                let handle = attrs.find_type(NFTA_RULE_HANDLE).and_then(|a| a.be64());
+                if let (Some(chain), Some(handle)) = (text(NFTA_RULE_CHAIN), handle)
+                    && let Some(chain) = table.chains.get_mut(&chain)
+                {
+                    chain.zones.remove(&handle);
+                }
             }
             NFT_MSG_NEWSET => {
                 let Some(name) = text(NFTA_SET_NAME) else { return };
@@ -385,6 +427,10 @@ impl Model {
 }
 
 impl Chain {
+    fn sets_zones(&self) -> bool {
+        self.zones.values().any(|r| r.sets)
+    }
+
     fn decides(&self) -> bool {
         self.has_rules || self.drops
     }
@@ -394,7 +440,11 @@ impl Table {
     /// The chains that packets which could be offloaded can meet.
     fn reachable(&self) -> HashSet<&str> {
         let bases = self.chains.iter().filter(|(_, c)| c.on_the_way);
-        let mut todo: Vec<&str> = bases.map(|(name, _)| name.as_str()).collect();
+        self.reachable_from(bases.map(|(name, _)| name.as_str()).collect())
+    }
+
+    /// These chains, and all that they lead to.
+    fn reachable_from<'a>(&'a self, mut todo: Vec<&'a str>) -> HashSet<&'a str> {
         let mut reachable: HashSet<&str> = todo.iter().copied().collect();
         while let Some(chain) = todo.pop().and_then(|name| self.chains.get(name)) {
             let maps = chain.sets.iter().filter_map(|s| self.sets.get(s)).flat_map(|s| &s.to);

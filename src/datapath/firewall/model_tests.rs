@@ -278,6 +278,61 @@ fn what_changes_without_a_word_is_named() {
     );
 }
 
+/// Rules of one table that set zones or lead past those that do, where packets on the way meet them.
+#[test]
+fn zones_are_unclear_where_a_rule_on_the_way_looks_at_something_else() {
+    let set_zone = |m: &mut Message<'_>| {
+        expression(m, "ct", |m| _ = m.be32(2, expr::NFT_CT_ZONE).be32(4, 1));
+    };
+    let by_mark = |m: &mut Message<'_>| expr::meta(m, 3, expr::NFT_REG_1);
+    let by_netdev = |m: &mut Message<'_>| expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
+    let with_handle =
+        |r: &mut Ruleset, msg, chain: &str, handle, fill: &dyn Fn(&mut Message<'_>)| {
+            r.say(msg, |m| {
+                m.str(NFTA_RULE_TABLE, "t")
+                    .str(NFTA_RULE_CHAIN, chain)
+                    .be64(NFTA_RULE_HANDLE, handle);
+                m.nested(NFTA_RULE_EXPRESSIONS, fill);
+            });
+        };
+    let told = |r: &Ruleset| r.0.unclear_zones().into_iter().map(|z| z.what).collect::<Vec<_>>();
+    let by = |chain: &str| format!("chain {chain} of table t chooses conntrack zones by the mark");
+    let mut r = Ruleset::default();
+    r.base("pre", 0, "filter", 1);
+    r.base("in", INPUT, "filter", 1);
+    r.chain("sub");
+    let clear = |m: &mut Message<'_>| {
+        by_netdev(m);
+        set_zone(m);
+    };
+    with_handle(&mut r, NFT_MSG_NEWRULE, "pre", 1, &clear);
+    assert!(told(&r).is_empty());
+    let marked = |m: &mut Message<'_>| {
+        by_mark(m);
+        set_zone(m);
+    };
+    with_handle(&mut r, NFT_MSG_NEWRULE, "in", 2, &marked);
+    with_handle(&mut r, NFT_MSG_NEWRULE, "sub", 3, &marked);
+    assert!(told(&r).is_empty(), "no packet that could be offloaded meets them");
+    with_handle(&mut r, NFT_MSG_NEWRULE, "pre", 4, &|m| jump(m, "sub"));
+    assert_eq!(told(&r), [by("sub")]);
+    with_handle(&mut r, NFT_MSG_DELRULE, "sub", 3, &marked);
+    assert!(told(&r).is_empty());
+    // It leads past the one that sets them; in a table that sets none it leads past nothing.
+    let past = |m: &mut Message<'_>| {
+        by_mark(m);
+        expr::accept(m);
+    };
+    with_handle(&mut r, NFT_MSG_NEWRULE, "sub", 5, &past);
+    assert_eq!(told(&r), [by("sub")]);
+    with_handle(&mut r, NFT_MSG_DELRULE, "pre", 1, &clear);
+    assert!(told(&r).is_empty());
+    with_handle(&mut r, NFT_MSG_NEWRULE, "pre", 6, &marked);
+    assert_eq!(told(&r), [by("pre"), by("sub")]);
+    r.say(NFT_MSG_DELTABLE, |m| _ = m.str(NFTA_TABLE_NAME, "t"));
+    assert!(told(&r).is_empty());
+}
+
 #[test]
 fn what_is_concerned_adds_up() {
     let mut c = Concerns::Nobody;

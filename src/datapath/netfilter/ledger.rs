@@ -4,7 +4,7 @@
 //! ```text
 //! table inet ctoffload {                       # owned by our socket: gone when it closes
 //!   set ports   { type iface_index; }
-//!   set sighted { typeof iif . ct id . ct direction; size N; flags dynamic; }
+//!   set sighted { typeof iif . ct id . ct direction . ct original proto-src; size N; flags dynamic; }
 //!   chain sight { type filter hook postrouting priority 2147483647; policy accept;
 //!     iif != @ports accept
 //!     ct status & (seq-adjust|dying|nat-clash|template|helper[|offload|hw-offload]) != 0 accept
@@ -20,7 +20,7 @@
 //!     iif @ports meta secpath exists <once>    # came out of an IPsec tunnel: postrouting is not told
 //!   }
 //! }
-//! <once> = add @sighted { iif . ct id . ct direction counter limit rate 1/hour burst 1 packets }
+//! <once> = add @sighted { iif . ct id . ct direction . ct original proto-src counter limit rate 1/hour burst 1 packets }
 //! ```
 //! **It is the last chain of the last hook**: what any chain of others drops before, in forward or in
 //! postrouting, is never sighted. The kernel tells postrouting the ingress netdev of forwarded packets
@@ -46,6 +46,10 @@
 //!   what an offload that works leaves alone ([`Ledger::counted`]).
 //! - The token of an element comes back after an hour: a connection that is still forwarded in
 //!   software is sighted again then.
+//! - **An id is no name**: it is a hash of 32 bits, and among a million entries some hundred pairs have it in
+//!   common. The second of a pair would never be sighted where the first was; so the source port
+//!   of the original direction stands beside it, which two of such a pair have in common once in tens of
+//!   thousands (and the token comes back after an hour).
 //! - An entry's id is a hash over its address and its original tuple, and the kernel may give the
 //!   same address to the same tuple again: **[`Ledger::rearm`] the keys of a connection when it
 //!   ends**, or its successor may go unseen. Elements do not go by themselves either.
@@ -207,20 +211,23 @@ pub struct LedgerKey {
     pub hook: Hook,
     /// The ingress netdev: the one that routed the packet, or the port of the bridge.
     pub iif: Ifindex,
-    /// The connection.
+    /// The connection, together with
     pub ct_id: CtId,
+    /// the source port of its original direction.
+    pub sport: u16,
     /// The packet's direction within the connection.
     pub direction: Direction,
 }
 
 impl LedgerKey {
     /// As the registers hold it: ifindex in host order, the id as ctnetlink shows it, the direction
-    /// in the first byte of its four.
+    /// in the first byte of its four, the port in network order in the first two.
     fn to_bytes(self) -> [u8; SIGHTED_KEY_LEN as usize] {
         let mut b = [0; SIGHTED_KEY_LEN as usize];
         b[..4].copy_from_slice(&self.iif.get().to_ne_bytes());
         b[4..8].copy_from_slice(&self.ct_id.0.to_be_bytes());
         b[8] = self.direction as u8;
+        b[12..14].copy_from_slice(&self.sport.to_be_bytes());
         b
     }
 
@@ -230,6 +237,7 @@ impl LedgerKey {
             hook,
             iif: Ifindex::new(u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))?,
             ct_id: CtId(u32::from_be_bytes([b[4], b[5], b[6], b[7]])),
+            sport: u16::from_be_bytes([b[12], b[13]]),
             direction: match b[8] {
                 0 => Direction::Original,
                 1 => Direction::Reply,

@@ -71,6 +71,15 @@ fn netfilter_one_log_per_netdev_connection_and_direction() {
     // Many missing ones at once, more than a message or a send holds.
     let many: Vec<_> = (0..3000).map(|n| LedgerKey { ct_id: CtId(n), ..want[0] }).collect();
     ledger.rearm(&many).unwrap();
+    // Of connections that have their id in common, too: the port is another's.
+    for (c, s) in &mut open {
+        talk(c, s);
+    }
+    let own = ledger.sighted().unwrap();
+    assert_eq!(own, want);
+    let others: Vec<_> = want.iter().map(|k| LedgerKey { sport: k.sport ^ 1, ..*k }).collect();
+    ledger.rearm(&others).unwrap();
+    assert_eq!(ledger.sighted().unwrap(), own);
     ledger.remove().unwrap();
     assert!(!r.ns.run("nft list tables").contains("ctoffload"));
 }

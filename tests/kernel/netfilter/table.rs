@@ -18,9 +18,9 @@ fn netfilter_the_table_lives_and_dies_with_its_owner() {
     let ledger = Ledger::install(config.clone()).unwrap();
     let listed = r.ns.run("nft list table inet ctoffload");
     for part in [
-        "typeof iif . ct id . ct direction",
+        "typeof iif . ct id . ct direction . ct original proto-src",
         "type filter hook postrouting priority 2147483647; policy accept;",
-        "add @sighted { iif . ct id . ct direction counter limit rate 1/hour burst 1 packets } \
+        "add @sighted { iif . ct id . ct direction . ct original proto-src counter limit rate 1/hour burst 1 packets } \
          log group 77 snaplen 64 queue-threshold 1",
         "iif != @ports accept",
     ] {

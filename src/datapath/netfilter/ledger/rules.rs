@@ -1,5 +1,6 @@
 //! What the tables of the ledger are made of.
 
+use netdev_providers::Direction;
 use netdev_providers::netlink::Message;
 use netdev_providers::netlink::netfilter::nft::expr::{self, Cmp};
 use netdev_providers::netlink::netfilter::nft::table::{self, NFT_TYPE_IFINDEX, NetdevSet};
@@ -10,20 +11,23 @@ use super::LedgerConfig;
 use crate::datapath::netfilter::conntrack::CtStatus;
 
 /// What `nft` calls the key type (its `enum datatypes`; the kernel does not care): the concatenation
-/// `iface_index . integer . ct_dir`, six bits each.
-const NFT_TYPE_SIGHTED: u32 = NFT_TYPE_IFINDEX << 12 | 4 << 6 | 27;
-/// What `nft` 1.0.6 stores beside a set so that it can list it: `typeof meta iif . ct id . ct direction`.
+/// `iface_index . integer . ct_dir . invalid`, six bits each (`nft` has no type for the port of any protocol).
+const NFT_TYPE_SIGHTED: u32 = NFT_TYPE_IFINDEX << 18 | 4 << 12 | 27 << 6;
+/// What `nft` 1.0.6 stores beside a set so that it can list it:
+/// `typeof meta iif . ct id . ct direction . ct original proto-src`. It has room for no fifth.
 const SIGHTED_USERDATA: &[u8] = &[
-    0x00, 0x04, 0x00, 0x00, 0x00, 0x00, 0x03, 0x44, 0x00, 0x04, 0x0d, 0x00, 0x00, 0x00, 0x01, 0x3c,
+    0x00, 0x04, 0x00, 0x00, 0x00, 0x00, 0x03, 0x5a, 0x00, 0x04, 0x0d, 0x00, 0x00, 0x00, 0x01, 0x52,
     0x00, 0x0e, 0x00, 0x04, 0x09, 0x00, 0x00, 0x00, 0x01, 0x06, 0x00, 0x04, 0x04, 0x00, 0x00, 0x00,
     0x01, 0x14, 0x00, 0x04, 0x0c, 0x00, 0x00, 0x00, 0x01, 0x0c, 0x00, 0x04, 0x17, 0x00, 0x00, 0x00,
     0x01, 0x04, 0xff, 0xff, 0xff, 0xff, 0x02, 0x14, 0x00, 0x04, 0x0c, 0x00, 0x00, 0x00, 0x01, 0x0c,
-    0x00, 0x04, 0x01, 0x00, 0x00, 0x00, 0x01, 0x04, 0xff, 0xff, 0xff, 0xff,
+    0x00, 0x04, 0x01, 0x00, 0x00, 0x00, 0x01, 0x04, 0xff, 0xff, 0xff, 0xff, 0x03, 0x14, 0x00, 0x04,
+    0x0c, 0x00, 0x00, 0x00, 0x01, 0x0c, 0x00, 0x04, 0x0b, 0x00, 0x00, 0x00, 0x01, 0x04, 0x00, 0x00,
+    0x00, 0x00,
 ];
 
 pub(super) const PORTS: &str = "ports";
 pub(super) const SIGHTED: &str = "sighted";
-pub(super) const SIGHTED_KEY_LEN: u32 = 12;
+pub(super) const SIGHTED_KEY_LEN: u32 = 16;
 /// In the forward hook: what comes out of an IPsec tunnel has its token taken before it can be sighted.
 const FROM_IPSEC: &str = "from-ipsec";
 /// The chain that sights, in each table.
@@ -257,10 +261,12 @@ pub(super) fn describe(
     }
 }
 
-/// `add @sighted { iif . ct id . ct direction ... }`: the rest of the rule holds once for each.
+/// `add @sighted { iif . ct id . ct direction . ct original proto-src ... }`: the rest of the rule holds once
+/// for each.
 fn take_token(m: &mut Message<'_>, hook: Hook) {
     expr::meta(m, expr::NFT_META_IIF, expr::NFT_REG_1);
     expr::ct(m, expr::NFT_CT_ID, expr::NFT_REG32_01);
     expr::ct(m, expr::NFT_CT_DIRECTION, expr::NFT_REG32_02);
+    expr::ct_of(m, expr::NFT_CT_PROTO_SRC, Direction::Original, expr::NFT_REG32_03);
     expr::add_counting_once_an_hour(m, SIGHTED, hook.sighted_id());
 }

@@ -90,7 +90,7 @@ fn is_read(hook: Hook, family: u8, with_xfrm: bool, want_rules: usize) {
             NFT_MSG_NEWSET => {
                 let s = SetAttrs::new(attrs);
                 let sighted = s.get_name().unwrap() == c"sighted";
-                assert_eq!(s.get_key_len().unwrap(), if sighted { 12 } else { 4 });
+                assert_eq!(s.get_key_len().unwrap(), if sighted { 16 } else { 4 });
                 assert_eq!(s.get_flags().unwrap(), if sighted { 0x20 } else { 0 });
                 let size = s.get_desc().and_then(|d| d.get_size()).ok();
                 assert_eq!(size, sighted.then_some(1000));
@@ -110,16 +110,16 @@ fn is_read(hook: Hook, family: u8, with_xfrm: bool, want_rules: usize) {
     assert_eq!(rules, want_rules);
 }
 
-/// `nft list` shows keys by the type that the set says it has: three of its numbers, six bits each.
+/// `nft list` shows keys by the type that the set says it has: four of its numbers, six bits each.
 #[test]
-fn the_type_of_a_sights_key_is_netdev_number_and_direction() {
+fn the_type_of_a_sights_key_is_netdev_number_direction_and_port() {
     let bytes = built(&LedgerConfig::default());
     let types: Vec<_> = MessageIter::new(&bytes)
         .filter(|m| m.ty & 0xff == NFT_MSG_NEWSET)
         .filter_map(|m| m.attrs(4).find_type(NFTA_SET_KEY_TYPE)?.be32())
         .collect();
-    // iface_index 20, integer 4, ct_dir 27; the other set is one of netdevs.
-    assert_eq!(types, [20, 20 << 12 | 4 << 6 | 27]);
+    // iface_index 20, integer 4, ct_dir 27, and none for a port; the other set is one of netdevs.
+    assert_eq!(types, [20, 20 << 18 | 4 << 12 | 27 << 6]);
 }
 
 /// One transaction makes the sets of both tables: each has a number of its own.
@@ -271,25 +271,27 @@ fn dynset_and_log_are_the_bytes_of_nft() {
 fn a_captured_dump_reads() {
     let bytes = unhex(ELEMENTS);
     let m = MessageIter::new(&bytes).next().unwrap();
-    let keys: Vec<_> =
-        element_keys(&m).filter_map(|k| LedgerKey::from_bytes(Hook::Inet, k)).collect();
+    // Captured when keys ended with the direction.
+    let keys: Vec<_> = element_keys(&m)
+        .filter_map(|k| LedgerKey::from_bytes(Hook::Inet, &[k, &[0x1f, 0x90, 0, 0]].concat()))
+        .collect();
     assert_eq!(keys.len(), 8);
-    assert_eq!(
-        keys[0],
-        LedgerKey {
-            hook: Hook::Inet,
-            iif: Ifindex::new(2).unwrap(),
-            ct_id: CtId(0xfb84_d7aa),
-            direction: Direction::Reply
-        }
-    );
+    let first = LedgerKey {
+        hook: Hook::Inet,
+        iif: Ifindex::new(2).unwrap(),
+        ct_id: CtId(0xfb84_d7aa),
+        sport: 8080,
+        direction: Direction::Reply,
+    };
+    assert_eq!(keys[0], first);
 }
 
 proptest! {
     #[test]
-    fn a_key_reads_back(iif in 1u32..=i32::MAX as u32, id: u32, reply: bool) {
+    fn a_key_reads_back(iif in 1u32..=i32::MAX as u32, id: u32, sport: u16, reply: bool) {
         let direction = if reply { Direction::Reply } else { Direction::Original };
-        let key = LedgerKey { hook: Hook::Bridge, iif: Ifindex::new(iif).unwrap(), ct_id: CtId(id), direction };
+        let (iif, ct_id) = (Ifindex::new(iif).unwrap(), CtId(id));
+        let key = LedgerKey { hook: Hook::Bridge, iif, ct_id, sport, direction };
         prop_assert_eq!(LedgerKey::from_bytes(Hook::Bridge, &key.to_bytes()), Some(key));
     }
 

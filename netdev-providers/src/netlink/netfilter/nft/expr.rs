@@ -17,8 +17,8 @@ const NFTA_VERDICT_CHAIN: u16 = 2;
 /// `NFT_GOTO` (-4).
 const NFT_GOTO: u32 = 0xffff_fffc;
 const NF_ACCEPT: u32 = 1; // linux/netfilter.h
-// enum nft_registers: the verdict, the first of 16 bytes, and the second and third of 4 bytes
-// (NFT_REG32_01 and 02 are bytes 4..8 and 8..12 of NFT_REG_1).
+// enum nft_registers: the verdict, the first of 16 bytes, and the second to fourth of 4 bytes
+// (NFT_REG32_01 to 03 are bytes 4..8, 8..12 and 12..16 of NFT_REG_1).
 const NFT_REG_VERDICT: u32 = 0;
 /// `NFT_REG_1`.
 pub const NFT_REG_1: u32 = 1;
@@ -28,6 +28,8 @@ pub const NFT_REG32_00: u32 = 8;
 pub const NFT_REG32_01: u32 = 9;
 /// `NFT_REG32_02`.
 pub const NFT_REG32_02: u32 = 10;
+/// `NFT_REG32_03`.
+pub const NFT_REG32_03: u32 = 11;
 // enum nft_meta_keys
 /// `NFT_META_PROTOCOL`: the ethertype, in network order.
 pub const NFT_META_PROTOCOL: u32 = 1;
