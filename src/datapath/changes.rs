@@ -108,6 +108,7 @@ impl Changes {
             if self.looked.elapsed() >= LOOK_EVERY {
                 self.looked = Instant::now();
                 if self.backend.resolver().look() {
+                    gathered.rerouted.add(whole(false));
                     gathered.rerouted.add(whole(true));
                 }
             }
@@ -627,6 +628,7 @@ const fn depends_on_routes(reason: Reason) -> bool {
             | Reason::NeighbourUnresolved
             | Reason::MtuMismatch
             | Reason::TosRouted
+            | Reason::HashRouted
             | Reason::Busy
     )
 }

@@ -23,6 +23,7 @@ use crate::wait::{PATIENCE, wait_until};
 mod admission;
 mod blind;
 mod bridge;
+mod ecmp;
 mod ends;
 mod firewall;
 mod names;

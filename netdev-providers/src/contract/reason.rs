@@ -109,6 +109,8 @@ reasons! {
     FirewallBehind = 28, "firewall-behind", Transient;
     /// Conntrack zones are chosen by something that no rule matches: a rule could take the packets of another connection.
     ZoneUnclear = 30, "zone-unclear", Permanent;
+    /// Something that no look-up tells chooses among the next hops of the route, by each packet: the flow label, or a hash that it came with.
+    HashRouted = 31, "hash-routed", Permanent;
 }
 
 impl fmt::Display for Reason {

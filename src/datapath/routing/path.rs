@@ -13,7 +13,7 @@ use netdev_providers::{Forward, Ifindex, MacAddr, MacRewrite, Reason, Rejection}
 use netlink_packet_core::{Emitable, Parseable};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia,
 };
 
 use super::bridged;
@@ -28,6 +28,14 @@ use crate::engine::datapath::{Path, PathHint, Sight};
 
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
+/// `struct rtmsg`.
+const ROUTE_HEADER: usize = 12;
+// linux/rtnetlink.h
+const RTA_OIF: u16 = 4;
+const RTA_MULTIPATH: u16 = 9;
+const RTA_NH_ID: u16 = 30;
+/// `FIB_MULTIPATH_HASH_FIELD_FLOWLABEL`.
+const HASHED_FLOW_LABEL: u32 = 1 << 3;
 
 /// What a route look-up answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +55,8 @@ pub struct PathResolver {
     socket: Mutex<Socket>,
     /// IPv6's own MTU of netdevs that paths lead to, as first read or last looked at.
     ipv6_mtus: Mutex<HashMap<Ifindex, Option<u32>>>,
+    /// What chooses among the next hops of IPv4's and IPv6's routes and is in no look-up, as last looked at.
+    unasked: Mutex<[Option<&'static str>; 2]>,
 }
 
 impl PathResolver {
@@ -62,7 +72,9 @@ impl PathResolver {
         tos: Named,
     ) -> Result<Self, NetlinkError> {
         let socket = Mutex::new(Socket::open(Family::Route)?);
-        Ok(Self { links, fdb, switches, ipsec, tos, socket, ipv6_mtus: Mutex::default() })
+        let unasked = Mutex::new([false, true].map(unasked));
+        let ipv6_mtus = Mutex::default();
+        Ok(Self { links, fdb, switches, ipsec, tos, socket, ipv6_mtus, unasked })
     }
 
     /// The path of a direction on a port.
@@ -132,6 +144,17 @@ impl PathResolver {
             }
         }
         let route = route?;
+        request.header.tos = 0;
+        let unasked = *self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(by) = unasked[usize::from(leaving.is_ipv6())]
+            && has_next_hops(&mut socket, request)?
+        {
+            let why = format!(
+                "the route has several next hops, and {by} chooses among them (net.{}.fib_multipath_hash_policy)",
+                if leaving.is_ipv6() { "ipv6" } else { "ipv4" },
+            );
+            return Err(Rejection::with_detail(Reason::HashRouted, why));
+        }
         if let Some(seen) = hint.egress
             && seen != route.egress
         {
@@ -203,6 +226,10 @@ impl PathResolver {
             *before = now;
             now.is_some()
         });
+        let now = [false, true].map(unasked);
+        let mut before = self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
+        changed |= *before != now;
+        *before = now;
         changed
     }
 
@@ -269,7 +296,65 @@ fn reject(e: NetlinkError, what: &str) -> Rejection {
     }
 }
 
+/// What chooses among several next hops of a route and is in no look-up, by `fib_multipath_hash_policy` of a
+/// family; `None`: nothing.
+fn unasked(ipv6: bool) -> Option<&'static str> {
+    let family = if ipv6 { "ipv6" } else { "ipv4" };
+    let read = |file: &str| {
+        std::fs::read_to_string(format!("/proc/sys/net/{family}/fib_multipath_hash_{file}")).ok()
+    };
+    hashed(ipv6, read("policy").as_deref()?.trim(), || read("fields"))
+}
+
+/// The same, by what is configured.
+fn hashed(
+    ipv6: bool,
+    policy: &str,
+    fields: impl FnOnce() -> Option<String>,
+) -> Option<&'static str> {
+    const FLOW_LABEL: Option<&str> = Some("the flow label");
+    match policy {
+        // By addresses.
+        "0" | "2" => FLOW_LABEL.filter(|_| ipv6),
+        // By addresses and ports, where the packet has no hash yet (`skb->l4_hash`).
+        "1" => Some("the hash that the netdev gave the packet"),
+        // By fields, shown in hexadecimal, with 0x or without.
+        "3" if ipv6 => {
+            let fields = fields();
+            let fields = fields.as_deref().map(|f| f.trim().trim_start_matches("0x"));
+            let fields = fields.and_then(|f| u32::from_str_radix(f, 16).ok());
+            FLOW_LABEL.filter(|_| fields.is_none_or(|f| f & HASHED_FLOW_LABEL != 0))
+        }
+        _ => None,
+    }
+}
+
+/// Whether the route of these packets has several next hops.
+fn has_next_hops(socket: &mut Socket, mut request: RouteMessage) -> Result<bool, Rejection> {
+    request.header.flags |= RouteFlags::FibMatch;
+    let mut several = false;
+    ask_for_route(socket, &request, |m| several |= names_next_hops(m))?;
+    Ok(several)
+}
+
+/// Whether a route as it stands in the table has several of them: they are listed, or stand in a nexthop
+/// object that is not shown (`net.ipv4.nexthop_compat_mode` is 0), which may be a group.
+fn names_next_hops(m: &Received<'_>) -> bool {
+    let has = |ty| m.attrs(ROUTE_HEADER).find_type(ty).is_some();
+    has(RTA_MULTIPATH) || (has(RTA_NH_ID) && !has(RTA_OIF))
+}
+
 fn look_up_route(socket: &mut Socket, request: &RouteMessage) -> Result<Route, Rejection> {
+    let mut answer: Option<Result<Route, Rejection>> = None;
+    ask_for_route(socket, request, |m| answer = Some(parse_route(m)))?;
+    answer.unwrap_or_else(|| Err(Reason::NoRoute.into()))
+}
+
+fn ask_for_route(
+    socket: &mut Socket,
+    request: &RouteMessage,
+    mut each: impl FnMut(&Received<'_>),
+) -> Result<(), Rejection> {
     let seq = socket.next_seq();
     let mut buf = Vec::new();
     let mut payload = vec![0; request.buffer_len()];
@@ -277,11 +362,10 @@ fn look_up_route(socket: &mut Socket, request: &RouteMessage) -> Result<Route, R
     let mut m = Message::new(&mut buf, RTM_GETROUTE, REQUEST | ACK, seq);
     m.raw(&payload);
     m.finish();
-    let mut answer: Option<Result<Route, Rejection>> = None;
     socket
         .request(&buf, seq, |m| {
             if m.ty == RTM_NEWROUTE {
-                answer = Some(parse_route(&m));
+                each(&m);
             }
         })
         .map_err(|e| match e {
@@ -291,8 +375,7 @@ fn look_up_route(socket: &mut Socket, request: &RouteMessage) -> Result<Route, R
                 Rejection { reason: Reason::NoRoute, errno: Some(k.errno), detail: k.extack }
             }
             other => reject(other, "route look-up"),
-        })?;
-    answer.unwrap_or_else(|| Err(Reason::NoRoute.into()))
+        })
 }
 
 fn parse_route(m: &Received<'_>) -> Result<Route, Rejection> {
@@ -331,4 +414,45 @@ fn parse_route(m: &Received<'_>) -> Result<Route, Rejection> {
     }
     let egress = egress.ok_or(Reason::NoRoute)?;
     Ok(Route { egress, gateway, mtu })
+}
+
+#[cfg(test)]
+mod tests {
+    use netdev_providers::netlink::MessageIter;
+
+    use super::*;
+
+    #[test]
+    fn what_chooses_among_next_hops_is_known_by_the_policy() {
+        let by = |ipv6, policy, fields: &str| hashed(ipv6, policy, || Some(fields.to_owned()));
+        let label = Some("the flow label");
+        for policy in ["0", "2"] {
+            assert_eq!((by(false, policy, ""), by(true, policy, "")), (None, label), "{policy}");
+        }
+        for ipv6 in [false, true] {
+            assert!(by(ipv6, "1", "").is_some_and(|w| w.contains("hash")));
+            assert_eq!(by(ipv6, "3", "0x0037\n"), None);
+        }
+        assert_eq!(by(true, "3", "0x000f\n"), label);
+        assert_eq!(by(true, "3", "8"), label);
+        assert_eq!(by(true, "3", "?"), label, "what cannot be read may be anything");
+        assert_eq!(by(false, "3", "8"), None, "IPv4 has none");
+    }
+
+    #[test]
+    fn next_hops_are_listed_or_stand_in_an_object_that_is_not_shown() {
+        let names = |attributes: &[u16]| {
+            let mut buf = Vec::new();
+            let mut m = Message::new(&mut buf, RTM_NEWROUTE, 0, 0);
+            m.raw(&[0; ROUTE_HEADER]);
+            for ty in attributes {
+                m.u32(*ty, 1);
+            }
+            m.finish();
+            names_next_hops(&MessageIter::new(&buf).next().unwrap())
+        };
+        assert!(!names(&[RTA_OIF]) && !names(&[RTA_NH_ID, RTA_OIF]) && !names(&[]));
+        assert!(names(&[RTA_MULTIPATH]) && names(&[RTA_NH_ID, RTA_MULTIPATH]));
+        assert!(names(&[RTA_NH_ID]));
+    }
 }

@@ -132,7 +132,7 @@ impl Drop for Stream {
 }
 
 impl Router {
-    fn with_ipv6(&self) {
+    pub(super) fn with_ipv6(&self) {
         for (i, dev) in [(1, "lan"), (2, "wan")] {
             let host = self.host(dev);
             self.run(&format!(

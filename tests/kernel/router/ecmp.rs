@@ -1,0 +1,60 @@
+//! Routes with several next hops.
+
+use super::*;
+
+const OUT: (&str, &str) = ("lan", "original");
+
+impl Router {
+    /// By its multipath hash a connection is refused, for this; back there is one next hop.
+    fn wait_hash_routed(&self, by: &str, c: &mut Connection) {
+        self.wait_refused(OUT, "hash-routed", by, c);
+        self.wait_installed(&["wan reply"], c);
+    }
+}
+
+/// The flow label and a hash that a packet comes with are in no look-up, and may be any.
+#[test]
+fn several_next_hops_are_for_software_where_what_chooses_among_them_cannot_be_asked() {
+    let mut r = Router::new("hashed");
+    r.with_ipv6();
+    let host = r.host("wan");
+    let set = |what: &str| format!("sysctl -qw net.{what}");
+    r.run(&format!(
+        "ip -n {host} addr add fd02::3/64 dev e0 nodad; ip -n {host} addr add fd99::2/64 dev lo nodad
+         ip -n {host} addr add 10.2.0.3/24 dev e0; ip -n {host} addr add 10.99.0.2/32 dev lo
+         {}; {}
+         ip route add fd99::/64 nexthop via fd02::2 dev wan nexthop via fd02::3 dev wan
+         ip route add 10.99.0.0/24 nexthop via 10.2.0.2 dev wan nexthop via 10.2.0.3 dev wan",
+        set("ipv6.fib_multipath_hash_policy=0"),
+        set("ipv4.fib_multipath_hash_policy=0"),
+    ));
+    r.start(&PORTS);
+    let mut c = r.connect_through("10.99.0.2:5002", "wan", "10.99.0.2:5002");
+    r.wait_installed(&BOTH, &mut c);
+    // Nobody tells of the policy: it is looked at.
+    r.run(&set("ipv4.fib_multipath_hash_policy=1"));
+    r.wait_hash_routed("the hash", &mut c);
+    r.run(&set("ipv4.fib_multipath_hash_policy=0"));
+    r.wait_installed(&BOTH, &mut c);
+    c.close();
+    wait_until("it has ended", || r.installed().is_empty());
+
+    let mut c = r.connect_through("[fd99::2]:5002", "wan", "[fd99::2]:5002");
+    r.wait_hash_routed("the flow label", &mut c);
+    // Addresses and the protocol, by default.
+    r.run(&set("ipv6.fib_multipath_hash_policy=3"));
+    r.wait_installed(&BOTH, &mut c);
+    r.run(&set("ipv6.fib_multipath_hash_fields=0x000f"));
+    r.wait_hash_routed("the flow label", &mut c);
+    r.run("ip -6 route del fd99::/64; ip -6 route add fd99::/64 via fd02::3 dev wan");
+    r.wait_installed(&BOTH, &mut c);
+    // In a nexthop object, whether the kernel shows what is in it or not.
+    r.run(
+        "ip nexthop add id 1 via fd02::2 dev wan; ip nexthop add id 2 via fd02::3 dev wan
+         ip nexthop add id 10 group 1/2; ip -6 route add fd99::/64 nhid 10 metric 1",
+    );
+    r.wait_hash_routed("the flow label", &mut c);
+    r.run("sysctl -qw net.ipv4.nexthop_compat_mode=0; ip -6 route del fd99::/64 metric 1024");
+    r.wait_hash_routed("the flow label", &mut c);
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+}
