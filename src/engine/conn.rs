@@ -130,18 +130,45 @@ pub struct PathTaken {
     pub bridged: bool,
 }
 
-/// One slot; see [`super::slot`].
-#[derive(Debug, Default)]
-pub(super) struct Slot {
-    pub word: SlotWord,
-    detail: Mutex<Detail>,
-    next: OnceLock<Box<Slot>>,
+/// One slot of a connection; see [`super::slot`].
+#[derive(Clone, Copy)]
+pub(super) struct Slot<'a> {
+    pub word: &'a SlotWord,
+    rest: &'a Rest,
 }
 
-impl Slot {
-    pub(super) fn detail(&self) -> MutexGuard<'_, Detail> {
+/// What there is of a slot beside its word.
+#[derive(Debug, Default)]
+struct Rest {
+    detail: Mutex<Detail>,
+    next: OnceLock<Box<Further>>,
+}
+
+/// The slot of one more port.
+#[derive(Debug, Default)]
+struct Further {
+    word: SlotWord,
+    rest: Rest,
+}
+
+impl Further {
+    fn slot(&self) -> Slot<'_> {
+        Slot { word: &self.word, rest: &self.rest }
+    }
+}
+
+impl<'a> Slot<'a> {
+    pub(super) fn detail(self) -> MutexGuard<'a, Detail> {
         // A panic of somebody who held it leaves plain values behind, all of them valid.
-        self.detail.lock().unwrap_or_else(PoisonError::into_inner)
+        self.rest.detail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(self) -> Option<Self> {
+        self.rest.next.get().map(|further| further.slot())
+    }
+
+    fn next_or_new(self) -> Self {
+        self.rest.next.get_or_init(Box::default).slot()
     }
 }
 
@@ -154,19 +181,25 @@ struct Past {
 
 /// One connection. Made by [`Engine::conn_create`](super::Engine::conn_create); its memory lasts as
 /// long as somebody holds a handle or an operation of it is under way.
+///
+/// The first 16 bytes are for whoever reads a slot's word without this crate's code (the C header): the words
+/// of both directions, side by side, laid out as [`Snapshot`](super::slot::Snapshot) says.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Conn {
-    key: ConnKey,
-    reply: Tuple,
+    /// The word of each direction's first slot.
+    words: [SlotWord; 2],
+    /// The rest of these slots; further ports hang on them.
+    rests: [Rest; 2],
+    past: Past,
     epoch: Epoch,
     tag: u64,
     created_ms: u64,
+    key: ConnKey,
+    reply: Tuple,
     dead: AtomicBool,
     /// A reply has been seen, anywhere: for the connection's whole life.
     replied: AtomicBool,
-    past: Past,
-    /// The first slot of each direction; further ports hang on it.
-    slots: [Slot; 2],
 }
 
 /// A counted reference to a connection. Clone it into the datapath's own object.
@@ -192,19 +225,40 @@ impl fmt::Debug for ConnHandle {
     }
 }
 
+/// Of who keeps it as a bare pointer (`Arc::into_raw`), and back.
+impl From<Arc<Conn>> for ConnHandle {
+    fn from(conn: Arc<Conn>) -> Self {
+        Self(conn)
+    }
+}
+
+impl From<ConnHandle> for Arc<Conn> {
+    fn from(handle: ConnHandle) -> Self {
+        handle.0
+    }
+}
+
 impl ConnHandle {
     pub(super) fn new(key: ConnKey, reply: Tuple, epoch: Epoch, tag: u64, created_ms: u64) -> Self {
         Self(Arc::new(Conn {
-            key,
-            reply,
+            words: Default::default(),
+            rests: Default::default(),
+            past: Past::default(),
             epoch,
             tag,
             created_ms,
+            key,
+            reply,
             dead: AtomicBool::new(false),
             replied: AtomicBool::new(false),
-            past: Past::default(),
-            slots: Default::default(),
         }))
+    }
+
+    /// The bare pointer, for who counts no reference: as long as somebody else does, it is what
+    /// `Arc::into_raw` would give.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const Conn {
+        Arc::as_ptr(&self.0)
     }
 
     /// True when both are the same incarnation of the same connection.
@@ -216,7 +270,7 @@ impl ConnHandle {
 
 /// What became of an attempt to claim a slot of a connection.
 pub(super) enum ConnClaim<'a> {
-    Won(&'a Slot),
+    Won(Slot<'a>),
     Decided,
     /// The connection has ended.
     Dead,
@@ -337,20 +391,16 @@ impl Conn {
     #[inline]
     #[must_use]
     pub fn is_decided(&self, port: Generation, d: Direction) -> bool {
-        let first = &self.slots[d.index()];
-        first.word.load().is_decided(port) || self.is_decided_further(first, port)
+        self.words[d.index()].load().is_decided(port) || self.is_decided_further(port, d)
     }
 
     #[cold]
-    fn is_decided_further(&self, first: &Slot, port: Generation) -> bool {
-        let mut slot = first;
-        while let Some(next) = slot.next.get() {
-            if next.word.load().is_decided(port) {
-                return true;
-            }
-            slot = next;
-        }
-        false
+    fn is_decided_further(&self, port: Generation, d: Direction) -> bool {
+        self.slots_of(d).skip(1).any(|slot| slot.word.load().is_decided(port))
+    }
+
+    fn first_slot(&self, d: Direction) -> Slot<'_> {
+        Slot { word: &self.words[d.index()], rest: &self.rests[d.index()] }
     }
 
     /// Claims the slot of (port, direction), making one where there is none. Slots of ports that were
@@ -361,7 +411,7 @@ impl Conn {
         d: Direction,
         gone: impl Fn(Generation) -> bool,
     ) -> ConnClaim<'_> {
-        let mut slot = &self.slots[d.index()];
+        let mut slot = self.first_slot(d);
         for more in (0..MAX_PORTS).rev() {
             match slot.word.claim(port, &gone) {
                 Claim::Won => {
@@ -377,7 +427,7 @@ impl Conn {
                     return ConnClaim::Won(slot);
                 }
                 Claim::Decided => return ConnClaim::Decided,
-                Claim::Other if more > 0 => slot = slot.next.get_or_init(Box::default),
+                Claim::Other if more > 0 => slot = slot.next_or_new(),
                 Claim::Other => break,
             }
         }
@@ -392,16 +442,16 @@ impl Conn {
     }
 
     /// The slot of (port, direction), where there is one.
-    pub(super) fn slot(&self, port: Generation, d: Direction) -> Option<&Slot> {
+    pub(super) fn slot(&self, port: Generation, d: Direction) -> Option<Slot<'_>> {
         self.slots_of(d).find(|s| s.word.load().generation() == Some(port))
     }
 
-    pub(super) fn slots_of(&self, d: Direction) -> impl Iterator<Item = &Slot> {
-        std::iter::successors(Some(&self.slots[d.index()]), |s| s.next.get().map(|b| &**b))
+    pub(super) fn slots_of(&self, d: Direction) -> impl Iterator<Item = Slot<'_>> {
+        std::iter::successors(Some(self.first_slot(d)), |slot| slot.next())
     }
 
     /// Every slot that was ever claimed, with its direction and the generation of its port.
-    pub(super) fn all_slots(&self) -> impl Iterator<Item = (Direction, Generation, &Slot)> {
+    pub(super) fn all_slots(&self) -> impl Iterator<Item = (Direction, Generation, Slot<'_>)> {
         Direction::BOTH.into_iter().flat_map(|d| {
             self.slots_of(d).filter_map(move |s| Some((d, s.word.load().generation()?, s)))
         })
@@ -431,7 +481,7 @@ pub(super) mod tests {
         for n in 1..100 {
             let g = Generation::new(n).unwrap();
             assert!(matches!(c.claim(g, d, |old| old < g), ConnClaim::Won(_)));
-            assert!(c.slots[d.index()].word.load().is_decided(g));
+            assert!(c.words[d.index()].load().is_decided(g));
         }
         assert_eq!(c.all_slots().count(), 1);
     }
@@ -478,6 +528,16 @@ pub(super) mod tests {
     #[test]
     fn a_slot_takes_at_most_200_bytes() {
         // The rest is for what a port keeps of it: 26 bytes in tables that are 7/16 full at worst.
-        assert!(size_of::<Slot>() + 26 * 16 / 7 <= 200, "{}", size_of::<Slot>());
+        assert!(size_of::<Further>() + 26 * 16 / 7 <= 200, "{}", size_of::<Further>());
+    }
+
+    #[test]
+    fn the_words_stand_where_others_look_for_them() {
+        assert_eq!(std::mem::offset_of!(Conn, words), 0);
+        assert_eq!((size_of::<SlotWord>(), align_of::<Conn>()), (8, 8));
+        let (c, g) = (conn(), Generation::new(0x0102_0304).unwrap());
+        assert!(matches!(c.claim(g, Direction::Reply, nobody), ConnClaim::Won(_)));
+        assert_eq!(c.words[1].load().state(), SlotState::Pending);
+        assert!(!c.words[0].load().is_decided(g) && c.words[1].load().is_decided(g));
     }
 }

@@ -73,7 +73,9 @@ const REASON: u64 = 0xff << REASON_SHIFT;
 const OP_SHIFT: u32 = 48;
 const OP_ONE: u64 = 1 << OP_SHIFT;
 
-/// A reading of a slot's word.
+/// A reading of a slot's word. From bit 0: the generation of the slot's port (32 bits), the
+/// [state](SlotState) (3); the rest is the engine's own. A packet thread has nothing to do where the
+/// generation is its port's and the state is not [`Empty`](SlotState::Empty).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Snapshot(u64);
 
@@ -195,6 +197,7 @@ pub enum AfterAdd {
 
 /// The atomic word of a slot.
 #[derive(Debug, Default)]
+#[repr(transparent)]
 pub struct SlotWord(AtomicU64);
 
 impl SlotWord {

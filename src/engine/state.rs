@@ -41,7 +41,7 @@ pub(super) struct PortSlot<'a> {
     port: &'a Port,
     conn: &'a ConnHandle,
     d: Direction,
-    slot: &'a Slot,
+    slot: Slot<'a>,
 }
 
 /// What is to be done about a slot whose pause is over.

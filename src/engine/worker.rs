@@ -9,6 +9,7 @@
 //! The scheme is that of OVS's PMD threads, which reload their cached ports at reconfiguration,
 //! with quiescent states as in OVS `lib/ovs-rcu.h`.
 
+use std::borrow::Borrow;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -216,9 +217,9 @@ impl PortRef<'_> {
     /// Offers several directions, as [`conn_add`](Self::conn_add) does one after the other, and wakes the
     /// port's thread once, behind the last that it has to look at: for the undecided ones among a batch of
     /// packets. What became of each is told in order.
-    pub fn offer_batch<'c>(
+    pub fn offer_batch<C: Borrow<ConnHandle>>(
         &self,
-        offers: impl IntoIterator<Item = (&'c ConnHandle, Direction, PathSpec)>,
+        offers: impl IntoIterator<Item = (C, Direction, PathSpec)>,
         mut told: impl FnMut(Offer),
     ) {
         /// Whatever the caller's code does meanwhile, what is queued does not lie there unheard of.
@@ -235,7 +236,7 @@ impl PortRef<'_> {
         }
         let mut wake = Wake { queue: &self.port.queue, is_due: false };
         for (conn, d, path) in offers {
-            let offer = self.put(conn, d, path);
+            let offer = self.put(conn.borrow(), d, path);
             wake.is_due |= offer == Offer::Queued;
             told(offer);
         }
