@@ -17,6 +17,8 @@
 //! ([`providers`]), with neither netlink nor a runtime. Which backends come with it is said to
 //! `netdev-providers`: its features are `tc-flower`, `nf-flowtable` and `dummy`.
 //!
+//! From C there is `libctoffload`: `src/capi/include/ctoffload.h`.
+//!
 //! # Words
 //! A **port** is a netdev attached to the engine; ([`Ifindex`], [`Generation`]) identify it, because
 //! the kernel reuses ifindexes. A **provider** is the offload backend of one port. A **connection** is

@@ -122,9 +122,16 @@ impl Worker {
     /// have not changed.
     #[inline]
     pub fn quiescent(&mut self) {
-        if self.publication.version.load(Ordering::Acquire) != self.version {
+        if !self.is_current() {
             self.reload();
         }
+    }
+
+    /// Whether no port has come or gone since the last quiescent state: then one now would change nothing.
+    #[inline]
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.publication.version.load(Ordering::Acquire) == self.version
     }
 
     #[cold]

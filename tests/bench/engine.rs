@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
 
+mod capi;
 mod flush;
 mod heap;
 mod measure;
@@ -24,9 +25,10 @@ const USAGE: &str = "engine [--quick] [--out FILE] [PART...]
 
   --quick     fewer rounds: to see that it runs, not to believe the figures
   --out FILE  write the figures there as JSON
-  PART        only these of: decided, counted, sight, strangers, table, memory, flush";
+  PART        only these of: decided, capi, counted, sight, strangers, table, memory, flush";
 
-const PARTS: [&str; 7] = ["decided", "counted", "sight", "strangers", "table", "memory", "flush"];
+const PARTS: [&str; 8] =
+    ["decided", "capi", "counted", "sight", "strangers", "table", "memory", "flush"];
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -55,6 +57,9 @@ fn main() -> ExitCode {
     if wanted("decided") {
         packets::decided(&mut report, rounds(60));
         packets::decided_allocates(&mut report);
+    }
+    if wanted("capi") {
+        packets::decided_in_c(&mut report, rounds(60));
     }
     if wanted("counted") {
         packets::decided_counted(&mut report);

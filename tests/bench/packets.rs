@@ -11,6 +11,7 @@ use ctoffload::engine::datapath::{PathHint, PathSpec};
 use ctoffload::engine::worker::{Offer, Worker};
 use netdev_providers::Direction;
 
+use crate::capi::{CApi, Hired};
 use crate::heap;
 use crate::measure::{Samples, cpus, nanos, pin, together, until_clean};
 use crate::peers::{self, Context, Locked, OneMutex, OneRwLock, PeerConn};
@@ -249,12 +250,56 @@ pub(crate) fn decided_allocates(report: &mut Report) {
     );
 }
 
+impl Contestant for CApi {
+    type View = Hired;
+    fn view(&self) -> Hired {
+        self.hire()
+    }
+    fn run(&self, view: &mut Hired, times: usize) -> usize {
+        Self::run(self, view, times)
+    }
+}
+
+/// What a packet of a decided connection costs a C program, beside a Rust one.
+pub(crate) fn decided_in_c(report: &mut Report, rounds: usize) {
+    let figure = |value| Figure::new("decided slot, by the C header", value, "ns/packet");
+    let over = |value| {
+        Figure::new("decided slot, by the C header over Rust", value, "x").bar(Bar::AtMost(1.2))
+    };
+    let in_c = match CApi::new(HOT) {
+        Ok(in_c) => in_c,
+        Err(why) => {
+            report.add(over(None).note(why));
+            return;
+        }
+    };
+    let ours = Ours::new(HOT);
+    let (packets, cpus) = (ours.packets.len(), cpus());
+    let mut samples: [Samples; 2] = Default::default();
+    for _ in 0..rounds {
+        let round = [
+            per_packet(&in_c, packets, 1500, &cpus[..1]),
+            per_packet(&ours, packets, 1500, &cpus[..1]),
+        ];
+        for (samples, value) in samples.iter_mut().zip(round) {
+            samples.push(value.unwrap_or(f64::NAN));
+        }
+    }
+    let [in_c, ours] = samples;
+    report.add(figure(in_c.median()).peer("Rust", ours.median()));
+    report.add(over(in_c.over(&ours).median()));
+}
+
 /// One contestant alone, for an instrument that watches the whole process.
 pub(crate) fn alone(contestant: &str, times: usize) {
     let undecided = match contestant {
         "ours" => {
             let c = Ours::new(HOT);
             c.run(&mut c.view(), times)
+        }
+        "C" => {
+            let c = CApi::new(HOT).unwrap_or_else(|why| panic!("{why}"));
+            c.run(&mut c.hire(), times)
         }
         "mutex" => Listed::<OneMutex>::new(HOT).run(&mut (), times),
         "rwlock" => Listed::<OneRwLock>::new(HOT).run(&mut (), times),
