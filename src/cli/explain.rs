@@ -179,8 +179,7 @@ fn advice(reason: Reason) -> Option<&'static str> {
             "give the chain a lower priority than 2147483647, or register it after the daemon's start"
         }
         Reason::HashRouted => {
-            "set fib_multipath_hash_policy to 3, whose fields choose by addresses and ports: \
-             net.ipv6.fib_multipath_hash_fields=0x37; for IPv4 0 does, too"
+            "for IPv4, set net.ipv4.fib_multipath_hash_policy to 0: addresses alone choose then"
         }
         Reason::ZoneUnclear => {
             "let the netdev, the tag, addresses or ports choose the zone (`nft list ruleset`)"

@@ -34,8 +34,6 @@ const ROUTE_HEADER: usize = 12;
 const RTA_OIF: u16 = 4;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_NH_ID: u16 = 30;
-/// `FIB_MULTIPATH_HASH_FIELD_FLOWLABEL`.
-const HASHED_FLOW_LABEL: u32 = 1 << 3;
 
 /// What a route look-up answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -300,32 +298,20 @@ fn reject(e: NetlinkError, what: &str) -> Rejection {
 /// family; `None`: nothing.
 fn unasked(ipv6: bool) -> Option<&'static str> {
     let family = if ipv6 { "ipv6" } else { "ipv4" };
-    let read = |file: &str| {
-        std::fs::read_to_string(format!("/proc/sys/net/{family}/fib_multipath_hash_{file}")).ok()
-    };
-    hashed(ipv6, read("policy").as_deref()?.trim(), || read("fields"))
+    let file = format!("/proc/sys/net/{family}/fib_multipath_hash_policy");
+    hashed(ipv6, std::fs::read_to_string(file).ok()?.trim())
 }
 
-/// The same, by what is configured.
-fn hashed(
-    ipv6: bool,
-    policy: &str,
-    fields: impl FnOnce() -> Option<String>,
-) -> Option<&'static str> {
-    const FLOW_LABEL: Option<&str> = Some("the flow label");
-    match policy {
-        // By addresses.
-        "0" | "2" => FLOW_LABEL.filter(|_| ipv6),
-        // By addresses and ports, where the packet has no hash yet (`skb->l4_hash`).
-        "1" => Some("the hash that the netdev gave the packet"),
-        // By fields, shown in hexadecimal, with 0x or without.
-        "3" if ipv6 => {
-            let fields = fields();
-            let fields = fields.as_deref().map(|f| f.trim().trim_start_matches("0x"));
-            let fields = fields.and_then(|f| u32::from_str_radix(f, 16).ok());
-            FLOW_LABEL.filter(|_| fields.is_none_or(|f| f & HASHED_FLOW_LABEL != 0))
-        }
-        _ => None,
+/// The same, by the policy (`fib_multipath_hash`, `rt6_multipath_hash`).
+fn hashed(ipv6: bool, policy: &str) -> Option<&'static str> {
+    match (policy, ipv6) {
+        // By addresses: from a packet as from a look-up.
+        ("0" | "2", false) => None,
+        ("0" | "2", true) => Some("the flow label"),
+        // By addresses and ports, if the packet has no hash yet (`skb->l4_hash`).
+        ("1", _) => Some("the hash that the netdev gave the packet"),
+        // By fields, which are hashed once more when they are a packet's (`fib_multipath_custom_hash_skb`).
+        _ => Some("a hash that look-ups do not have"),
     }
 }
 
@@ -423,20 +409,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_chooses_among_next_hops_is_known_by_the_policy() {
-        let by = |ipv6, policy, fields: &str| hashed(ipv6, policy, || Some(fields.to_owned()));
-        let label = Some("the flow label");
+    fn what_chooses_among_next_hops_can_be_asked_where_it_is_addresses_alone() {
         for policy in ["0", "2"] {
-            assert_eq!((by(false, policy, ""), by(true, policy, "")), (None, label), "{policy}");
+            assert_eq!(hashed(false, policy), None, "{policy}");
+            assert_eq!(hashed(true, policy), Some("the flow label"), "{policy}");
         }
         for ipv6 in [false, true] {
-            assert!(by(ipv6, "1", "").is_some_and(|w| w.contains("hash")));
-            assert_eq!(by(ipv6, "3", "0x0037\n"), None);
+            assert!(hashed(ipv6, "1").is_some_and(|by| by.contains("netdev")));
+            assert!(hashed(ipv6, "3").is_some() && hashed(ipv6, "?").is_some());
         }
-        assert_eq!(by(true, "3", "0x000f\n"), label);
-        assert_eq!(by(true, "3", "8"), label);
-        assert_eq!(by(true, "3", "?"), label, "what cannot be read may be anything");
-        assert_eq!(by(false, "3", "8"), None, "IPv4 has none");
     }
 
     #[test]
