@@ -55,6 +55,7 @@ fn port(name: &str) -> PortInfo {
         fault: None,
         slow: None,
         undeleted: 0,
+        in_front: vec!["matchall at prio 10 (all): mirred".into()],
         refusals: vec![],
         pending: 2,
         installed: 1200,
@@ -216,6 +217,7 @@ impl ControlHandler for Fake {
                 direction: Direction::Reply,
                 verdict: "no packet of this direction has been seen here".into(),
                 help: None,
+                in_front: Vec::new(),
             }];
             return Ok(Explain { conn: Some(conn()), verdicts });
         }
@@ -413,10 +415,12 @@ fn ports_are_a_table_and_one_port_is_told_in_full() {
         lines[1],
         "eth0         3  bound    tc-flower  both          1200   1188        2        12"
     );
-    assert!(
-        lines[3].contains("wwan0: tc-flower declined: the kernel has no cls_flower"),
-        "{table}"
-    );
+    for told in [
+        "eth0: in front of its rules: matchall at prio 10 (all): mirred",
+        "wwan0: tc-flower declined: the kernel has no cls_flower",
+    ] {
+        assert!(lines[3..].contains(&told), "{table}");
+    }
     let one = bed.ok("port show eth0");
     assert!(one.contains("1200 installed (1188 in hardware), 2 pending, 12 rejected"), "{one}");
     assert!(one.contains("table-full 10, busy 4"), "{one}");

@@ -23,12 +23,15 @@
 //! calls what, on which thread, is said in the [traits](contract::provider).
 //!
 //! # Unsafe code
-//! One file, `tc_flower/bpf.rs`, which calls `bpf(2)`: nothing but a pointer handed to the kernel and
-//! a descriptor taken from it, so that there is nothing for Miri to interpret. Everywhere else it is
+//! Two files, `tc_flower/bpf.rs` and `bpf.rs`, which call `bpf(2)`: nothing but a pointer handed to the kernel
+//! and a descriptor taken from it, so that there is nothing for Miri to interpret. Everywhere else it is
 //! denied.
 
 #![deny(unsafe_code)]
 
+#[cfg(feature = "netlink")]
+#[allow(unsafe_code, reason = "calls bpf(2), and takes the descriptors that it returns")]
+mod bpf;
 pub mod contract;
 #[cfg(feature = "dummy")]
 pub mod dummy;
@@ -43,7 +46,7 @@ pub use contract::{
     class::{BindError, ProviderClass},
     flow::{Above, Flow, FlowMatch, Forward, MacRewrite, Tracked},
     operation::{Done, Operation, Outcome, Request, Ticket},
-    provider::{Capability, Counters, Fault, Leftover, Observed, Provider, RuleReport},
+    provider::{Capability, Counters, Fault, Leftover, Observed, Provider, Repaired, RuleReport},
     reason::{Permanence, Reason, Rejection},
     types::{
         Cookie, Direction, Epoch, Generation, HwFlags, Ifindex, Instance, L4Proto, MacAddr, Netdev,

@@ -105,6 +105,9 @@ fn place(
         if let Some(words) = &s.nic_said {
             line("the NIC", format!("does not have it: \"{words}\""));
         }
+        for other in verdict.map_or(&[][..], |v| &v.in_front) {
+            line("in front", format!("{other}: what it takes does not reach the rule"));
+        }
         if let Some(rule) = &s.rule {
             let cookie = s.cookie.as_ref().map_or(String::new(), |c| format!(", cookie {c}"));
             line("rule", format!("{rule}{cookie}"));
@@ -183,6 +186,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         }
         Reason::ZoneUnclear => {
             "let the netdev, the tag, addresses or ports choose the zone (`nft list ruleset`)"
+        }
+        Reason::OthersInFront => {
+            "see `ctoffload port show PORT` for who is in front; let rules live in software: --offload both"
         }
         Reason::NotAdmitted => "change the [[admit]] rules of the daemon's configuration",
         _ => return None,

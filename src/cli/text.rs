@@ -123,6 +123,9 @@ pub(super) fn ports(out: &mut String, ports: &[PortInfo], detail: bool) {
             let _ =
                 writeln!(out, "{}: {} to be deleted", p.name, count(p.undeleted, "rule", "rules"));
         }
+        if !p.in_front.is_empty() {
+            let _ = writeln!(out, "{}: in front of its rules: {}", p.name, p.in_front.join("; "));
+        }
         if p.provider.is_none() {
             for r in &p.refusals {
                 let _ = writeln!(out, "{}: {} declined: {}", p.name, r.class, r.why);
@@ -155,6 +158,9 @@ fn port(out: &mut String, p: &PortInfo) {
     }
     for r in &p.refusals {
         line("declined", &format!("{}: {}", r.class, r.why));
+    }
+    for other in &p.in_front {
+        line("in front", other);
     }
     line(
         "slots",

@@ -33,6 +33,8 @@ pub struct PortInfo {
     pub slow: Option<String>,
     /// Rules that could not be deleted so far.
     pub undeleted: u64,
+    /// Filters and programs of others that packets pass before they come to its rules.
+    pub in_front: Vec<String>,
     /// Why classes that were asked earlier did not bind it.
     pub refusals: Vec<Refusal>,
     /// Slots with an operation in flight or queued.
@@ -275,6 +277,8 @@ pub struct PortVerdict {
     pub verdict: String,
     /// What can be done about it: one sentence, without a final dot.
     pub help: Option<String>,
+    /// Filters and programs of others that packets pass there before they come to a rule.
+    pub in_front: Vec<String>,
 }
 
 /// Which connections are asked for; what is `None` does not matter.
@@ -500,7 +504,7 @@ attributes! {
         fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
         sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
         latency = 20, capacity = 21, capacity_learnt = 22, evictions = 23,
-        capabilities = 24, slow = 25, undeleted = 26,
+        capabilities = 24, slow = 25, undeleted = 26, in_front = 27,
     }
     CapabilityInfo {
         name = 1, software = 2, software_why = 3, hardware = 4, hardware_why = 5,
@@ -526,7 +530,7 @@ attributes! {
         deletes = 16, add_failures = 17, reasons = 18, latency = 19,
         sweep_pause_ms = 20,
     }
-    PortVerdict { port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5 }
+    PortVerdict { port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5, in_front = 6 }
     ConnFilter { port = 1, zone = 2, tuple = 3 }
     ExplainRequest { tuple = 1, zone = 2 }
     FlushRequest { port = 1, zone = 2, tuple = 3, all = 4 }

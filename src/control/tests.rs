@@ -62,6 +62,7 @@ impl ControlHandler for Fake {
                 direction: netdev_providers::Direction::Reply,
                 verdict: "v".repeat(200),
                 help: None,
+                in_front: Vec::new(),
             })
             .collect();
         Ok(Explain { conn: conns.last(), verdicts })

@@ -36,6 +36,7 @@
 //! percpu-stats = false       # true: rules in software count per processor. For flows that several
 //!                            # processors forward at once; they take longer to add, and more memory,
 //!                            # on many processors much more
+//! qdisc = "ingress"          # or "clsact": what is made on a netdev that has neither; see below
 //!
 //! [nf-flowtable]
 //! accounting = true          # switch conntrack's accounting on while a port uses it: its counters
@@ -77,6 +78,20 @@
 //! packets has such a thing (the log says what), every offloaded connection goes through the stack again
 //! within `every` seconds, a few at a time. Marks and labels of connections are announced, and followed.
 //!
+//! # The ingress qdisc
+//!
+//! Rules of tc-flower stand at the ingress hook of a netdev's qdisc `ingress` or `clsact`, of which a netdev has one
+//! at most. One that is there is used, and stays. Where there is none, `qdisc` says which is made:
+//!
+//! | | `ingress` | `clsact` |
+//! |---|---|---|
+//! | `tc qdisc del … ingress`, `add … ingress` (SQM, wondershaper, FireQOS) | works: theirs is used from then on | both are refused by the kernel |
+//! | `tc qdisc replace … ingress`, filters at `parent ffff:` | works | refused |
+//! | `tc qdisc replace … clsact`, `del … clsact` | refused | works |
+//! | a tool that adds `clsact`, does not mind that there is one, and puts filters at **egress** | they are among those of ingress; the log says so | works |
+//!
+//! `tc qdisc add` of either kind without a `del` before is refused where there is one already, whichever it is.
+//!
 //! # Bridges
 //!
 //! With `bridged = true` connections that a bridge of this machine forwards between two of its ports
@@ -114,6 +129,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use netdev_providers::HwFlags;
+use netdev_providers::tc_flower::QdiscKind;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -178,6 +194,8 @@ pub struct Config {
     pub tc_writers: Option<NonZeroUsize>,
     /// Whether tc-flower's rules in software count per processor.
     pub tc_percpu_stats: bool,
+    /// Which qdisc tc-flower makes where there is none.
+    pub tc_qdisc: QdiscKind,
     /// Which connections may be offloaded.
     pub admission: Admission,
     /// From how many bytes on.
@@ -263,6 +281,15 @@ struct RawTcFlower {
     prio_base: Option<Spanned<u16>>,
     writers: Option<Spanned<usize>>,
     percpu_stats: Option<bool>,
+    qdisc: RawQdisc,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawQdisc {
+    #[default]
+    Ingress,
+    Clsact,
 }
 
 #[derive(Deserialize, Default)]
@@ -435,6 +462,10 @@ impl Config {
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             tc_writers: writers.transpose()?.and_then(NonZeroUsize::new),
             tc_percpu_stats: raw.tc_flower.percpu_stats.unwrap_or(false),
+            tc_qdisc: match raw.tc_flower.qdisc {
+                RawQdisc::Ingress => QdiscKind::Ingress,
+                RawQdisc::Clsact => QdiscKind::Clsact,
+            },
             ports,
         })
     }
@@ -486,6 +517,7 @@ mod tests {
         assert_eq!(c.revalidation, Revalidation::default());
         assert_eq!(c.port("eth0"), None);
         assert!(!c.tc_percpu_stats, "quick to add");
+        assert_eq!(c.tc_qdisc, QdiscKind::Ingress, "what shapers can replace");
         assert!(!c.bridged, "bridge conntrack stays off unless it is asked for");
     }
 
@@ -522,6 +554,7 @@ mod tests {
         assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);
         assert_eq!(error("[tc-flower]\nwriters = 65\n").0, 2);
         assert_eq!(error("[tc-flower]\npercpu-stats = 0\n").0, 2);
+        assert_eq!(error("[tc-flower]\n\nqdisc = \"egress\"\n").0, 3);
     }
 
     #[test]

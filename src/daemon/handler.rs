@@ -144,6 +144,7 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         fault: v.fault,
         slow: v.slow.map(|s| s.to_string()),
         undeleted: v.undeleted,
+        in_front: v.in_front,
         refusals: v
             .refusals
             .into_iter()
@@ -304,6 +305,9 @@ fn help_for(reason: Reason) -> Option<&'static str> {
         }
         Reason::ZoneUnclear => {
             "let the netdev, the tag, addresses or ports choose the zone: see `nft list ruleset`"
+        }
+        Reason::OthersInFront => {
+            "see `ctoffload port show` of the port for who is in front; rules in software (offload = \"both\") can stand behind them"
         }
         Reason::NotAdmitted => {
             "change the [[admit]] rules of the configuration, and start the daemon again"
@@ -476,6 +480,7 @@ impl ControlHandler for Handler {
                     direction,
                     verdict: text,
                     help,
+                    in_front: port.in_front.clone(),
                 });
             }
         }

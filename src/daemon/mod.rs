@@ -203,6 +203,15 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     allow_many_sockets();
     let supervisor = Supervisor::new().map_err(|e| DaemonError::Os("eventfd", e))?;
 
+    let mut tc_config = TcFlowerConfig {
+        writers: config.tc_writers,
+        percpu_stats: config.tc_percpu_stats,
+        qdisc: config.tc_qdisc,
+        ..TcFlowerConfig::default()
+    };
+    if let Some(base) = config.tc_prio_base {
+        tc_config.prio_base = base.get();
+    }
     let backend = Arc::new(Backend::open(datapath::Config {
         nflog_group: config.nflog_group.get(),
         ledger_size: config.ledger_size.get(),
@@ -213,6 +222,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         on_ruleset_change: config.on_ruleset_change,
         revalidation: config.revalidation,
         adopt: config.adopt,
+        tc_prio: tc_config.prio_base,
     })?);
     // Behind the ledger, which nobody can have who has no privilege and no two daemons at once: here ends one
     // that comes while another is stopping.
@@ -223,14 +233,6 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         Limits { connections: config.connections, queue: config.queue, ..Limits::default() },
         Clock::default(),
     );
-    let mut tc_config = TcFlowerConfig {
-        writers: config.tc_writers,
-        percpu_stats: config.tc_percpu_stats,
-        ..TcFlowerConfig::default()
-    };
-    if let Some(base) = config.tc_prio_base {
-        tc_config.prio_base = base.get();
-    }
     let class: Arc<dyn ProviderClass> = Arc::new(TcFlowerClass::new(tc_config));
     engine.register(class)?;
     let flowtable = Arc::new(NfFlowtableClass::new(NfFlowtableConfig {

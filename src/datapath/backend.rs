@@ -56,6 +56,8 @@ pub struct Config {
     pub revalidation: Revalidation,
     /// Rules that a dead daemon left, and that are what they would be now, are taken over.
     pub adopt: bool,
+    /// Filters of TC with a smaller prio stand in front of rules: who adds or removes one is heard of.
+    pub tc_prio: u16,
 }
 
 /// What happens to offloaded connections when the rules of nf_tables change: their packets no

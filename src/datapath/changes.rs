@@ -25,6 +25,11 @@ use crate::engine::{Engine, FlushFilter};
 const GATHER: Duration = Duration::from_millis(2);
 /// What the kernel tells nobody of is looked at this often.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A port is not looked at more often because of others, ...
+const BESIDE_EVERY: Duration = Duration::from_millis(100);
+/// ... and once more when they have done nothing for so long: a qdisc that they have removed and not replaced until
+/// then, they are not about to replace.
+const BESIDE_AGAIN: Duration = Duration::from_millis(2100);
 
 pub(super) struct Changes {
     backend: Shared,
@@ -36,6 +41,16 @@ pub(super) struct Changes {
     heard: Option<HashSet<Ifindex>>,
     /// When that was looked at which the kernel tells nobody of.
     looked: Instant,
+    /// Ports at whose ingress hook others have done something, and when they are looked at again: what others do
+    /// takes them some steps.
+    beside: HashMap<Ifindex, Again>,
+}
+
+/// When a port was looked at because of others, and when it is the next time.
+#[derive(Clone, Copy, Debug)]
+struct Again {
+    looked: Instant,
+    due: Instant,
 }
 
 /// What is answered for many events together.
@@ -44,6 +59,8 @@ struct Gathered {
     rerouted: Rerouted,
     /// What bridges have forgotten or learnt anew: when a port goes down, all that was behind it.
     moved: HashSet<(Ifindex, MacAddr)>,
+    /// Where others have done something at the ingress hook.
+    beside: HashSet<Ifindex>,
 }
 
 /// Which destinations have (perhaps) another route now. Of a routing protocol's whole table too, each address is
@@ -92,14 +109,25 @@ impl Changes {
         policy: PortPolicy,
         synced: Sender<()>,
     ) -> Self {
-        Self { backend, engine, policy, synced: Some(synced), heard: None, looked: Instant::now() }
+        Self {
+            backend,
+            engine,
+            policy,
+            synced: Some(synced),
+            heard: None,
+            looked: Instant::now(),
+            beside: HashMap::new(),
+        }
     }
 
     /// Until the sender is gone.
     pub(super) fn run(mut self, events: &Receiver<NetEvent>) {
         loop {
             let mut gathered = Gathered::default();
+            let now = Instant::now();
+            let due = self.beside.values().map(|a| a.due.saturating_duration_since(now)).min();
             let left = LOOK_EVERY.saturating_sub(self.looked.elapsed());
+            let left = left.min(due.unwrap_or(left));
             match events.recv_timeout(left) {
                 Ok(first) => self.event(first, &mut gathered),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -115,11 +143,13 @@ impl Changes {
             while let Ok(next) = events.try_recv() {
                 self.event(next, &mut gathered);
             }
+            self.look_beside(&std::mem::take(&mut gathered.beside));
             self.moved(&std::mem::take(&mut gathered.moved));
             if !gathered.rerouted.is_empty() {
                 while let Ok(next) = events.recv_timeout(GATHER) {
                     self.event(next, &mut gathered);
                 }
+                self.look_beside(&gathered.beside);
                 self.moved(&gathered.moved);
                 self.reroute(&gathered.rerouted);
             }
@@ -145,6 +175,10 @@ impl Changes {
             }
             NetEvent::Switch(switch) => self.switch(&switch, gathered),
             NetEvent::Policies => self.policies(),
+            NetEvent::Ingress(Some(ifindex)) => _ = gathered.beside.insert(ifindex),
+            NetEvent::Ingress(None) => {
+                gathered.beside.extend(self.engine.netdevs().iter().map(|n| n.ifindex));
+            }
             NetEvent::Tos(tos) => {
                 if self.backend.tos().add(tos) {
                     self.backend.changed();
@@ -179,6 +213,32 @@ impl Changes {
                     let _ = synced.send(());
                 }
             }
+        }
+    }
+
+    /// Has the providers look at what others have done on their netdevs: at once, and again a while later, but
+    /// not for every one of many filters.
+    fn look_beside(&mut self, changed: &HashSet<Ifindex>) {
+        let now = Instant::now();
+        for ifindex in changed {
+            if self.engine.port(*ifindex).is_none() {
+                continue;
+            }
+            let last = self.beside.get(ifindex).map(|a| a.looked);
+            let looked = match last {
+                Some(looked) if now.duration_since(looked) < BESIDE_EVERY => looked,
+                _ => {
+                    self.engine.put_in_order(*ifindex);
+                    now
+                }
+            };
+            self.beside.insert(*ifindex, Again { looked, due: now + BESIDE_AGAIN });
+        }
+        let due: Vec<_> =
+            self.beside.iter().filter(|(_, a)| a.due <= now).map(|(i, _)| *i).collect();
+        for ifindex in due {
+            self.engine.put_in_order(ifindex);
+            self.beside.remove(&ifindex);
         }
     }
 
@@ -314,6 +374,9 @@ impl Changes {
                 .is_none_or(|o| (o.controller, &o.layer) != (link.controller, &link.layer))
         {
             super::watch(&self.backend, &self.engine);
+        }
+        if old.as_ref().is_some_and(|o| o.xdp != link.xdp) {
+            self.look_beside(&HashSet::from([ifindex]));
         }
         let renamed = old.as_ref().is_none_or(|o| o.name != link.name);
         if renamed && self.synced.is_none() {

@@ -201,7 +201,8 @@ impl KernelDatapath {
             let (engine, stop) = (engine.clone(), Arc::clone(&stop));
             move || watch.run(&engine, &stop)
         })?;
-        datapath.spawn("monitor", move || monitor::run(&events, monitor_stopped))?;
+        let tc_prio = backend.config().tc_prio;
+        datapath.spawn("monitor", move || monitor::run(&events, tc_prio, monitor_stopped))?;
         datapath.spawn("changes", {
             let (backend, engine) = (Arc::clone(&backend), engine.clone());
             move || {

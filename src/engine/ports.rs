@@ -95,7 +95,8 @@ impl Engine {
         Ok(generation)
     }
 
-    /// Something about the netdev has changed that its provider may have to follow (its name, say).
+    /// Something about the netdev has changed that its provider may have to follow: its name, its ingress
+    /// qdisc, filters and programs of others.
     pub fn put_in_order(&self, ifindex: Ifindex) {
         let table = self.0.publication.table();
         if let Some(port) = table.get(ifindex).filter(|p| p.binding.is_some()) {

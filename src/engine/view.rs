@@ -21,6 +21,8 @@ pub struct PortView {
     pub provider: Option<&'static str>,
     /// What the provider found out about the netdev.
     pub about: String,
+    /// Filters and programs of others that packets pass before they come to its rules, in words.
+    pub in_front: Vec<String>,
     /// What the netdev takes and what not, as far as the provider tried.
     pub capabilities: Vec<Capability>,
     /// Why other classes did not bind it.
@@ -222,6 +224,10 @@ fn port_view(port: &Port) -> PortView {
         about: port
             .visit(|provider| provider.describe())
             .map(|told| told.unwrap_or_else(|panicked| panicked))
+            .unwrap_or_default(),
+        in_front: port
+            .visit(|provider| provider.in_front())
+            .and_then(Result::ok)
             .unwrap_or_default(),
         capabilities: port
             .visit(|provider| provider.capabilities())

@@ -16,8 +16,8 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use netdev_providers::{
-    Cookie, Direction, Flow, Ifindex, Operation, Outcome, Provider, Reason, Rejection, Request,
-    RuleId, Ticket,
+    Cookie, Direction, Flow, Ifindex, Operation, Outcome, Provider, Reason, Rejection, Repaired,
+    Request, RuleId, Ticket,
 };
 
 use super::Shared;
@@ -174,8 +174,16 @@ impl Writer {
             }
             Command::Repair => {
                 self.submit(staged);
-                if let Err(panicked) = self.guarded(|p| p.submit(Vec::new())) {
-                    tracing::error!(port = %self.port.netdev, "repair: {panicked}");
+                match self.guarded(|p| p.repair()) {
+                    Ok(Repaired::AsItWas) => {}
+                    Ok(Repaired::RulesGone) => {
+                        let rules = self.flush(staged);
+                        self.tell_rearm();
+                        tracing::info!(port = %self.port.netdev, rules, "rules were gone, or had to go");
+                    }
+                    Err(panicked) => {
+                        tracing::error!(port = %self.port.netdev, "repair: {panicked}")
+                    }
                 }
             }
             Command::Reconcile(answer) => {

@@ -17,7 +17,7 @@ use ctoffload::engine::{Engine, Limits, NewPort};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use netdev_providers::{
     Above, Cookie, Direction, Done, Epoch, Flow, FlowMatch, Forward, HwFlags, Instance, MacAddr,
-    MacRewrite, Outcome, Provider, ProviderClass, Reason, Request, Tuple, VlanId, Zone,
+    MacRewrite, Outcome, Provider, ProviderClass, Reason, Repaired, Request, Tuple, VlanId, Zone,
 };
 
 use crate::netns::NetNs;
@@ -403,4 +403,67 @@ fn hardware_is_not_asked_for_more_than_was_configured() {
     let port = &w.engine.ports()[0];
     assert_eq!((port.capacity, port.capacity_learnt), (Some(2), false));
     w.engine.close();
+}
+
+/// What software would have done with a packet first, a rule in the NIC does not pass by.
+#[test]
+fn rules_leave_the_nic_while_others_are_in_front_in_software() {
+    let nic = Nic::new();
+    let udp = "udp 10.0.1.2:1 > 10.0.2.2:2";
+    let theirs = "tc filter add dev p0 ingress prio 5 protocol ip";
+    let add = |p0: &Arc<dyn Provider>, epoch| {
+        let request = Request::Add { cookie: cookie(1, epoch), flow: Box::new(flow(udp)) };
+        submit_one(&**p0, request)
+    };
+    let guards = 4;
+    for (n, in_front) in
+        (0..).zip(["u32 match u32 0 0 action continue", "matchall skip_hw action continue"])
+    {
+        let p0 = bind("p0", HwFlags::Both, 1);
+        add(&p0, 1).unwrap();
+        assert_eq!(nic.rules("p0"), guards + 1);
+        // The NIC has this one too, and in front of ours.
+        nic.0.run(&format!("{theirs} flower dst_ip 192.0.2.1 action drop"));
+        assert_eq!(p0.repair(), Repaired::AsItWas);
+        assert_eq!(nic.rules("p0"), guards + 2);
+        assert_eq!(p0.in_front(), ["flower at prio 5 (ip): gact"]);
+        nic.0.run(&format!("tc filter del dev p0 ingress prio 5 && {theirs} {in_front}"));
+        assert_eq!(p0.repair(), Repaired::RulesGone, "{in_front}");
+        assert_eq!(nic.rules("p0"), guards, "{in_front}");
+        assert!(p0.describe().contains("none in hardware"), "{}", p0.describe());
+        match add(&p0, 2) {
+            Ok(Done::Added { in_hw: Some(false), .. }) => {}
+            other => panic!("{in_front}: {other:?}"),
+        }
+        assert_eq!(nic.rules("p0"), guards, "behind it, in software");
+        // A sweep finds what nobody has told of.
+        if n == 0 {
+            nic.0.run("tc filter del dev p0 ingress prio 5");
+            let fault = p0.usage(&mut |_| ()).unwrap_err();
+            assert!(fault.to_string().contains("in front"), "{fault}");
+        } else {
+            nic.0.run("tc filter del dev p0 ingress prio 5");
+        }
+        assert_eq!(p0.repair(), Repaired::RulesGone);
+        add(&p0, 3).unwrap();
+        assert_eq!(nic.rules("p0"), guards + 1);
+        p0.release().unwrap();
+    }
+    // Where there are no rules in software, there are none.
+    let p0 = bind("p0", HwFlags::SkipSw, 1);
+    add(&p0, 1).unwrap();
+    nic.0.run(&format!("{theirs} matchall skip_hw action continue"));
+    assert_eq!(p0.repair(), Repaired::RulesGone);
+    assert_eq!(nic.rules("p0"), guards);
+    let refused = p0.can_offload(&flow(udp)).unwrap_err();
+    assert_eq!(refused.reason, Reason::OthersInFront);
+    assert_eq!(add(&p0, 2).unwrap_err().reason, Reason::OthersInFront);
+    p0.release().unwrap();
+    // Likewise when it was there before.
+    nic.0.run(&format!(
+        "tc qdisc add dev p0 clsact || true; {theirs} matchall skip_hw action continue || true"
+    ));
+    let p0 = bind("p0", HwFlags::SkipSw, 1);
+    assert_eq!(add(&p0, 1).unwrap_err().reason, Reason::OthersInFront);
+    p0.release().unwrap();
 }

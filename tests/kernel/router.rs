@@ -21,6 +21,7 @@ use crate::netns::NetNs;
 use crate::wait::{PATIENCE, wait_until};
 
 mod admission;
+mod beside;
 mod blind;
 mod bridge;
 mod ecmp;

@@ -11,7 +11,7 @@
 //! |---|---|---|
 //! | [`can_offload`](Provider::can_offload), [`can_track`](Provider::can_track) | any, also a packet thread, concurrently | **no**: no lock, no system call |
 //! | [`submit`](Provider::submit) | the port's queue thread, one call at a time | yes |
-//! | [`observe`](Provider::observe), [`flush`](Provider::flush), [`release`](Provider::release) | the port's queue thread: never during a `submit` | yes |
+//! | [`repair`](Provider::repair), [`observe`](Provider::observe), [`flush`](Provider::flush), [`release`](Provider::release) | the port's queue thread: never during a `submit` | yes |
 //! | [`usage`](Provider::usage) | a sweep thread, one call at a time, **concurrently** with `submit` | yes |
 //!
 //! # Promises of the engine
@@ -129,6 +129,16 @@ pub struct Observed {
     pub foreign: u64,
 }
 
+/// What became of the rules while a provider was putting things in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Repaired {
+    /// Nothing that the engine would have to know.
+    AsItWas,
+    /// All of them are gone, or had to go: the engine flushes the port, and offers again what is seen.
+    RulesGone,
+}
+
 /// Something that a rule can consist of, and whether the netdev takes it: in software, in hardware;
 /// `None`: not tried, because the port puts no rules there. An error has the kernel's words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -165,9 +175,22 @@ pub trait Provider: Send + Sync {
     /// should need few round trips for it. Ownership of the operations passes to the provider,
     /// which may complete them before it returns or later.
     ///
-    /// An **empty** batch follows on a [`usage`](Self::usage) that failed, and on a change of the netdev's
-    /// name: an occasion to put in order what was found broken.
     fn submit(&self, batch: Vec<Operation>);
+
+    /// Puts in order what was found broken, or may be: called on the port's queue thread, never during a
+    /// `submit`, after a [`usage`](Self::usage) that failed, a change of the netdev's name, and when others have
+    /// done something to the netdev (its ingress qdisc, filters, XDP programs). An empty batch, for those who
+    /// look after such things whenever they are called.
+    fn repair(&self) -> Repaired {
+        self.submit(Vec::new());
+        Repaired::AsItWas
+    }
+
+    /// Filters and programs of others that packets pass before they come to rules of this provider, as far as is
+    /// known, in words: what these take does not reach the rules. For `ctoffload port show` and `explain`.
+    fn in_front(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Reads what stands on the netdev beside this provider's own rules. The first half of a
     /// **reconciliation**, whose parts are apart so that each backend does only what it can:

@@ -111,6 +111,8 @@ reasons! {
     ZoneUnclear = 30, "zone-unclear", Permanent;
     /// Something that no look-up tells chooses among the next hops of the route, by each packet: the flow label, or a hash that it came with.
     HashRouted = 31, "hash-routed", Permanent;
+    /// Filters or programs of others see the packets first in software, and rules in the NIC would pass them by.
+    OthersInFront = 32, "others-in-front", Transient;
 }
 
 impl fmt::Display for Reason {

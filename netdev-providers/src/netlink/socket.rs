@@ -258,10 +258,36 @@ impl Socket {
         seq: u32,
         mut each: impl FnMut(Received<'_>),
     ) -> Result<(), NetlinkError> {
+        self.dump_on(message, seq, |m| {
+            each(m);
+            true
+        })
+    }
+
+    /// The same until `each` has had enough and says so with `false`. The rest of the answer stays
+    /// in the socket, whose last use this therefore is.
+    ///
+    /// # Errors
+    /// Those of [`dump`](Self::dump).
+    pub fn dump_while(
+        mut self,
+        message: &[u8],
+        seq: u32,
+        each: impl FnMut(Received<'_>) -> bool,
+    ) -> Result<(), NetlinkError> {
+        self.dump_on(message, seq, each)
+    }
+
+    fn dump_on(
+        &mut self,
+        message: &[u8],
+        seq: u32,
+        mut each: impl FnMut(Received<'_>) -> bool,
+    ) -> Result<(), NetlinkError> {
         self.send(message)?;
         let mut end: Option<Ack> = None;
-        let mut interrupted = false;
-        while end.is_none() {
+        let (mut interrupted, mut enough) = (false, false);
+        while end.is_none() && !enough {
             self.recv(ANSWER_WITHIN, |messages| {
                 for m in messages.filter(|m| m.seq == seq) {
                     interrupted |= m.flags & DUMP_INTR != 0;
@@ -269,7 +295,8 @@ impl Socket {
                         NLMSG_DONE => end = Some(parse_done(&m)),
                         NLMSG_ERROR => end = Some(parse_ack(&m)),
                         NLMSG_NOOP => {}
-                        _ => each(m),
+                        _ if !enough => enough = !each(m),
+                        _ => {}
                     }
                 }
             })?;

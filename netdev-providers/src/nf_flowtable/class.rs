@@ -79,6 +79,7 @@ impl ProviderClass for NfFlowtableClass {
             .map_err(|e| BindError::Declined(e.to_string()))
             .inspect_err(|e| debug!(%netdev, "nf-flowtable not bound: {e}"))?;
         let provider = NfFlowtable::new(Arc::clone(&self.0), netdev.clone());
+        provider.look_in_front();
         info!(%netdev, "nf-flowtable bound: {}", provider.describe());
         Ok(Arc::new(provider))
     }

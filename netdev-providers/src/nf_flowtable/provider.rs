@@ -12,10 +12,11 @@ use super::shared::{Shared, State, is_accounting};
 use super::table::{CHANGES_PER_TRANSACTION, Change, TableError, is_whole};
 use crate::contract::flow::{Flow, Tracked};
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
-use crate::contract::provider::{Counters, Fault, Provider, RuleReport};
+use crate::contract::provider::{Counters, Fault, Provider, Repaired, RuleReport};
 use crate::contract::reason::{Reason, Rejection};
 use crate::contract::types::{Cookie, Ifindex, Netdev, RuleId};
 use crate::netlink::error::KernelError;
+use crate::netlink::front::in_front;
 
 /// An element that is in.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +39,8 @@ pub(super) struct NfFlowtable {
     broken: Mutex<Broken>,
     /// What [`describe`](Provider::describe) said last.
     about: Mutex<String>,
+    /// Who packets pass before they come to the flowtable.
+    front: Mutex<Vec<String>>,
 }
 
 /// What is to be put in order when there is an occasion.
@@ -79,6 +82,16 @@ impl NfFlowtable {
             rules: Mutex::default(),
             broken: Mutex::default(),
             about: Mutex::default(),
+            front: Mutex::default(),
+        }
+    }
+
+    /// Whatever stands at the ingress hook of TC, and in front of that, packets pass before they come to the
+    /// flowtable.
+    pub(super) fn look_in_front(&self) {
+        match in_front(self.netdev.ifindex, u16::MAX) {
+            Ok(front) => *lock(&self.front) = front.into_iter().map(|f| f.what).collect(),
+            Err(e) => debug!(port = %self.netdev, "who is in front: {e}"),
         }
     }
 
@@ -393,7 +406,18 @@ impl Provider for NfFlowtable {
         }
     }
 
+    fn repair(&self) -> Repaired {
+        self.submit(Vec::new());
+        self.look_in_front();
+        Repaired::AsItWas
+    }
+
+    fn in_front(&self) -> Vec<String> {
+        lock(&self.front).clone()
+    }
+
     fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault> {
+        self.look_in_front();
         let hardware = {
             let mut state = self.shared.state();
             self.look_for_name(&mut state);

@@ -8,6 +8,7 @@ use tracing::{debug, info};
 use super::bpf::Programs;
 use super::handles::MAX_LANES;
 use super::hook::Hook;
+pub use super::hook::QdiscKind;
 use super::occupants;
 use super::plan::Plan;
 use super::prios::Prios;
@@ -39,11 +40,19 @@ pub struct TcFlowerConfig {
     /// the packets of one flow to one processor, so the default is not to (nor does OVS: `lib/tc.c`).
     /// Rules that only the NIC carries out (`skip_sw`) never do: nothing but a dump adds to their counters.
     pub percpu_stats: bool,
+    /// Which qdisc is made on a netdev that has none with an ingress hook.
+    pub qdisc: QdiscKind,
 }
 
 impl Default for TcFlowerConfig {
     fn default() -> Self {
-        Self { prio_base: 0xc100, batch: 256, writers: None, percpu_stats: false }
+        Self {
+            prio_base: 0xc100,
+            batch: 256,
+            writers: None,
+            percpu_stats: false,
+            qdisc: QdiscKind::default(),
+        }
     }
 }
 
@@ -133,13 +142,15 @@ impl ProviderClass for TcFlowerClass {
                 instance,
                 hw_flags: netdev.hw_flags,
                 prio_base: self.config.prio_base,
+                qdisc: self.config.qdisc,
                 percpu_stats: self.config.percpu_stats,
                 programs: self.programs(),
             },
         )
         .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
-        let plan = Plan { instance, found, batch: self.config.batch, nic_said: Mutex::default() };
-        let provider = TcFlower::new(Arc::new(plan), sockets, threads);
+        let plan = Plan::new(instance, found, self.config.batch, self.config.qdisc);
+        let made = TcFlower::new(Arc::new(plan), sockets, threads);
+        let provider = made.map_err(|e| BindError::Failed(e.into_fault("watching the netdev")))?;
         info!(%netdev, "tc-flower bound: {}", provider.describe());
         Ok(Arc::new(provider))
     }
@@ -155,7 +166,7 @@ impl ProviderClass for TcFlowerClass {
             }
             let cleared = occupants::clear_leftovers(&mut hook)?;
             if cleared.made_qdisc {
-                hook.delete_unused_clsact()?;
+                hook.delete_unused_qdisc()?;
             }
             Ok(cleared.removed)
         };

@@ -20,6 +20,37 @@ pub(super) struct Qdisc {
     pub(super) shared_block: Option<u32>,
 }
 
+/// A kind of qdisc that has an ingress hook. A netdev has one of them at most, and who wants the other kind is
+/// refused: to add it, to replace this one by it, even to delete it by that name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QdiscKind {
+    /// `ingress`, which has nothing else. Shapers of incoming traffic (SQM, wondershaper, FireQOS) delete it and
+    /// make their own, or use the one that is there. Whoever takes it for a `clsact` without looking gets
+    /// filters for egress into ingress.
+    #[default]
+    Ingress,
+    /// `clsact`, which has an egress hook too. Tools that load BPF programs use the one that is there; those
+    /// of the other kind cannot start beside it.
+    Clsact,
+}
+
+impl QdiscKind {
+    /// As `tc` calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Clsact => "clsact",
+        }
+    }
+
+    /// The kind of this name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Ingress, Self::Clsact].into_iter().find(|k| k.name() == name)
+    }
+}
+
 /// A socket and a buffer for requests about one netdev.
 #[derive(Debug)]
 pub(super) struct Hook {
@@ -107,10 +138,11 @@ impl Hook {
         matches!(self.hardware_type(), Err(e) if e.errno() == Some(Errno::ENODEV))
     }
 
-    /// Makes a clsact qdisc. `false`: there is one with an ingress hook already.
-    pub(super) fn add_clsact(&mut self) -> Result<bool, NetlinkError> {
+    /// Makes a qdisc with an ingress hook. `false`: there is one already.
+    pub(super) fn add_qdisc(&mut self, kind: QdiscKind) -> Result<bool, NetlinkError> {
         let made = self.request(|buf, seq, ifindex| {
-            qdisc_message(buf, RTM_NEWQDISC, REQUEST | ACK | CREATE | EXCL, seq, ifindex);
+            let flags = REQUEST | ACK | CREATE | EXCL;
+            qdisc_message(buf, RTM_NEWQDISC, flags, seq, ifindex, kind);
         });
         match made {
             Ok(()) => Ok(true),
@@ -119,22 +151,21 @@ impl Hook {
         }
     }
 
-    pub(super) fn delete_clsact(&mut self) -> Result<(), NetlinkError> {
-        self.request(|buf, seq, ifindex| {
-            qdisc_message(buf, RTM_DELQDISC, REQUEST | ACK, seq, ifindex);
-        })
-    }
-
-    /// Removes the clsact qdisc, unless it is not there or somebody has filters at it.
-    pub(super) fn delete_unused_clsact(&mut self) -> Result<(), NetlinkError> {
-        if !matches!(self.qdisc()?, Some(q) if q.kind == "clsact" && q.shared_block.is_none()) {
-            return Ok(());
-        }
+    /// Removes the qdisc with the ingress hook, which is one of ours, unless it is not there or somebody
+    /// has filters at it.
+    pub(super) fn delete_unused_qdisc(&mut self) -> Result<(), NetlinkError> {
+        let Some(qdisc) = self.qdisc()?.filter(|q| q.shared_block.is_none()) else { return Ok(()) };
+        let Some(kind) = QdiscKind::named(&qdisc.kind) else { return Ok(()) };
         let mut filters = 0;
         for parent in [PARENT_INGRESS, PARENT_EGRESS] {
             self.filters(parent, |_| filters += 1)?;
         }
-        if filters == 0 { self.delete_clsact() } else { Ok(()) }
+        if filters > 0 {
+            return Ok(());
+        }
+        self.request(|buf, seq, ifindex| {
+            qdisc_message(buf, RTM_DELQDISC, REQUEST | ACK, seq, ifindex, kind);
+        })
     }
 
     /// The qdisc with the ingress hook, if there is one.
@@ -317,7 +348,14 @@ pub(super) fn means_no_such_rule(e: &KernelError) -> bool {
     matches!(e.errno, Errno::ENOENT | Errno::ENODEV)
 }
 
-fn qdisc_message(buf: &mut Vec<u8>, ty: u16, flags: u16, seq: u32, ifindex: Ifindex) {
+fn qdisc_message(
+    buf: &mut Vec<u8>,
+    ty: u16,
+    flags: u16,
+    seq: u32,
+    ifindex: Ifindex,
+    kind: QdiscKind,
+) {
     let mut m = Message::new(buf, ty, flags, seq);
     let tcmsg = TcMsg {
         ifindex: ifindex.get(),
@@ -327,7 +365,7 @@ fn qdisc_message(buf: &mut Vec<u8>, ty: u16, flags: u16, seq: u32, ifindex: Ifin
         ethertype: 0,
     };
     m.raw(&tcmsg.to_bytes());
-    m.attr(TCA_KIND, b"clsact\0");
+    m.str(TCA_KIND, kind.name());
     m.finish();
 }
 

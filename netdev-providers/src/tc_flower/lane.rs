@@ -41,8 +41,6 @@ pub(super) enum What {
         software: bool,
         /// Why it is not in the NIC, in the driver's words.
         nic_said: Option<Box<str>>,
-        /// The qdisc was made again for it.
-        again: bool,
     },
     Delete,
 }
@@ -238,8 +236,7 @@ impl Lane {
                 Ok(Done::Deleted)
             }
             What::Delete => Err(e.into()),
-            What::Add { again, .. } if qdisc_gone && !*again => {
-                *again = true;
+            What::Add { .. } if qdisc_gone => {
                 self.left.homeless.push(p);
                 return None;
             }

@@ -2,7 +2,7 @@
 //! them, in the kernel's software classifier where it does not.
 //!
 //! ```text
-//! clsact of the port, ingress, chain 0
+//! ingress qdisc of the port, or the ingress of its clsact, chain 0
 //!   other people's filters                        (lower prios: asked first)
 //!   prio base+0 ip, +1 ipv6   flower, skip_sw     TTL 0 and 1: pass       (hardware ports)
 //!   prio base+2 ip, +3 ipv6   bpf, skip_hw        TTL, options, ...: pass (software ports)
@@ -15,6 +15,14 @@
 //!
 //! A port that is bound again after its engine died finds the old rules where it would put its own:
 //! they go on forwarding until they are taken over or removed, and the guards never fall.
+//!
+//! # Beside other tools
+//! The ingress qdisc that is there is used; where there is none, an `ingress` is made, which shapers can
+//! replace by theirs ([`QdiscKind`]). What we did not make, or somebody else has filters at, stays at the
+//! end. When the qdisc is removed under the rules, they are gone; a moment later, for whoever removed it
+//! may be about to make another, the guards are put up in what is there then. Who is **in front** (filters
+//! with smaller prios, XDP, tcx) is told; rules in the NIC would be in front of them, so while somebody is whom the
+//! NIC has not, they are in software, or are refused ([`Reason::OthersInFront`](crate::Reason::OthersInFront)).
 //!
 //! # What to know before relying on it
 //! * **Length.** Flower has no key for it: flows whose path has a smaller MTU than the port have a
@@ -49,9 +57,10 @@
 //! them anew, `parse` dumps, `same` whether a dumped rule is what we would write, `hook` requests on one
 //! netdev, `probe` what bind does, `occupants` what it finds there, `capability` what it finds out, `plan` what that means for a flow,
 //! `handles`, `writer` a batch from the queue to its results, `lane` one of the sockets that it goes through, `upkeep` what concerns all rules of a
-//! port, `provider`, `class`.
+//! port, `watch` what others do meanwhile, `beside` what becomes of the port then, `provider`, `class`.
 
 mod actions;
+mod beside;
 #[allow(unsafe_code, reason = "calls bpf(2), and takes the descriptor that it returns")]
 mod bpf;
 mod capability;
@@ -73,9 +82,10 @@ mod template;
 mod threads;
 mod uapi;
 mod upkeep;
+mod watch;
 mod writer;
 
-pub use class::{TcFlowerClass, TcFlowerConfig};
+pub use class::{QdiscKind, TcFlowerClass, TcFlowerConfig};
 
 #[cfg(test)]
 mod tests;

@@ -1,17 +1,21 @@
 //! What one netdev's rules are like: which flows are offered, in which form, and what is known of
-//! them. Nothing here changes while the port lives, but for what the NIC has said.
+//! them. Nothing here changes while the port lives, but for what the NIC has said, and what others do around
+//! the rules ([`Around`]).
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tracing::info;
 
 use super::actions::NatForm;
+use super::hook::QdiscKind;
 use super::probe::{Found, Mode};
 use super::rule::Form;
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::reason::{Reason, Rejection};
 use crate::contract::types::Instance;
+use crate::netlink::front::InFront;
 
 /// What does not change while the port lives.
 #[derive(Debug)]
@@ -19,11 +23,56 @@ pub(super) struct Plan {
     pub(super) instance: Instance,
     pub(super) found: Found,
     pub(super) batch: usize,
+    /// What is made where there is no ingress qdisc.
+    pub(super) qdisc: QdiscKind,
     /// Why the NIC did not take the last rule that went to software for it.
     pub(super) nic_said: Mutex<Option<Box<str>>>,
+    pub(super) around: Around,
+}
+
+/// What stands around a port's rules, and changes as others will.
+#[derive(Debug, Default)]
+pub(super) struct Around {
+    /// Who packets pass before they come to the rules.
+    front: Mutex<Vec<InFront>>,
+    /// Rules in the NIC would be in front of some of them.
+    overtaken: AtomicBool,
+    /// The kind of the ingress qdisc, and whether we made it; `None`: there is none at present.
+    pub(super) qdisc: Mutex<Option<(String, bool)>>,
+}
+
+impl Around {
+    pub(super) fn front(&self) -> Vec<InFront> {
+        lock(&self.front).clone()
+    }
+
+    /// Says who is in front now.
+    pub(super) fn set_front(&self, front: Vec<InFront>) {
+        *lock(&self.front) = front;
+    }
+
+    /// Whether rules in the NIC would be in front of these.
+    pub(super) fn would_overtake(front: &[InFront]) -> bool {
+        front.iter().any(|f| !f.in_nic)
+    }
+
+    /// Rules in the NIC would be in front of somebody: from now on there are to be none.
+    pub(super) fn is_overtaken(&self) -> bool {
+        self.overtaken.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_overtaken(&self, yes: bool) {
+        self.overtaken.store(yes, Ordering::Release);
+    }
 }
 
 impl Plan {
+    pub(super) fn new(instance: Instance, found: Found, batch: usize, qdisc: QdiscKind) -> Self {
+        let around = Around::default();
+        *lock(&around.qdisc) = Some((found.qdisc_kind.clone(), found.made_qdisc));
+        Self { instance, found, batch, qdisc, nic_said: Mutex::default(), around }
+    }
+
     pub(super) fn can_offload(&self, flow: &Flow) -> Result<(), Rejection> {
         flow.check_netdevs()?;
         let (from, to) = (&flow.matches.tuple, &flow.forward.tuple);
@@ -34,6 +83,12 @@ impl Plan {
             ));
         }
         let found = &self.found;
+        if found.mode == Mode::Hardware && self.around.is_overtaken() {
+            return Err(Rejection::with_detail(
+                Reason::OthersInFront,
+                "rules of this port are in the NIC only: see `ctoffload port show` for who is in front in software",
+            ));
+        }
         if let (true, Err(why)) = (flow.has_vlan(), &found.vlan) {
             return Err(Rejection::with_detail(Reason::Unsupported, why.as_str()));
         }
@@ -58,9 +113,10 @@ impl Plan {
     }
 
     /// True when the flow's rule is kept out of hardware from the start: what it needs is told apart
-    /// in software only.
+    /// in software only, or somebody is in front there.
     pub(super) fn is_for_software(&self, flow: &Flow) -> bool {
         !self.found.mode.has_hardware()
+            || self.around.is_overtaken()
             || flow.may_exceed_mtu()
             || (flow.matches.vlan.is_some() && !self.found.tagged_in_hw)
     }

@@ -61,6 +61,11 @@ impl Prios {
             .map(move |(u, f)| (u, f, self.of(u, f)))
     }
 
+    /// Filters with a smaller prio stand in front of ours.
+    pub(super) const fn first(self) -> u16 {
+        self.0
+    }
+
     pub(super) fn contains(self, prio: u16) -> bool {
         (self.0..=self.0 + (Self::COUNT - 1)).contains(&prio)
     }

@@ -11,7 +11,7 @@ use super::actions::{Action, ActionList, NatForm};
 use super::bpf::Programs;
 use super::capability::{Capabilities, Shape, trial_flow};
 use super::guard::{self, is_guard};
-use super::hook::Hook;
+use super::hook::{Hook, QdiscKind};
 use super::occupants::{Left, Occupants, clear};
 use super::prios::{Prios, Use};
 use super::rule::{self, Form, Place};
@@ -26,6 +26,8 @@ pub(super) struct Wanted {
     pub(super) instance: Instance,
     pub(super) hw_flags: HwFlags,
     pub(super) prio_base: u16,
+    /// What is made where there is none.
+    pub(super) qdisc: QdiscKind,
     pub(super) percpu_stats: bool,
     pub(super) programs: Result<Arc<Programs>, String>,
 }
@@ -152,12 +154,13 @@ pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<Found, BindError>
             "not an Ethernet netdev (hardware type {hardware_type})"
         )));
     }
-    let mut made_qdisc = hook.add_clsact().map_err(|e| match e.errno() {
+    let mut made_qdisc = hook.add_qdisc(wanted.qdisc).map_err(|e| match e.errno() {
         // The kind is looked up by name first, then its module is asked for.
         Some(Errno::ENOENT | Errno::EOPNOTSUPP) => BindError::Declined(format!(
-            "the kernel has no clsact qdisc (sch_ingress: CONFIG_NET_SCH_INGRESS): {e}"
+            "the kernel has no {} qdisc (sch_ingress: CONFIG_NET_SCH_INGRESS): {e}",
+            wanted.qdisc.name()
         )),
-        _ => failed("adding the clsact qdisc", e),
+        _ => failed("adding the ingress qdisc", e),
     })?;
     match prepare(hook, wanted, &mut made_qdisc) {
         Ok(found) => Ok(found),
@@ -165,8 +168,8 @@ pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<Found, BindError>
             if let Some(prios) = prios {
                 remove_prios(hook, prios);
             }
-            if made_qdisc && let Err(e) = hook.delete_unused_clsact() {
-                debug!("removing the clsact qdisc after a failed bind: {e}");
+            if made_qdisc && let Err(e) = hook.delete_unused_qdisc() {
+                debug!("removing the ingress qdisc after a failed bind: {e}");
             }
             Err(e)
         }
@@ -180,14 +183,14 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
     let qdisc = hook
         .qdisc()
         .map_err(|e| (failed("reading the ingress qdisc", e), None))?
-        .ok_or_else(|| (BindError::Declined("the clsact qdisc is gone again".into()), None))?;
+        .ok_or_else(|| (BindError::Declined("the ingress qdisc is gone again".into()), None))?;
     if let Some(block) = qdisc.shared_block {
         return Err((
             BindError::Declined(format!("its ingress filters are in shared block {block}")),
             None,
         ));
     }
-    if !matches!(qdisc.kind.as_str(), "clsact" | "ingress") {
+    if QdiscKind::named(&qdisc.kind).is_none() {
         return Err((BindError::Declined(format!("its ingress qdisc is {}", qdisc.kind)), None));
     }
     let occupants =

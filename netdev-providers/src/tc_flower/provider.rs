@@ -5,23 +5,26 @@ use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 
+use super::beside;
 use super::capability::Capabilities;
 use super::guard;
 use super::hook::Hook;
 use super::parse::Filter;
-use super::plan::{Plan, lock};
+use super::plan::{Around, Plan, lock};
 use super::prios::Use;
 use super::probe::{self, Mode};
 use super::rule::rule_id;
 use super::threads::Threads;
 use super::uapi::*;
+use super::watch::Watch;
 use super::writer::{Adopted, Writer};
 use crate::contract::flow::Flow;
 use crate::contract::operation::{Operation, Request};
-use crate::contract::provider::{Capability, Fault, Observed, Provider, RuleReport};
-use crate::contract::reason::{Reason, Rejection};
+use crate::contract::provider::{Capability, Fault, Observed, Provider, Repaired, RuleReport};
+use crate::contract::reason::Rejection;
 use crate::contract::types::Ifindex;
 use crate::netlink::error::NetlinkError;
+use crate::netlink::front::in_front;
 
 /// The provider of one netdev.
 #[derive(Debug)]
@@ -58,18 +61,57 @@ impl Sockets {
 }
 
 impl TcFlower {
-    pub(super) fn new(plan: Arc<Plan>, sockets: Sockets, threads: Arc<Threads>) -> Self {
-        let Sockets { hook, reader, lanes } = sockets;
+    /// # Errors
+    /// When nobody would hear of what others do; what bind made is taken away again.
+    pub(super) fn new(
+        plan: Arc<Plan>,
+        sockets: Sockets,
+        threads: Arc<Threads>,
+    ) -> Result<Self, NetlinkError> {
+        let Sockets { mut hook, reader, lanes } = sockets;
+        let watched = Watch::open(hook.ifindex, plan.found.prios).and_then(|mut watch| {
+            watch.is_ours(hook.socket.port_id()?);
+            // What has come before the watch is seen by this.
+            beside::look_first(&hook, &plan)?;
+            if probe::guards_stand(&mut hook, &plan.found)? {
+                Ok(watch)
+            } else {
+                Err(NetlinkError::Malformed("the guards are gone again"))
+            }
+        });
+        let watch = watched.inspect_err(|_| {
+            probe::remove_prios(&mut hook, plan.found.prios);
+            if plan.found.made_qdisc {
+                let _ = hook.delete_unused_qdisc();
+            }
+        })?;
         let adopted = Adopted::default();
-        let writer = Writer::new(&plan, hook, lanes, threads, Arc::clone(&adopted));
-        Self {
+        let writer = Writer::new(&plan, hook, lanes, threads, Arc::clone(&adopted), watch);
+        Ok(Self {
             plan,
             guards_lost: AtomicBool::new(false),
             hardware_suspect: AtomicBool::new(false),
             writer: Mutex::new(writer),
             reader: Mutex::new(reader),
             adopted,
+        })
+    }
+}
+
+impl TcFlower {
+    /// What nobody tells (tcx, XDP by a link) a sweep finds out.
+    fn look_in_front(&self, ifindex: Ifindex) -> Result<(), Fault> {
+        let (around, found) = (&self.plan.around, &self.plan.found);
+        let front = in_front(ifindex, found.prios.first())
+            .map_err(|e| e.into_fault("reading who is in front of the rules"))?;
+        let overtaken = found.mode.has_hardware() && Around::would_overtake(&front);
+        let changed = overtaken != around.is_overtaken();
+        around.set_front(front);
+        if changed {
+            // The writer does what is to be done.
+            return Err(Fault::new("others have come in front of the rules, or have gone"));
         }
+        Ok(())
     }
 }
 
@@ -81,27 +123,37 @@ impl Provider for TcFlower {
     fn submit(&self, batch: Vec<Operation>) {
         let mut w = lock(&self.writer);
         w.settle();
+        w.hear(&self.plan);
         if self.hardware_suspect.swap(false, Ordering::AcqRel) && !w.renew_guards(&self.plan) {
-            self.guards_lost.store(true, Ordering::Release);
+            w.suspect();
         }
-        if self.guards_lost.swap(false, Ordering::AcqRel) && !w.restore_guards(&self.plan) {
-            self.guards_lost.store(true, Ordering::Release);
-            for op in batch {
-                if matches!(op.request, Request::Add { .. }) {
-                    op.complete(Err(Rejection::with_detail(
-                        Reason::Busy,
-                        "the guards of the port were removed and cannot be put up again",
-                    )));
-                } else {
-                    w.accept(&self.plan, op);
+        if self.guards_lost.swap(false, Ordering::AcqRel) {
+            w.suspect();
+        }
+        let ready = w.settle_down(&self.plan);
+        for op in batch {
+            match &ready {
+                Err(why) if matches!(op.request, Request::Add { .. }) => {
+                    op.complete(Err(why.clone()));
                 }
-            }
-        } else {
-            for op in batch {
-                w.accept(&self.plan, op);
+                _ => w.accept(&self.plan, op),
             }
         }
         w.send_all(&self.plan);
+        // Whatever was made in the place of the qdisc meanwhile took the rules, and has no guards.
+        w.hear(&self.plan);
+        let _ = w.settle_down(&self.plan);
+    }
+
+    fn repair(&self) -> Repaired {
+        self.submit(Vec::new());
+        let mut w = lock(&self.writer);
+        w.look_in_front(&self.plan);
+        if std::mem::take(&mut w.rules_gone) { Repaired::RulesGone } else { Repaired::AsItWas }
+    }
+
+    fn in_front(&self) -> Vec<String> {
+        self.plan.around.front().into_iter().map(|f| f.what).collect()
     }
 
     fn observe(&self) -> Result<Observed, Fault> {
@@ -134,7 +186,7 @@ impl Provider for TcFlower {
             dumped.map_err(fault)?;
         }
         match probe::guards_stand(&mut hook, &self.plan.found) {
-            Ok(true) => Ok(()),
+            Ok(true) => self.look_in_front(hook.ifindex),
             Ok(false) => {
                 self.guards_lost.store(true, Ordering::Release);
                 if hook.is_gone() {
@@ -182,8 +234,17 @@ impl Provider for TcFlower {
         if let Some(words) = &*lock(&self.plan.nic_said) {
             text += &format!("; the NIC did not take all of them: {words}");
         }
-        let whose = if found.made_qdisc { "ours" } else { "not ours" };
-        text += &format!("; prios {}; {} qdisc, {whose}", found.prios, found.qdisc_kind);
+        text += &format!("; prios {}; ", found.prios);
+        match &*lock(&self.plan.around.qdisc) {
+            Some((kind, true)) => text += &format!("{kind} qdisc, ours"),
+            Some((kind, false)) => text += &format!("{kind} qdisc, not ours"),
+            None => {
+                text += "no ingress qdisc: somebody removed it, and is given time to make another"
+            }
+        }
+        if self.plan.around.is_overtaken() {
+            text += "; none in hardware, because others are in front whom the NIC has not";
+        }
         if found.mode.has_software()
             && let Err(why) = found.rule_programs()
         {

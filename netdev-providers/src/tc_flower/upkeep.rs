@@ -99,25 +99,6 @@ impl Writer {
             .is_ok()
     }
 
-    /// Makes the qdisc again if it is gone, and the guards. They are removed first, so that none
-    /// stands twice.
-    pub(super) fn restore_guards(&mut self, plan: &Plan) -> bool {
-        warn!(ifindex = %self.hook.ifindex, "the guards of the port were removed by somebody else");
-        let restored = self.hook.add_clsact().and_then(|made| {
-            self.made_qdisc |= made;
-            for (what, family, prio) in plan.found.prios.all() {
-                if what != Use::Flows {
-                    self.hook.delete_all(prio, family)?;
-                }
-            }
-            let guards = Guards { instance: plan.instance, made_qdisc: self.made_qdisc };
-            probe::put_up_guards(&mut self.hook, &plan.found, guards)
-        });
-        restored
-            .inspect_err(|e| warn!(ifindex = %self.hook.ifindex, "putting them up again: {e}"))
-            .is_ok()
-    }
-
     pub(super) fn flush(&mut self, plan: &Plan) -> Result<u64, Fault> {
         let mut count = 0;
         let mut result = Ok(());
@@ -146,6 +127,7 @@ impl Writer {
     }
 
     pub(super) fn release(&mut self, plan: &Plan) -> Result<(), Fault> {
+        self.hear(plan);
         let mut result = self.flush(plan).map(drop);
         let mut note = |r: Result<(), NetlinkError>, what: &str| {
             if let Err(e) = r
@@ -161,7 +143,7 @@ impl Writer {
             }
         }
         if self.made_qdisc {
-            note(self.hook.delete_unused_clsact(), "removing the clsact qdisc");
+            note(self.hook.delete_unused_qdisc(), "removing the ingress qdisc");
         }
         result
     }

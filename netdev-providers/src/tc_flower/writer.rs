@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 
 use tracing::warn;
 
+use super::beside::Place as Standing;
 use super::handles::{Handles, LaneNumber};
 use super::hook::Hook;
 use super::lane::{Lane, Pending, What, added};
@@ -26,6 +27,7 @@ use super::rule::{Place, rule_id, split_rule_id};
 use super::same::Signature;
 use super::threads::{Helpers, Threads};
 use super::uapi::*;
+use super::watch::Watch;
 use crate::contract::flow::{Flow, Tracked};
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::reason::{Reason, Rejection};
@@ -44,6 +46,10 @@ pub(super) struct Writer {
     /// For what concerns all rules of the port.
     pub(super) hook: Hook,
     pub(super) made_qdisc: bool,
+    pub(super) watch: Watch,
+    pub(super) standing: Standing,
+    /// The engine is to be told that the rules which it thinks are there are not.
+    pub(super) rules_gone: bool,
     /// By family.
     pub(super) handles: [Handles; 4],
     /// Rules of dead engines that nobody has decided about: their handles are taken.
@@ -70,6 +76,7 @@ impl Writer {
         lanes: Vec<Hook>,
         threads: Arc<Threads>,
         adopted: Adopted,
+        watch: Watch,
     ) -> Self {
         let mut handles: [Handles; 4] = std::array::from_fn(|_| Handles::default());
         for &rule in &plan.found.left {
@@ -86,6 +93,9 @@ impl Writer {
             plan: Arc::clone(plan),
             hook,
             made_qdisc: plan.found.made_qdisc,
+            watch,
+            standing: Standing::default(),
+            rules_gone: false,
             handles,
             left: plan.found.left.iter().copied().collect(),
             observed: HashMap::new(),
@@ -178,7 +188,7 @@ impl Writer {
         let handle = self.handles(family).take(lane).ok_or(Reason::TableFull)?;
         self.handles(family).give_to(handle, cookie);
         let software = plan.is_for_software(&flow);
-        let what = What::Add { cookie, flow, software, nic_said: None, again: false };
+        let what = What::Add { cookie, flow, software, nic_said: None };
         Ok((self.place(plan, family), handle, what))
     }
 
@@ -226,6 +236,9 @@ impl Writer {
                 && let Ok(hook) = Hook::open(self.hook.ifindex)
             {
                 // Whatever befell the lane's socket may have befallen this one.
+                if let Ok(port) = hook.socket.port_id() {
+                    self.watch.is_ours(port);
+                }
                 self.hook = hook;
             }
             for p in unknown {
@@ -234,18 +247,9 @@ impl Writer {
             for p in unsent {
                 self.give_up(p, "no socket to the kernel");
             }
-            if !homeless.is_empty() {
-                let restored = self.restore_guards(plan);
-                for p in homeless {
-                    if restored {
-                        self.deal(p);
-                    } else {
-                        self.give_up(
-                            p,
-                            "the qdisc of the port was removed and cannot be made again",
-                        );
-                    }
-                }
+            for p in homeless {
+                self.suspect();
+                self.give_up(p, "the qdisc of the port was removed");
             }
         }
     }

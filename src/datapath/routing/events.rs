@@ -22,6 +22,19 @@ impl Events {
         Ok(Self(socket))
     }
 
+    /// The same of one group, of which `filter` has the kernel keep messages out of the socket.
+    pub(super) fn open_filtered(
+        protocol: isize,
+        group: u32,
+        filter: impl FnOnce(&Socket) -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let mut socket = TokioSocket::new(protocol)?;
+        socket.socket_mut().bind_auto()?;
+        filter(socket.socket_ref())?;
+        socket.socket_mut().add_membership(group)?;
+        Ok(Self(socket))
+    }
+
     pub(super) fn socket(&self) -> &Socket {
         self.0.socket_ref()
     }

@@ -6,7 +6,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use netdev_providers::{Ifindex, MacAddr};
 use netlink_packet_route::link::{
     BondMode, BridgePortState, InfoBond, InfoBridge, InfoBridgePort, InfoData, InfoPortData,
-    InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, VlanProtocol,
+    InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
+    VlanProtocol,
 };
 
 /// One netdev.
@@ -28,6 +29,8 @@ pub struct Link {
     pub port: BridgePort,
     /// What becomes of frames that are sent to it.
     pub layer: Layer,
+    /// The ids of the XDP programs that see what arrives on it first.
+    pub xdp: Vec<u32>,
 }
 
 /// Which frames a bridge forwards from and to one of its ports. Of a netdev that is no port: the
@@ -105,6 +108,7 @@ impl Link {
             controller: None,
             port: BridgePort::default(),
             layer: Layer::Real,
+            xdp: Vec::new(),
         };
         let ethernet = m.header.link_layer_type == LinkLayerType::Ether
             && !m.header.flags.contains(LinkFlags::Loopback);
@@ -118,6 +122,7 @@ impl Link {
                 }
                 LinkAttribute::Controller(index) if *index != 0 => link.controller = Some(*index),
                 LinkAttribute::Link(index) => lower = Ifindex::new(*index),
+                LinkAttribute::Xdp(attributes) => link.xdp = xdp_programs(attributes),
                 LinkAttribute::LinkNetNsId(_) => elsewhere = true,
                 LinkAttribute::LinkInfo(i) => infos = i,
                 _ => {}
@@ -131,6 +136,17 @@ impl Link {
         }
         Some(link)
     }
+}
+
+fn xdp_programs(attributes: &[LinkXdp]) -> Vec<u32> {
+    let ids = attributes.iter().filter_map(|a| match a {
+        LinkXdp::ProgId(id)
+        | LinkXdp::DrvProgId(id)
+        | LinkXdp::SkbProgId(id)
+        | LinkXdp::HwProgId(id) => Some(*id),
+        _ => None,
+    });
+    ids.collect()
 }
 
 impl BridgePort {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, TryStreamExt};
 use netdev_providers::netlink::socket::{DUMP, REQUEST};
+use netdev_providers::netlink::tc::{self, TcEvent};
 use netdev_providers::netlink::{Family, Message, NetlinkError, Socket};
 use netdev_providers::{Ifindex, MacAddr};
 use netlink_packet_core::{NetlinkPayload, Nla};
@@ -65,6 +66,9 @@ pub enum NetEvent {
     Tos(Tos),
     /// IPsec's policies changed, or are to be read.
     Policies,
+    /// Others have done something at the ingress hook of a netdev: a qdisc, a filter in front of rules; `None`:
+    /// of which one is not known.
+    Ingress(Option<Ifindex>),
     /// Routes to this prefix changed: for a rule and for an address, to the whole of its family.
     Routes((IpAddr, u8)),
     /// Events were lost: everything may have changed. The links that there are follow as
@@ -84,7 +88,11 @@ const LISTENED: Duration = Duration::from_secs(10);
 /// # Errors
 /// When the runtime cannot be set up; when the sockets cannot, or the links cannot be dumped, or events cannot be
 /// received, several times in a row.
-pub fn run(events: &Sender<NetEvent>, mut stop: oneshot::Receiver<()>) -> io::Result<()> {
+pub fn run(
+    events: &Sender<NetEvent>,
+    tc_prio: u16,
+    mut stop: oneshot::Receiver<()>,
+) -> io::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     runtime.block_on(async {
@@ -92,7 +100,7 @@ pub fn run(events: &Sender<NetEvent>, mut stop: oneshot::Receiver<()>) -> io::Re
         loop {
             let began = Instant::now();
             let ended = tokio::select! {
-                ended = listen(events) => ended,
+                ended = listen(events, tc_prio) => ended,
                 _ = &mut stop => return Ok(()),
             };
             // Whatever flooded us is given a moment; the kernel's state is read anew.
@@ -128,7 +136,7 @@ enum Ended {
 }
 
 /// Events during the dump queue up in the same socket, so nothing is missed between the two.
-async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
+async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
     const RCVBUF: usize = 4 << 20;
     let (mut connection, handle, mut messages) =
         rtnetlink::new_multicast_connection_with_socket::<Tolerant>(&[
@@ -143,13 +151,15 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
         ])?;
     let [v4, v6] = switches::GROUPS;
     let others = Events::open(NETLINK_ROUTE, &[nexthops::GROUP, v4, v6])?;
+    let ingress =
+        Events::open_filtered(NETLINK_ROUTE, tc::GROUP, |s| tc::listen(s, tc_prio, None))?;
     let policies = match Events::open(NETLINK_XFRM, &[ipsec::GROUP]) {
         Ok(policies) => Some(policies),
         // Without IPsec, or without what tells of it (`xfrm_user`): nobody can make a policy.
         Err(e) if e.raw_os_error() == Some(libc::EPROTONOSUPPORT) => None,
         Err(e) => return Err(e),
     };
-    let sockets = [connection.socket_mut().socket_ref(), others.socket()];
+    let sockets = [connection.socket_mut().socket_ref(), others.socket(), ingress.socket()];
     for socket in sockets.into_iter().chain(policies.as_ref().map(Events::socket)) {
         // The limit of net.core.rmem_max is what we get without CAP_NET_ADMIN; loss is noticed.
         let _ = setsockopt(socket, sockopt::RcvBufForce, &RCVBUF);
@@ -212,6 +222,15 @@ async fn listen(events: &Sender<NetEvent>) -> io::Result<Ended> {
                                 .all(|prefix| events.send(NetEvent::Routes(prefix)).is_ok())
                     }),
                     Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Ended::Lost),
+                    Err(e) => return Err(e),
+                },
+                datagram = ingress.next() => match datagram {
+                    Ok(datagram) => datagram.messages().filter_map(|m| TcEvent::parse(&m)).all(|e| {
+                        events.send(NetEvent::Ingress(Some(e.ifindex))).is_ok()
+                    }),
+                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
+                        events.send(NetEvent::Ingress(None)).is_ok()
+                    }
                     Err(e) => return Err(e),
                 },
                 datagram = changed(policies.as_ref()) => match datagram {

@@ -283,6 +283,7 @@ pub(super) mod tests {
             controller: None,
             port: BridgePort::default(),
             layer,
+            xdp: Vec::new(),
         }
     }
 

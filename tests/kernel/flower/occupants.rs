@@ -1,6 +1,12 @@
 //! What else is on the netdev: filters of others and of dead engines; and what others do to ours.
 
+use std::time::Instant;
+
+use netdev_providers::Repaired;
+use netdev_providers::tc_flower::QdiscKind;
+
 use super::*;
+use crate::wait::wait_until;
 
 #[test]
 fn foreign_filters_are_left_alone_and_given_way_to() {
@@ -25,11 +31,124 @@ fn foreign_filters_are_left_alone_and_given_way_to() {
 #[test]
 fn the_qdisc_stays_while_somebody_else_uses_it() {
     let net = Net::new();
+    for (kind, hook) in [
+        (QdiscKind::Ingress, "ingress"),
+        (QdiscKind::Clsact, "ingress"),
+        (QdiscKind::Clsact, "egress"),
+    ] {
+        let class = TcFlowerClass::new(TcFlowerConfig { qdisc: kind, ..Default::default() });
+        let provider = class.bind(&netdev("lan0", HwFlags::Both), instance(1)).unwrap();
+        net.ns.run(&format!(
+            "tc filter add dev lan0 {hook} protocol ip flower ip_proto tcp action pass"
+        ));
+        provider.release().unwrap();
+        let qdiscs = net.ns.run("tc qdisc show dev lan0");
+        assert!(qdiscs.contains(&format!("qdisc {} ffff:", kind.name())), "{qdiscs}");
+        let left = net.ns.run(&format!("tc filter show dev lan0 {hook}"));
+        assert_eq!(left.matches("handle 0x1").count(), 1, "theirs: {left}");
+        net.ns.run(&format!("tc qdisc del dev lan0 {}", kind.name()));
+    }
+}
+
+/// How the scripts of shapers begin (SQM, wondershaper, FireQOS): what is there is removed.
+const SHAPER: &str = "tc qdisc del dev lan0 ingress && tc qdisc add dev lan0 handle ffff: ingress";
+
+#[test]
+fn a_shaper_that_starts_beside_our_rules_gets_a_qdisc_of_its_own_and_keeps_it() {
+    let net = Net::new();
     let port = net.bind("lan0");
-    net.ns.run("tc filter add dev lan0 egress protocol ip flower ip_proto tcp action pass");
+    let t = tuple(TCP4);
+    let rule = port.add(1, flow(t, t));
+    net.ns.run(&format!(
+        "{SHAPER} && tc filter add dev lan0 parent ffff: protocol all prio 10 u32 match u32 0 0 action continue"
+    ));
+    // No rule without guards, although nobody has told the provider.
+    let fresh = port.add(2, flow(t, t));
+    assert_eq!(guards(&net), 4);
+    assert_eq!(port.provider.repair(), Repaired::RulesGone, "the engine flushes the port");
+    assert_eq!(port.provider.repair(), Repaired::AsItWas);
+    assert_eq!(port.provider.in_front(), ["u32 at prio 10 (all): gact"]);
+    let about = port.provider.describe();
+    assert!(about.contains("ingress qdisc, not ours"), "{about}");
+    // What was before has the handle of what is now.
+    assert_eq!(port.delete(1, rule), Ok(Done::Deleted));
+    assert_eq!((rule, port.usage().len()), (fresh, 1));
+    let seen = net.pass(Packet::new(t).frame(false), false, t, 1);
+    assert_eq!((seen.len(), seen[0].src, port.packets(2)), (1, WAN, 1), "by the rule");
+    net.ns.run("tc filter del dev lan0 ingress prio 10");
+    assert_eq!(port.provider.repair(), Repaired::AsItWas);
+    assert_eq!(port.provider.in_front(), <[String; 0]>::default());
     port.provider.release().unwrap();
-    assert!(net.ns.run("tc qdisc show dev lan0").contains("clsact"));
+    assert!(net.ns.run("tc qdisc show dev lan0").contains("qdisc ingress ffff:"), "it is theirs");
     assert!(net.ns.run("tc filter show dev lan0 ingress").is_empty());
+}
+
+#[test]
+fn what_a_shaper_replaces_or_finds_there_is_as_good_as_its_own() {
+    let net = Net::new();
+    let port = net.bind("lan0");
+    let t = tuple(TCP4);
+    port.add(1, flow(t, t));
+    net.ns.run(
+        "tc qdisc replace dev lan0 handle ffff: ingress
+         tc filter add dev lan0 parent ffff: protocol ip prio 10 flower dst_ip 192.0.2.1 action drop",
+    );
+    assert_eq!(port.provider.repair(), Repaired::AsItWas);
+    assert_eq!(port.provider.in_front(), ["flower at prio 10 (ip): gact"]);
+    assert_eq!(net.pass(Packet::new(t).frame(false), false, t, 1).len(), 1);
+    assert_eq!(port.packets(1), 1);
+    port.provider.release().unwrap();
+    let left = net.ns.run("tc filter show dev lan0 ingress");
+    assert!(left.contains("192.0.2.1") && !left.contains("mirred"), "{left}");
+}
+
+#[test]
+fn who_removes_our_qdisc_is_given_time_and_then_it_comes_back() {
+    let net = Net::new();
+    let port = net.bind("lan0");
+    let t = tuple(TCP4);
+    let rule = port.add(1, flow(t, t));
+    net.ns.run("tc qdisc del dev lan0 ingress");
+    let began = Instant::now();
+    let refused = port.try_add(2, flow(t, t)).unwrap_err();
+    assert_eq!(refused.reason, Reason::Busy);
+    assert!(refused.detail.as_deref().is_some_and(|d| d.contains("given time")), "{refused}");
+    assert!(!net.ns.run("tc qdisc show dev lan0").contains("ffff:"), "room for another");
+    assert!(port.provider.describe().contains("given time"), "{}", port.provider.describe());
+    assert_eq!(port.provider.repair(), Repaired::RulesGone);
+    assert_eq!(port.delete(1, rule), Ok(Done::Deleted));
+    let fault = port.provider.usage(&mut |_| ()).unwrap_err();
+    assert!(fault.to_string().contains("removed"), "{fault}");
+    wait_until("ours is there again", || {
+        assert_eq!(port.provider.repair(), Repaired::AsItWas);
+        net.ns.run("tc qdisc show dev lan0").contains("qdisc ingress ffff:")
+    });
+    let paused = began.elapsed();
+    assert!(paused >= Duration::from_millis(1500), "{paused:?}");
+    port.add(3, flow(t, t));
+    assert_eq!(guards(&net), 4);
+    assert_eq!(net.pass(Packet::new(t).frame(false), false, t, 1).len(), 1);
+    port.provider.release().unwrap();
+    assert!(!net.ns.run("tc qdisc show dev lan0").contains("ffff:"), "the second one is ours too");
+}
+
+#[test]
+fn no_rule_is_added_without_guards_when_somebody_removed_all_filters() {
+    let net = Net::new();
+    let port = net.bind("lan0");
+    let t = tuple(TCP4);
+    port.add(1, flow(t, t));
+    net.ns.run("tc filter del dev lan0 ingress");
+    assert_eq!(guards(&net), 0);
+    let udp = tuple(UDP6);
+    port.add(2, flow(udp, udp));
+    assert_eq!(guards(&net), 4, "{}", net.filters("lan0"));
+    port.provider.release().unwrap();
+    assert!(!net.ns.run("tc qdisc show dev lan0").contains("ffff:"));
+}
+
+fn guards(net: &Net) -> usize {
+    net.filters("lan0").matches("cookie c70f010000000001ffff").count()
 }
 
 #[test]
@@ -115,10 +234,7 @@ fn what_a_dead_engine_left_goes_on_and_is_adopted_if_it_is_what_it_would_be() {
     assert_eq!(port.provider.flush().unwrap(), 3);
     net.ns.run("tc filter del dev lan0 ingress prio 7");
     port.provider.release().unwrap();
-    assert!(
-        !net.ns.run("tc qdisc show dev lan0").contains("clsact"),
-        "inherited from the dead one"
-    );
+    assert!(!net.ns.run("tc qdisc show dev lan0").contains("ffff:"), "inherited from the dead one");
 }
 
 /// At one prio there is one kind of classifier: guards of a version that had others make room for ours.
@@ -179,7 +295,7 @@ fn a_bind_that_declines_leaves_nothing_behind() {
     // veth has no hardware.
     let why = declined("lan0", HwFlags::SkipSw);
     assert!(why.contains("NIC"), "{why}");
-    assert!(!net.ns.run("tc qdisc show dev lan0").contains("clsact"));
+    assert!(!net.ns.run("tc qdisc show dev lan0").contains("ffff:"));
     net.ns.run("tc qdisc add dev lan0 ingress_block 7 clsact");
     let why = declined("lan0", HwFlags::Both);
     assert!(why.contains("block 7"), "{why}");
@@ -204,34 +320,6 @@ fn nobody_has_room_for_our_prios() {
         panic!("bound");
     };
     assert!(why.contains("matchall at prio 65530"), "{why}");
-}
-
-#[test]
-fn rules_outlive_a_removed_qdisc() {
-    let net = Net::new();
-    let port = net.bind("lan0");
-    let t = tuple(TCP4);
-    let rule = port.add(1, flow(t, t));
-    net.ns.run("tc qdisc del dev lan0 clsact");
-    let fault = port.provider.usage(&mut |_| ()).unwrap_err();
-    assert!(fault.to_string().contains("removed"), "{fault}");
-    assert_eq!(port.delete(1, rule), Ok(Done::Deleted));
-    // Noticed by the sweep: guards are up again before the next rule.
-    port.add(2, flow(t, t));
-    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 4);
-    assert_eq!(net.pass(Packet::new(t).frame(false), false, t, 1).len(), 1);
-    // Noticed by the add itself.
-    net.ns.run("tc qdisc del dev lan0 clsact");
-    let udp = tuple(UDP6);
-    port.add(3, flow(udp, udp));
-    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 4);
-    assert_eq!(port.usage().len(), 1);
-    // Put back by somebody else, without our guards: noticed by the sweep.
-    net.ns.run("tc qdisc del dev lan0 clsact; tc qdisc add dev lan0 clsact");
-    assert!(port.provider.usage(&mut |_| ()).is_err());
-    port.add(4, flow(t, t));
-    assert_eq!(net.filters("lan0").matches("gact action pass").count(), 4);
-    port.provider.release().unwrap();
 }
 
 #[test]

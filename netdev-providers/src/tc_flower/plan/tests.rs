@@ -5,7 +5,7 @@ use crate::tc_flower::capability::{Shape, trial_flow};
 
 fn plan(found: Found) -> Plan {
     let instance = Instance(std::num::NonZeroU32::MIN);
-    Plan { instance, found, batch: 1, nic_said: Mutex::default() }
+    Plan::new(instance, found, 1, QdiscKind::Ingress)
 }
 
 fn flow(nat: bool) -> Flow {
