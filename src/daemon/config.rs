@@ -30,7 +30,7 @@
 //! group = "adm"              # members may read; changes are root's
 //!
 //! [tc-flower]
-//! prio-base = 49408          # 1..=65000: the first of our prios
+//! prio-base = 49408          # 2..=65000: the first of our prios; the one in front of it is ours too
 //! writers = 4                # 1..=64: sockets that a port's rules are written through at once;
 //!                            # default: one per processor, but not more than 4
 //! percpu-stats = false       # true: rules in software count per processor. For flows that several
@@ -427,7 +427,7 @@ impl Config {
         let sweep_seconds = ranged(raw.usage.sweep_seconds, 5, 1..=3600, "sweep-seconds")?;
         let ledger_size = ranged(raw.sight.ledger_size, 262_144, 16..=16_777_216, "ledger-size")?;
         let prio_base =
-            raw.tc_flower.prio_base.map(|p| ranged(Some(p), 1, 1..=65_000, "prio-base"));
+            raw.tc_flower.prio_base.map(|p| ranged(Some(p), 2, 2..=65_000, "prio-base"));
         let writers = raw.tc_flower.writers.map(|n| ranged(Some(n), 1, 1..=64, "writers"));
         Ok(Self {
             nflog_group: raw.sight.nflog_group.unwrap_or(DEFAULT_GROUP),

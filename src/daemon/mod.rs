@@ -222,7 +222,8 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         on_ruleset_change: config.on_ruleset_change,
         revalidation: config.revalidation,
         adopt: config.adopt,
-        tc_prio: tc_config.prio_base,
+        // The one in front of the first is ours too.
+        tc_prio: tc_config.prio_base.saturating_sub(1),
     })?);
     // Behind the ledger, which nobody can have who has no privilege and no two daemons at once: here ends one
     // that comes while another is stopping.

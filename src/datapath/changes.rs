@@ -216,6 +216,15 @@ impl Changes {
         }
     }
 
+    /// Frames with a priority tag belong to a VLAN device with the number 0, where there is one.
+    fn look_below_vlan_0(&mut self, links: [Option<&Link>; 2]) {
+        let below = links.into_iter().flatten().filter_map(|l| match l.layer {
+            Layer::Vlan { lower, id: 0, .. } => lower,
+            _ => None,
+        });
+        self.look_beside(&below.collect());
+    }
+
     /// Has the providers look at what others have done on their netdevs: at once, and again a while later, but
     /// not for every one of many filters.
     fn look_beside(&mut self, changed: &HashSet<Ifindex>) {
@@ -378,6 +387,9 @@ impl Changes {
         if old.as_ref().is_some_and(|o| o.xdp != link.xdp) {
             self.look_beside(&HashSet::from([ifindex]));
         }
+        if old.as_ref().is_none_or(|o| o.layer != link.layer) {
+            self.look_below_vlan_0([old.as_ref(), Some(&link)]);
+        }
         let renamed = old.as_ref().is_none_or(|o| o.name != link.name);
         if renamed && self.synced.is_none() {
             self.engine.put_in_order(ifindex);
@@ -507,8 +519,9 @@ impl Changes {
 
     /// The kernel has removed the netdev, and its qdiscs and rules with it; rules of other netdevs
     /// that redirect to it drop packets until they are gone, so those go first.
-    fn link_gone(&self, ifindex: Ifindex) {
+    fn link_gone(&mut self, ifindex: Ifindex) {
         let above = self.backend.links().above(ifindex);
+        self.look_below_vlan_0([self.backend.links().get(ifindex).as_ref(), None]);
         let has_above = !above.is_empty();
         if let Some(link) = self.backend.links().get(ifindex) {
             self.retract_through(above, &link, &link);

@@ -549,6 +549,25 @@ fn conntrack_deletion_and_reappearance_of_a_port() {
 }
 
 #[test]
+fn a_netdev_that_leaves_the_namespace_and_comes_back_is_a_port_again() {
+    let mut r = Router::new("moved");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    let before = r.port("wan")["generation"].as_u64();
+    r.run("ip netns add moved-away && ip link set wan netns moved-away");
+    wait_until("nothing redirects into it, and it is no port", || {
+        r.rules("lan") == 0 && r.port("wan").is_null()
+    });
+    // (Ours has no name.)
+    r.run("ip -n moved-away link set wan netns $$; ip netns del moved-away");
+    r.run("ip addr add 10.2.0.1/24 dev wan && ip link set wan up");
+    r.wait_installed(&BOTH, &mut c);
+    assert!(r.port("wan")["generation"].as_u64() > before);
+    r.exchange_by_rules(&mut c, 10_000);
+}
+
+#[test]
 fn what_a_killed_daemon_left_is_removed_also_where_there_is_no_port_any_more() {
     let mut r = Router::new("killed");
     r.run("tc qdisc add dev lan clsact && tc filter add dev lan ingress pref 7 protocol ip flower dst_ip 192.0.2.9 action pass");

@@ -226,6 +226,11 @@ impl DummyClass {
         self.state().foreign = rules;
     }
 
+    /// These of others are in front of the rules of every netdev.
+    pub fn set_in_front(&self, others: &[&str]) {
+        self.state().in_front = others.iter().map(|o| (*o).to_owned()).collect();
+    }
+
     // --- What happens -----------------------------------------------------------------------------
 
     /// The clock of the test.
@@ -298,6 +303,15 @@ impl DummyClass {
         let Some(port) = state.ports.get_mut(&ifindex) else { return false };
         let Some(rule) = port.by_cookie(cookie).map(|r| r.rule) else { return false };
         port.remove(rule)
+    }
+
+    /// Somebody else removes all rules of a netdev, as with its qdisc: told by the next repair.
+    pub fn steal_all(&self, ifindex: Ifindex) {
+        let mut state = self.state();
+        if let Some(port) = state.ports.get_mut(&ifindex) {
+            port.clear();
+            state.emptied.insert(ifindex);
+        }
     }
 
     // --- What is there ----------------------------------------------------------------------------

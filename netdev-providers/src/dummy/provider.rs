@@ -4,7 +4,7 @@ use super::handle::DummyClass;
 use super::state::{Call, State, complete};
 use crate::contract::flow::Flow;
 use crate::contract::operation::Operation;
-use crate::contract::provider::{Fault, Leftover, Observed, Provider, RuleReport};
+use crate::contract::provider::{Fault, Leftover, Observed, Provider, Repaired, RuleReport};
 use crate::contract::reason::Rejection;
 use crate::contract::types::{Generation, Ifindex};
 
@@ -39,6 +39,16 @@ impl Provider for Dummy {
         let decided = self.class.state().submit(self.ifindex, self.generation, batch);
         self.class.come_back(Call::Submit, self.ifindex);
         complete(decided);
+    }
+
+    fn repair(&self) -> Repaired {
+        self.submit(Vec::new());
+        let emptied = self.class.state().emptied.remove(&self.ifindex);
+        if emptied { Repaired::RulesGone } else { Repaired::AsItWas }
+    }
+
+    fn in_front(&self) -> Vec<String> {
+        self.class.state().in_front.clone()
     }
 
     fn observe(&self) -> Result<Observed, Fault> {

@@ -1,6 +1,6 @@
 //! What the backend holds: ports, rules, pending operations, and what it was told to do wrong.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use crate::contract::flow::{Flow, FlowMatch, Tracked};
@@ -194,6 +194,9 @@ pub(super) struct State {
     /// What an engine that died has left, until the netdev is bound; and what others have there.
     pub(super) left: BTreeMap<Ifindex, Vec<DummyRule>>,
     pub(super) foreign: u64,
+    /// Who is in front of every netdev's rules; netdevs whose rules others have removed, until that is told.
+    pub(super) in_front: Vec<String>,
+    pub(super) emptied: BTreeSet<Ifindex>,
     /// In the order of submission.
     pub(super) waiting: VecDeque<Waiting>,
     in_flight: HashSet<(Ifindex, Cookie)>,
@@ -228,6 +231,8 @@ impl Default for State {
             ports: BTreeMap::new(),
             left: BTreeMap::new(),
             foreign: 0,
+            in_front: Vec::new(),
+            emptied: BTreeSet::new(),
             waiting: VecDeque::new(),
             in_flight: HashSet::new(),
             failures: VecDeque::new(),

@@ -176,6 +176,14 @@ impl<'m, 'b> ActionList<'m, 'b> {
         });
     }
 
+    /// Takes the tag off, and lets the next filter be asked.
+    pub(super) fn pop_and_go_on(&mut self, cookie: &[u8; 16]) {
+        let mut parms = [0; 24];
+        parms[..20].copy_from_slice(&tc_gen(TC_ACT_UNSPEC));
+        parms[20..].copy_from_slice(&TCA_VLAN_ACT_POP.to_ne_bytes());
+        self.push(b"vlan\0", Some(cookie), |m| _ = m.attr(TCA_VLAN_PARMS, &parms));
+    }
+
     fn vlan(&mut self, what: Vlan) {
         let mut parms = [0; 24];
         parms[..20].copy_from_slice(&tc_gen(TC_ACT_PIPE));

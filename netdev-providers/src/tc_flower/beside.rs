@@ -14,6 +14,7 @@ use super::hook::{Hook, QdiscKind};
 use super::plan::{Around, Plan, lock};
 use super::prios::Use;
 use super::probe::{self, Guards};
+use super::watch::Standing;
 use super::writer::Writer;
 use crate::contract::reason::{Reason, Rejection};
 use crate::netlink::error::NetlinkError;
@@ -22,26 +23,16 @@ use crate::netlink::front::in_front;
 /// How long nothing is made where somebody has removed our qdisc.
 pub(super) const STAND_ASIDE: Duration = Duration::from_secs(2);
 
-/// Whether rules can be added.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Place {
-    /// Guards and qdisc stand, as far as is known.
-    #[default]
-    Stands,
-    /// They may not: to be looked at before the next rule.
-    Suspect,
-    /// There has been no qdisc since then.
-    Aside(Instant),
-}
-
 impl Writer {
     /// Hears what others have done since the last time.
     pub(super) fn hear(&mut self, plan: &Plan) {
         let seen = self.watch.seen();
-        if seen.qdisc_removed {
+        // A qdisc that nobody has removed has our guards; of one that has none it is not known whose it is.
+        let mut stands = || probe::guards_stand(&mut self.hook, &plan.found).unwrap_or(false);
+        if seen.qdisc_removed || (seen.lost && !stands()) {
             self.taken_away(plan);
-        } else if seen.guards_suspect && self.standing == Place::Stands {
-            self.standing = Place::Suspect;
+        } else if seen.guards_suspect && self.standing == Standing::Firm {
+            self.standing = Standing::Suspect;
         }
         if let Some(prio) = seen.egress
             && self.qdisc_is(QdiscKind::Ingress, plan)
@@ -63,8 +54,8 @@ impl Writer {
 
     /// Whether the guards stand, in the eyes of somebody else.
     pub(super) fn suspect(&mut self) {
-        if self.standing == Place::Stands {
-            self.standing = Place::Suspect;
+        if self.standing == Standing::Firm {
+            self.standing = Standing::Suspect;
         }
     }
 
@@ -78,8 +69,8 @@ impl Writer {
         self.made_qdisc = false;
         *lock(&plan.around.qdisc) = None;
         self.rules_gone = true;
-        if !matches!(self.standing, Place::Aside(_)) {
-            self.standing = Place::Aside(Instant::now());
+        if !matches!(self.standing, Standing::Aside(_)) {
+            self.standing = Standing::Aside(Instant::now());
         }
         warn!(ifindex = %self.hook.ifindex, rules, "somebody removed the ingress qdisc of the port");
     }
@@ -89,7 +80,7 @@ impl Writer {
     /// # Errors
     /// When nothing can be added at present: what is told of an add.
     pub(super) fn settle_down(&mut self, plan: &Plan) -> Result<(), Rejection> {
-        if self.standing == Place::Stands {
+        if self.standing == Standing::Firm {
             return Ok(());
         }
         let busy = |why: &str| Err(Rejection::with_detail(Reason::Busy, why));
@@ -107,7 +98,7 @@ impl Writer {
             return busy("somebody made an ingress qdisc that rules cannot be added to");
         }
         if qdisc.is_none() {
-            let Place::Aside(since) = self.standing else {
+            let Standing::Aside(since) = self.standing else {
                 // It was not heard of.
                 self.taken_away(plan);
                 return self.settle_down(plan);
@@ -120,7 +111,7 @@ impl Writer {
         }
         match self.put_up(plan, qdisc.is_none()) {
             Ok(()) => {
-                self.standing = Place::Stands;
+                self.standing = Standing::Firm;
                 Ok(())
             }
             Err(e) => {
@@ -143,6 +134,7 @@ impl Writer {
         }
         let guards = Guards { instance: plan.instance, made_qdisc: self.made_qdisc };
         probe::put_up_guards(hook, &plan.found, guards)?;
+        self.tags_off = plan.found.tags;
         let kind = hook.qdisc()?.map(|q| q.kind).unwrap_or_default();
         let whose = if self.made_qdisc { "ours" } else { "somebody else's" };
         info!(ifindex = %hook.ifindex, qdisc = kind, whose, "the guards of the port stand again");

@@ -1,6 +1,6 @@
 //! The programs of rules and guards in software, and how they are loaded: `nat` keeps L4 checksums right,
 //! `header` does to an IPv4 header what `ip_forward` does, `inspect` leaves to the stack what it would not
-//! forward. None has constants of a connection, or maps: they are loaded once in a process.
+//! forward, `tags` finds priority tags. None has constants of a connection, or maps: they are loaded once in a process.
 
 use std::ffi::{CStr, c_int};
 use std::io;
@@ -15,6 +15,7 @@ mod assembler;
 mod header;
 mod inspect;
 mod nat;
+mod tags;
 
 /// A loaded program.
 #[derive(Debug)]
@@ -39,6 +40,7 @@ pub(super) struct Programs {
     nat: [Program; 8],
     header: Program,
     inspect: [Program; 2],
+    tags: Program,
 }
 
 impl Programs {
@@ -75,6 +77,7 @@ impl Programs {
             ],
             header: load(BPF_PROG_TYPE_SCHED_ACT, c"header4", &header::assemble())?,
             inspect: [inspect(Ipv4, c"inspect4")?, inspect(Ipv6, c"inspect6")?],
+            tags: load(BPF_PROG_TYPE_SCHED_CLS, c"priority_tag", &tags::assemble())?,
         })
     }
 
@@ -87,6 +90,11 @@ impl Programs {
     /// That of routed IPv4 flows.
     pub(super) const fn header(&self) -> &Program {
         &self.header
+    }
+
+    /// That which finds priority tags.
+    pub(super) const fn tags(&self) -> &Program {
+        &self.tags
     }
 
     /// That of the guard of a family.

@@ -15,6 +15,11 @@
 //!
 //! They stand twice: for untagged and for tagged frames.
 //!
+//! In front of all that, in software, **priority tags** are taken off (802.1Q with VLAN 0, which is no VLAN): the
+//! stack does that to every frame that it is given, but behind the ingress hook, where rules for untagged frames
+//! would not match. Only of frames for the netdev's own address, and of none where a VLAN device with the number 0
+//! stands on it, which is given them.
+//!
 //! In software all of it is one program of `cls_bpf` for a family (see [`super::bpf`]), which reads the
 //! header once; one more flower prio would have every packet dissected once more, before the flows are
 //! even looked at. In hardware the TTL guard has to be flower, which drivers take; being `skip_sw` it is
@@ -126,6 +131,31 @@ pub(super) fn flower_ttl(
         m.u32(TCA_FLOWER_FLAGS, TCA_CLS_FLAGS_SKIP_SW);
         m.nested_plain(TCA_FLOWER_ACT, |m| {
             ActionList::new(m, true).pass(&cookie.to_bytes());
+        });
+    });
+    m.finish();
+}
+
+/// Appends what takes priority tags off in front of all other rules, for software only. It is no guard, but stands
+/// and goes with them, and has their cookie.
+pub(super) fn priority_tags(
+    buf: &mut Vec<u8>,
+    seq: u32,
+    ifindex: Ifindex,
+    prio: Prio,
+    program: &Program,
+    cookie: Cookie,
+) {
+    let flags = REQUEST | ACK | CREATE | EXCL;
+    let place = (ifindex, prio, Family::TaggedIpv4);
+    let mut m = start(buf, seq, flags, place, NonZeroU32::new(1));
+    m.attr(TCA_KIND, b"bpf\0");
+    m.nested_plain(TCA_OPTIONS, |m| {
+        m.attr(TCA_BPF_FD, &program.raw_fd().to_ne_bytes());
+        m.attr(TCA_BPF_NAME, program.name_with_nul());
+        m.u32(TCA_BPF_FLAGS_GEN, TCA_CLS_FLAGS_SKIP_HW);
+        m.nested_plain(TCA_BPF_ACT, |m| {
+            ActionList::new(m, true).pop_and_go_on(&cookie.to_bytes());
         });
     });
     m.finish();

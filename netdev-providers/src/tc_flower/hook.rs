@@ -8,7 +8,7 @@ use super::uapi::*;
 use crate::contract::types::Ifindex;
 use crate::netlink::error::{KernelError, NetlinkError};
 use crate::netlink::modules::while_modules_come;
-use crate::netlink::socket::{ACK, CREATE, EXCL, Family as Netlink, REQUEST, Socket};
+use crate::netlink::socket::{ACK, CREATE, DUMP, EXCL, Family as Netlink, REQUEST, Socket};
 use crate::netlink::wire::Message;
 
 /// A qdisc that has an ingress hook.
@@ -76,6 +76,13 @@ fn lacks_a_module(e: &NetlinkError) -> bool {
     e.errno == Errno::ENOENT && e.extack.as_deref().is_some_and(|said| WORDS.contains(&said))
 }
 
+// linux/if_link.h
+const IFLA_LINK: u16 = 5;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_VLAN_ID: u16 = 1;
+
 /// `NLM_F_ECHO`.
 const ECHO: u16 = 8;
 
@@ -136,6 +143,35 @@ impl Hook {
     /// True when the kernel says that the netdev does not exist.
     pub(super) fn is_gone(&mut self) -> bool {
         matches!(self.hardware_type(), Err(e) if e.errno() == Some(Errno::ENODEV))
+    }
+
+    /// Whether a VLAN device with the number 0 stands on the netdev: frames with a priority tag are its.
+    pub(super) fn has_vlan_0_above(&mut self) -> Result<bool, NetlinkError> {
+        let seq = self.socket.next_seq();
+        self.buf.clear();
+        let mut m = Message::new(&mut self.buf, RTM_GETLINK, REQUEST | DUMP, seq);
+        m.raw(&[0; 16]);
+        m.nested(IFLA_LINKINFO, |m| _ = m.str(IFLA_INFO_KIND, "vlan"));
+        m.finish();
+        let (below, mut found) = (self.ifindex.get(), false);
+        let dumped = self.socket.dump(&self.buf, seq, |m| {
+            let attrs = m.attrs(16);
+            if m.ty != RTM_NEWLINK
+                || attrs.find_type(IFLA_LINK).and_then(|a| a.u32()) != Some(below)
+            {
+                return;
+            }
+            let Some(info) = attrs.find_type(IFLA_LINKINFO).map(|a| a.nested()) else { return };
+            let kind = info.find_type(IFLA_INFO_KIND).and_then(|a| a.str());
+            let data = info.find_type(IFLA_INFO_DATA).map(|a| a.nested());
+            let id = data.and_then(|d| d.find_type(IFLA_VLAN_ID)).and_then(|a| a.u16());
+            found |= kind == Some("vlan") && id == Some(0);
+        });
+        match dumped {
+            // What it has brought stands; whoever changes netdevs is heard of.
+            Ok(()) | Err(NetlinkError::Interrupted) => Ok(found),
+            Err(e) => Err(e),
+        }
     }
 
     /// Makes a qdisc with an ingress hook. `false`: there is one already.

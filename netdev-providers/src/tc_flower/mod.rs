@@ -4,6 +4,7 @@
 //! ```text
 //! ingress qdisc of the port, or the ingress of its clsact, chain 0
 //!   other people's filters                        (lower prios: asked first)
+//!   prio base-1 802.1q        bpf, skip_hw        priority tag (VLAN 0): taken off, goes on
 //!   prio base+0 ip, +1 ipv6   flower, skip_sw     TTL 0 and 1: pass       (hardware ports)
 //!   prio base+2 ip, +3 ipv6   bpf, skip_hw        TTL, options, ...: pass (software ports)
 //!   prio base+4 ip, +5 ipv6   flower              one rule per flow
@@ -31,6 +32,8 @@
 //!   ([`Reason::MtuMismatch`](crate::Reason::MtuMismatch)).
 //! * **VLAN.** One 802.1Q tag is matched, taken off, put on; a frame with two is none of ours. What
 //!   arrives tagged with any priority leaves with priority 0.
+//! * **Priority tags** (VLAN 0) are taken off in software, as the stack does a moment later, so that rules for
+//!   untagged frames match: of frames for the netdev's own address. A NIC does not match them.
 //! * **Options and extension headers, wrong header checksums and lengths** are told apart by the guards, in
 //!   software only: the stack gets what it would drop, cut, answer, or call invalid. What a NIC does with
 //!   them is its own affair: see `guard.rs`. A wrong L4 checksum is looked for nowhere, and stays wrong in

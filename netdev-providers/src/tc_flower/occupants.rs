@@ -115,6 +115,10 @@ pub(super) fn clear(
             continue;
         }
         let prio = Prio(prio);
+        // What takes priority tags off is put there anew.
+        if chain == 0 && o.foreign == 0 && keep.is_some_and(|p| p.tags() == prio) {
+            continue;
+        }
         // A delete names no more of the family than the ethertype.
         let fits = |f: &Family| f.ethertype() == ethertype;
         let at = keep.and_then(|p| p.all().find(|&(_, f, at)| at == prio && fits(&f)));

@@ -48,9 +48,9 @@ impl<'a> Filter<'a> {
     fn actions(&self) -> impl Iterator<Item = Action<'a>> + use<'a> {
         let list = match self.kind {
             "flower" => Some(TCA_FLOWER_ACT),
-            "bpf" => Some(TCA_BPF_ACT),
             // Guards of earlier versions.
             "u32" => Some(TCA_U32_ACT),
+            "bpf" => Some(TCA_BPF_ACT),
             _ => None,
         };
         self.options

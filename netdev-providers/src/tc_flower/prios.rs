@@ -36,10 +36,10 @@ impl Prios {
     /// How many prios a block has; blocks that are tried one after the other are that far apart.
     pub(super) const COUNT: u16 = 12;
 
-    /// `None` when the block does not fit, or begins at 0, which means "choose one".
+    /// `None` when the block does not fit, or there is no prio in front of it (0 means "choose one").
     pub(super) fn new(base: u16) -> Option<Self> {
         base.checked_add(Self::COUNT - 1)?;
-        (base != 0).then_some(Self(base))
+        (base >= 2).then_some(Self(base))
     }
 
     /// The block behind this one.
@@ -61,13 +61,18 @@ impl Prios {
             .map(move |(u, f)| (u, f, self.of(u, f)))
     }
 
+    /// In front of the block, for 802.1Q: where priority tags are taken off.
+    pub(super) const fn tags(self) -> Prio {
+        Prio(self.first())
+    }
+
     /// Filters with a smaller prio stand in front of ours.
     pub(super) const fn first(self) -> u16 {
-        self.0
+        self.0 - 1
     }
 
     pub(super) fn contains(self, prio: u16) -> bool {
-        (self.0..=self.0 + (Self::COUNT - 1)).contains(&prio)
+        (self.first()..=self.0 + (Self::COUNT - 1)).contains(&prio)
     }
 
     /// The family whose flows are at this prio.
@@ -91,7 +96,9 @@ mod tests {
         let p = Prios::new(0xc100).unwrap();
         let all: Vec<u16> = p.all().map(|(_, _, p)| p.0).collect();
         assert_eq!(all, (0xc100..0xc10c).collect::<Vec<_>>());
-        assert!(p.contains(0xc10b) && !p.contains(0xc10c) && !p.contains(0xc0ff));
+        assert!(p.contains(0xc10b) && !p.contains(0xc10c));
+        assert_eq!((p.tags(), p.first()), (Prio(0xc0ff), 0xc0ff), "one in front of it");
+        assert!(p.contains(0xc0ff) && !p.contains(0xc0fe));
         assert_eq!(p.flows_at(Prio(0xc105)), Some(Family::Ipv6));
         assert_eq!(p.flows_at(Prio(0xc10a)), Some(Family::TaggedIpv4));
         assert_eq!(p.flows_at(Prio(0xc103)), None);
@@ -100,7 +107,7 @@ mod tests {
 
     #[test]
     fn a_block_that_does_not_fit_is_refused() {
-        assert_eq!(Prios::new(0), None);
+        assert_eq!((Prios::new(0), Prios::new(1)), (None, None));
         assert_eq!(Prios::new(0xfff5), None);
         assert_eq!(Prios::new(0xfff4).unwrap().next(), None);
         let second = Prios::new(0xc100).unwrap().next().unwrap();

@@ -85,6 +85,8 @@ pub(super) struct Found {
     pub(super) tagged_in_hw: bool,
     /// Why packets that are too long for the way out cannot be told apart, where that is so.
     pub(super) length: Result<(), String>,
+    /// Priority tags are taken off.
+    pub(super) tags: bool,
 }
 
 impl Found {
@@ -136,6 +138,7 @@ impl Found {
             vlan: Ok(()),
             tagged_in_hw: mode.has_hardware(),
             length: Ok(()),
+            tags: false,
         }
     }
 
@@ -220,6 +223,7 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
         vlan: Ok(()),
         tagged_in_hw: false,
         length: Ok(()),
+        tags: true,
     };
     install(hook, wanted, &mut found, &left).map_err(|e| (e, Some(prios)))?;
     Ok(found)
@@ -264,8 +268,13 @@ fn install(
         })?;
         try_rules(hook, found, guards)?;
         tagged_software_guards(hook, found, guards);
+        if let Err(e) = priority_tags(hook, found, guards) {
+            debug!("priority tags are not taken off: {e}");
+            found.tags = false;
+        }
     } else {
         found.length = Err("a length is told apart in software only (skip_sw)".into());
+        found.tags = false;
     }
     found.capabilities = Capabilities::find(hook, found, guards)
         .map_err(|e| failed("finding out which rules the netdev takes", e))?;
@@ -329,12 +338,31 @@ impl Guards {
     }
 }
 
+/// Has priority tags taken off where they are to be, and nowhere else. Whether they are now.
+pub(super) fn priority_tags(
+    hook: &mut Hook,
+    found: &Found,
+    guards: Guards,
+) -> Result<bool, NetlinkError> {
+    let prio = found.prios.tags();
+    hook.delete_all(prio, Family::TaggedIpv4)?;
+    let (true, Ok(programs)) = (found.tags, &found.programs) else { return Ok(false) };
+    if found.vlan.is_err() || hook.has_vlan_0_above()? {
+        return Ok(false);
+    }
+    hook.request(|buf, seq, ifindex| {
+        guard::priority_tags(buf, seq, ifindex, prio, programs.tags(), guards.cookie());
+    })?;
+    Ok(true)
+}
+
 /// Puts up all the guards of a port.
 pub(super) fn put_up_guards(
     hook: &mut Hook,
     found: &Found,
     guards: Guards,
 ) -> Result<(), NetlinkError> {
+    priority_tags(hook, found, guards)?;
     let none = Left::default();
     hardware_guards(hook, found, guards, &none, found.guarded(Use::HardwareGuards))?;
     let Ok(programs) = &found.programs else { return Ok(()) };
@@ -536,6 +564,9 @@ fn free_prios(base: u16, foreign: &[(u16, String)]) -> Result<Prios, BindError> 
 
 /// Removes every rule at the prios. Goes on after a failure.
 pub(super) fn remove_prios(hook: &mut Hook, prios: Prios) {
+    if let Err(e) = hook.delete_all(prios.tags(), Family::TaggedIpv4) {
+        debug!("removing what takes priority tags off: {e}");
+    }
     for (_, family, prio) in prios.all() {
         if let Err(e) = hook.delete_all(prio, family) {
             debug!(prio = prio.0, "removing rules after a failed bind: {e}");

@@ -148,6 +148,7 @@ impl Provider for TcFlower {
     fn repair(&self) -> Repaired {
         self.submit(Vec::new());
         let mut w = lock(&self.writer);
+        w.look_for_vlan_0(&self.plan);
         w.look_in_front(&self.plan);
         if std::mem::take(&mut w.rules_gone) { Repaired::RulesGone } else { Repaired::AsItWas }
     }

@@ -36,6 +36,8 @@ pub(super) const PARENT_INGRESS: u32 = 0xffff_fff2;
 pub(super) const PARENT_EGRESS: u32 = 0xffff_fff3;
 
 // linux/pkt_cls.h: verdicts
+/// The next filter is asked.
+pub(super) const TC_ACT_UNSPEC: i32 = -1;
 pub(super) const TC_ACT_OK: i32 = 0;
 pub(super) const TC_ACT_SHOT: i32 = 2;
 pub(super) const TC_ACT_PIPE: i32 = 3;

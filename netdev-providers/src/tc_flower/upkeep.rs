@@ -14,6 +14,7 @@ use super::probe::{self, Guards};
 use super::rule::{self, rule_id, split_rule_id};
 use super::same::{self, Signature};
 use super::uapi::*;
+use super::watch::Standing;
 use super::writer::Writer;
 use crate::contract::flow::Flow;
 use crate::contract::provider::{Fault, Leftover, Observed};
@@ -89,6 +90,23 @@ impl Writer {
         })
     }
 
+    /// A VLAN device with the number 0 may have come, or gone.
+    pub(super) fn look_for_vlan_0(&mut self, plan: &Plan) {
+        if self.standing != Standing::Firm || !plan.found.tags {
+            return;
+        }
+        let guards = Guards { instance: plan.instance, made_qdisc: self.made_qdisc };
+        let looked = self.hook.has_vlan_0_above().and_then(|above| {
+            if above == self.tags_off {
+                self.tags_off = probe::priority_tags(&mut self.hook, &plan.found, guards)?;
+            }
+            Ok(())
+        });
+        if let Err(e) = looked {
+            warn!(ifindex = %self.hook.ifindex, "priority tags: {e}");
+        }
+    }
+
     /// Gives the NIC its guards anew.
     pub(super) fn renew_guards(&mut self, plan: &Plan) -> bool {
         let guards = Guards { instance: plan.instance, made_qdisc: self.made_qdisc };
@@ -137,6 +155,10 @@ impl Writer {
                 result = Err(e.into_fault(what));
             }
         };
+        note(
+            self.hook.delete_all(plan.found.prios.tags(), Family::TaggedIpv4),
+            "removing what takes priority tags off",
+        );
         for (what, family, prio) in plan.found.prios.all() {
             if plan.found.has_guards_at(what, family) {
                 note(self.hook.delete_all(prio, family), "removing the guards of the port");

@@ -2,7 +2,7 @@
 //! before and after each batch: a qdisc that is removed takes the guards along, and what is made in its place
 //! has none, but takes rules.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::prios::Prios;
 use super::uapi::PARENT_EGRESS;
@@ -11,13 +11,27 @@ use crate::netlink::error::NetlinkError;
 use crate::netlink::socket::{Family, Socket};
 use crate::netlink::tc::{self, TcChange, TcEvent};
 
+/// Whether rules can be added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Guards and qdisc stand, as far as is known.
+    #[default]
+    Firm,
+    /// They may not: to be looked at before the next rule.
+    Suspect,
+    /// There has been no qdisc since then, by somebody else's hand.
+    Aside(Instant),
+}
+
 /// What has happened since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Seen {
     /// The qdisc was removed, by somebody else: all rules are gone.
     pub(super) qdisc_removed: bool,
-    /// All filters of a prio of ours were removed, or nobody knows what was.
+    /// All filters of a prio of ours were removed.
     pub(super) guards_suspect: bool,
+    /// Messages were lost: any of it may have happened.
+    pub(super) lost: bool,
     /// Filters in front have come or gone.
     pub(super) front: bool,
     /// Somebody added a filter for egress, of this prio.
@@ -64,7 +78,7 @@ impl Watch {
                 Err(NetlinkError::TimedOut(_)) => return seen,
                 // Messages were lost, or the socket is of no use: whatever may have happened is looked for.
                 Err(_) => {
-                    seen.guards_suspect = true;
+                    seen.lost = true;
                     seen.front = true;
                     return seen;
                 }
@@ -110,6 +124,8 @@ mod tests {
         assert_eq!(seen(QdiscRemoved), (true, false, true));
         assert_eq!(seen(filter(7, false)), (false, false, true));
         assert_eq!(seen(filter(7, true)), (false, false, true));
+        assert_eq!(seen(filter(0xc0fe, true)), (false, false, true));
+        assert_eq!(seen(filter(0xc0ff, true)), (false, true, false));
         assert_eq!(seen(filter(0xc100, true)), (false, true, false));
         assert_eq!(seen(filter(0xc10c, true)), (false, false, false), "behind ours");
         let mut egress = Seen::default();

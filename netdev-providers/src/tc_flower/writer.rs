@@ -17,7 +17,6 @@ use std::sync::{Arc, Mutex};
 
 use tracing::warn;
 
-use super::beside::Place as Standing;
 use super::handles::{Handles, LaneNumber};
 use super::hook::Hook;
 use super::lane::{Lane, Pending, What, added};
@@ -27,7 +26,7 @@ use super::rule::{Place, rule_id, split_rule_id};
 use super::same::Signature;
 use super::threads::{Helpers, Threads};
 use super::uapi::*;
-use super::watch::Watch;
+use super::watch::{Standing, Watch};
 use crate::contract::flow::{Flow, Tracked};
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::reason::{Reason, Rejection};
@@ -48,6 +47,8 @@ pub(super) struct Writer {
     pub(super) made_qdisc: bool,
     pub(super) watch: Watch,
     pub(super) standing: Standing,
+    /// Priority tags are taken off.
+    pub(super) tags_off: bool,
     /// The engine is to be told that the rules which it thinks are there are not.
     pub(super) rules_gone: bool,
     /// By family.
@@ -95,6 +96,8 @@ impl Writer {
             made_qdisc: plan.found.made_qdisc,
             watch,
             standing: Standing::default(),
+            // Where a netdev with the number 0 stands above, a look finds that out.
+            tags_off: plan.found.tags,
             rules_gone: false,
             handles,
             left: plan.found.left.iter().copied().collect(),

@@ -212,3 +212,35 @@ fn a_rule_whose_delete_is_under_way_is_no_stray() {
     dummy.release_pending();
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
+
+#[test]
+fn rules_that_others_have_removed_all_at_once_are_offered_again() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.port(2);
+    let conns: Vec<_> = (1..4).map(|n| b.conn(n)).collect();
+    for conn in &conns {
+        b.install(1, conn, Original);
+        b.install(2, conn, Reply);
+    }
+    dummy.set_in_front(&["matchall at prio 1 (all)"]);
+    assert_eq!(b.engine.ports()[0].in_front, ["matchall at prio 1 (all)"]);
+    // Nothing has happened to it.
+    b.engine.put_in_order(ifindex(1));
+    b.settle();
+    assert!(conns.iter().all(|c| b.state(1, c, Original) == Some(SlotState::Installed)));
+    dummy.steal_all(ifindex(1));
+    b.engine.put_in_order(ifindex(1));
+    b.settle();
+    let rearmed = b.rearmed();
+    for conn in &conns {
+        assert_eq!(b.state(1, conn, Original), None);
+        assert_eq!(b.state(2, conn, Reply), Some(SlotState::Installed), "another port's");
+        assert!(rearmed.contains(&(ifindex(1), conn.epoch().0, Original)), "it is sighted again");
+    }
+    assert_eq!(b.engine.ports()[0].slots.installed, 0);
+    b.install(1, &conns[0], Original);
+    assert_eq!(dummy.rules(ifindex(1)).len(), 1);
+    assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}

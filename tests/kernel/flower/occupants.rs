@@ -64,7 +64,7 @@ fn a_shaper_that_starts_beside_our_rules_gets_a_qdisc_of_its_own_and_keeps_it() 
     ));
     // No rule without guards, although nobody has told the provider.
     let fresh = port.add(2, flow(t, t));
-    assert_eq!(guards(&net), 4);
+    assert_eq!(guards(&net), GUARDS);
     assert_eq!(port.provider.repair(), Repaired::RulesGone, "the engine flushes the port");
     assert_eq!(port.provider.repair(), Repaired::AsItWas);
     assert_eq!(port.provider.in_front(), ["u32 at prio 10 (all): gact"]);
@@ -126,7 +126,7 @@ fn who_removes_our_qdisc_is_given_time_and_then_it_comes_back() {
     let paused = began.elapsed();
     assert!(paused >= Duration::from_millis(1500), "{paused:?}");
     port.add(3, flow(t, t));
-    assert_eq!(guards(&net), 4);
+    assert_eq!(guards(&net), GUARDS);
     assert_eq!(net.pass(Packet::new(t).frame(false), false, t, 1).len(), 1);
     port.provider.release().unwrap();
     assert!(!net.ns.run("tc qdisc show dev lan0").contains("ffff:"), "the second one is ours too");
@@ -142,10 +142,13 @@ fn no_rule_is_added_without_guards_when_somebody_removed_all_filters() {
     assert_eq!(guards(&net), 0);
     let udp = tuple(UDP6);
     port.add(2, flow(udp, udp));
-    assert_eq!(guards(&net), 4, "{}", net.filters("lan0"));
+    assert_eq!(guards(&net), GUARDS, "{}", net.filters("lan0"));
     port.provider.release().unwrap();
     assert!(!net.ns.run("tc qdisc show dev lan0").contains("ffff:"));
 }
+
+/// Of a port in software, and what takes priority tags off.
+const GUARDS: usize = 4 + 1;
 
 fn guards(net: &Net) -> usize {
     net.filters("lan0").matches("cookie c70f010000000001ffff").count()
@@ -223,7 +226,11 @@ fn what_a_dead_engine_left_goes_on_and_is_adopted_if_it_is_what_it_would_be() {
     assert!(!text.contains("cookie c70f0100000000010000000000000002"), "{text}");
     assert!(text.contains("pref 7 "), "{text}");
     assert_eq!(text.matches(" name inspect").count(), 4, "a guard for each family: {text}");
-    assert_eq!(text.matches("cookie c70f010000000002ffff").count(), 4, "all of them ours: {text}");
+    assert_eq!(
+        text.matches("cookie c70f010000000002ffff").count(),
+        GUARDS,
+        "all of them ours: {text}"
+    );
     assert_eq!(port.provider.observe().unwrap().leftovers, []);
 
     // From now on they are rules like any other, and their handles are taken.

@@ -1,7 +1,8 @@
 //! Frames with VLAN tags.
 
 use super::*;
-use netdev_providers::VlanId;
+use crate::wait::wait_until;
+use netdev_providers::{Repaired, VlanId};
 
 const DOT1Q: u16 = 0x8100;
 const DOT1AD: u16 = 0x88a8;
@@ -195,4 +196,50 @@ fn frames_of_another_vlan_are_not_taken() {
         net.client.call(move || Wire::open("c0", false).send(&frame));
         assert_eq!(port.packets(100 + epoch as u64), 0, "{t}");
     }
+}
+
+/// VLAN 0 is none: the stack takes such a tag off, behind the ingress hook.
+#[test]
+fn what_carries_a_priority_tag_goes_by_the_rules_for_untagged_frames() {
+    let net = Net::new();
+    let port = net.bind("lan0");
+    let (packet, t) = (|t| Packet { tags: tags([5 << 13]), ..Packet::new(t) }, tuple(TCP4));
+    for (epoch, t) in (1..).zip([TCP4, UDP4, TCP6, UDP6].map(tuple)) {
+        port.add(epoch, flow(t, t));
+        let seen = net.pass(packet(t).frame(false), false, t, 1).pop().expect("a packet");
+        assert_eq!((seen.dst, seen.src, seen.ttl), (SERVER, WAN, 63), "{t}");
+        assert_eq!(seen.tags, [], "{t}");
+        assert!(seen.ip_checksum_right && seen.l4_checksum_right, "{t} {seen:?}");
+        assert_eq!(port.packets(epoch), 1, "{t}");
+    }
+    // What is for others keeps its tag: a bridge would forward it with it.
+    net.ns.run("tc filter add dev lan0 ingress prio 60000 protocol 802.1q flower vlan_id 0 vlan_prio 5 action drop");
+    let behind = || {
+        let text = net.ns.run("tc -s filter show dev lan0 ingress prio 60000");
+        let mut words = text.split_whitespace().skip_while(|w| *w != "Sent");
+        words.nth(3).and_then(|n| n.parse::<u32>().ok()).expect("a count")
+    };
+    let mut for_others = packet(t).frame(false);
+    for_others[..6].copy_from_slice(&SERVER.0);
+    net.client.call({
+        let (mine, others) = (packet(t).frame(false), for_others);
+        move || {
+            Wire::open("c0", false).send(&others);
+            Wire::open("c0", false).send(&mine);
+        }
+    });
+    wait_until("both have arrived", || port.packets(1) == 2 && behind() == 1);
+    // Frames of a VLAN device with this number are not ours to touch.
+    net.ns.run("ip link add link lan0 name lan0.0 type vlan id 0 && ip link set lan0.0 up");
+    assert_eq!(port.provider.repair(), Repaired::AsItWas);
+    assert_eq!(net.pass(packet(t).frame(false), false, t, 0).len(), 0);
+    wait_until("it keeps its tag", || behind() == 2);
+    assert_eq!(port.packets(1), 2);
+    net.ns.run("ip link del lan0.0");
+    assert_eq!(port.provider.repair(), Repaired::AsItWas);
+    assert_eq!(net.pass(packet(t).frame(false), false, t, 1).len(), 1);
+    assert_eq!((port.packets(1), behind()), (3, 2));
+    net.ns.run("tc filter del dev lan0 ingress prio 60000");
+    port.provider.release().unwrap();
+    assert_eq!(net.ns.run("tc qdisc show dev lan0").matches("ffff:").count(), 0);
 }

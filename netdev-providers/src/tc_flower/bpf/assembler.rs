@@ -31,8 +31,13 @@ use Reg::*;
 pub(super) enum Context {
     /// Of the frame, from the MAC header on.
     Len = 0,
+    /// For whom it is (`PACKET_*`).
+    PacketType = 4,
     /// The ethertype behind the first tag, in network order.
     Protocol = 16,
+    /// Not 0 where a tag was taken out of the frame, and what was in it.
+    VlanPresent = 20,
+    VlanTci = 24,
     /// `skb->priority`.
     Priority = 32,
     /// Not 0 for what will be segmented when it is sent.
