@@ -63,6 +63,14 @@
 //! zones = [0, "100-199"]
 //! ```
 //!
+//! # Reading it anew
+//!
+//! At SIGHUP (`systemctl reload`, with `ExecReload=kill -HUP $MAINPID`) the file is read again. A file that is wrong
+//! changes nothing, and is told with its line. Applied at once: `[[admit]]` and `[admission] default` (all
+//! connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`. `[[port]]` holds for
+//! netdevs that come from then on, and for `ctoffload port add`: ports stay what they are bound to. All others
+//! are read at the start only: one that says something else is named in the log, and stays as it was.
+//!
 //! # The firewall
 //!
 //! What the firewall has let pass is offloaded, and does not pass it again. With `on-ruleset-change =
@@ -135,7 +143,7 @@ use toml::Spanned;
 
 use self::admit::{RawAdmission, RawAdmit};
 use crate::datapath::admission::Admission;
-use crate::datapath::{OnRulesetChange, PortSpec, Revalidation};
+use crate::datapath::{OnRulesetChange, PortSpec, Revalidation, SweepBounds, Tunables};
 
 /// Why a configuration was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -388,6 +396,48 @@ impl Config {
         Ok(self)
     }
 
+    /// What can be changed while the daemon runs.
+    #[must_use]
+    pub fn tunables(&self) -> Tunables {
+        Tunables {
+            admission: self.admission.clone(),
+            on_ruleset_change: self.on_ruleset_change,
+            revalidation: self.revalidation,
+            sweeps: SweepBounds {
+                busy: Duration::from_secs(self.sweep_seconds.into()),
+                max: Duration::from_secs(self.sweep_max_seconds.into()),
+            },
+        }
+    }
+
+    /// The keys that are read at the start only, and say something else there.
+    #[must_use]
+    pub fn fixed_keys_that_differ(&self, other: &Self) -> Vec<&'static str> {
+        let differ = [
+            ("[sight] nflog-group", self.nflog_group != other.nflog_group),
+            ("[sight] ledger-size", self.ledger_size != other.ledger_size),
+            ("[sight] one-way-udp", self.one_way_udp != other.one_way_udp),
+            ("[sight] bridged", self.bridged != other.bridged),
+            ("[limits] connections", self.connections != other.connections),
+            ("[limits] queue", self.queue != other.queue),
+            ("[restart] rules", self.adopt != other.adopt),
+            ("[control] group", self.control_group != other.control_group),
+            ("[tc-flower] prio-base", self.tc_prio_base != other.tc_prio_base),
+            ("[tc-flower] writers", self.tc_writers != other.tc_writers),
+            ("[tc-flower] percpu-stats", self.tc_percpu_stats != other.tc_percpu_stats),
+            ("[tc-flower] qdisc", self.tc_qdisc != other.tc_qdisc),
+            ("[nf-flowtable] accounting", self.flowtable_accounting != other.flowtable_accounting),
+            ("[admission] min-bytes", self.min_bytes != other.min_bytes),
+        ];
+        differ.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
+    }
+
+    /// Whether netdevs would be attached in another way.
+    #[must_use]
+    pub fn has_other_ports(&self, other: &Self) -> bool {
+        self.ports != other.ports
+    }
+
     /// How a netdev of this name is to be attached, if at all.
     #[must_use]
     pub fn port(&self, name: &str) -> Option<PortSpec> {
@@ -507,6 +557,50 @@ mod tests {
 
     fn error(text: &str) -> (usize, String) {
         Config::parse(text, CLASSES).unwrap_err()
+    }
+
+    #[test]
+    fn keys_that_are_read_at_the_start_only_are_named_when_they_differ() {
+        let of = |text: &str| Config::parse(text, &["tc-flower"]).unwrap();
+        let started = of("");
+        for (text, key) in [
+            ("[sight]\nnflog-group = 7", "[sight] nflog-group"),
+            ("[sight]\nledger-size = 1000", "[sight] ledger-size"),
+            ("[sight]\none-way-udp = true", "[sight] one-way-udp"),
+            ("[sight]\nbridged = true", "[sight] bridged"),
+            ("[limits]\nconnections = 7", "[limits] connections"),
+            ("[limits]\nqueue = 7", "[limits] queue"),
+            ("[restart]\nrules = \"remove\"", "[restart] rules"),
+            ("[control]\ngroup = \"adm\"", "[control] group"),
+            ("[tc-flower]\nprio-base = 7", "[tc-flower] prio-base"),
+            ("[tc-flower]\nwriters = 7", "[tc-flower] writers"),
+            ("[tc-flower]\npercpu-stats = true", "[tc-flower] percpu-stats"),
+            ("[tc-flower]\nqdisc = \"clsact\"", "[tc-flower] qdisc"),
+            ("[nf-flowtable]\naccounting = false", "[nf-flowtable] accounting"),
+            ("[admission]\nmin-bytes = 7", "[admission] min-bytes"),
+        ] {
+            let new = of(text);
+            assert_eq!(started.fixed_keys_that_differ(&new), [key], "{text}");
+            assert_eq!(new.fixed_keys_that_differ(&new), <[&str; 0]>::default());
+            assert_eq!(started.tunables(), new.tunables(), "{text}");
+        }
+        for text in [
+            "[sight]\non-ruleset-change = \"keep\"",
+            "[revalidate]\nevery = 7",
+            "[revalidate]\nrate = 7",
+            "[usage]\nsweep-seconds = 7",
+            "[usage]\nsweep-max-seconds = 7",
+            "[admission]\ndefault = \"never\"",
+            "[[admit]]\nverdict = \"never\"",
+        ] {
+            let new = of(text);
+            assert_eq!(started.fixed_keys_that_differ(&new), <[&str; 0]>::default(), "{text}");
+            assert!(
+                started.tunables() != new.tunables() && !started.has_other_ports(&new),
+                "{text}"
+            );
+        }
+        assert!(started.has_other_ports(&of("[[port]]\nmatch = \"eth*\"")));
     }
 
     #[test]

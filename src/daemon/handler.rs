@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use arc_swap::ArcSwap;
 use netdev_providers::{
     Capability, Direction, HwFlags, Ifindex, L4Proto, Netdev, Reason, Tuple, Zone,
 };
@@ -34,7 +35,7 @@ pub(super) struct Handler {
     engine: Engine,
     backend: Arc<Backend>,
     datapath: Mutex<KernelDatapath>,
-    config: Arc<Config>,
+    config: Arc<ArcSwap<Config>>,
 }
 
 /// Publishes what happens, when somebody watches.
@@ -88,9 +89,22 @@ impl Handler {
         engine: Engine,
         backend: Arc<Backend>,
         datapath: KernelDatapath,
-        config: Arc<Config>,
+        config: Arc<ArcSwap<Config>>,
     ) -> Self {
         Self { engine, backend, datapath: Mutex::new(datapath), config }
+    }
+
+    /// Has what can be changed be as this configuration says, from now on.
+    pub(super) fn reconfigure(&self, config: Config) {
+        let (before, now) = (self.backend.tunables(), config.tunables());
+        let admission = before.admission != now.admission;
+        self.backend.set_tunables(now);
+        self.config.store(Arc::new(config));
+        if admission {
+            let flushed = self.engine.flush(&FlushFilter::default()).unwrap_or_default();
+            let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
+            tracing::info!(rules, "admission changed: all connections are looked at anew");
+        }
     }
 
     /// Nothing is sighted any more, and rules go, also while somebody is changing a port, which may take its
@@ -310,7 +324,7 @@ fn help_for(reason: Reason) -> Option<&'static str> {
             "see `ctoffload port show` of the port for who is in front; rules in software (offload = \"both\") can stand behind them"
         }
         Reason::NotAdmitted => {
-            "change the [[admit]] rules of the configuration, and start the daemon again"
+            "change the [[admit]] rules of the configuration, and reload it (SIGHUP)"
         }
         _ => return None,
     })
@@ -537,7 +551,7 @@ impl ControlHandler for Handler {
         let link = self.links().by_name(&request.name).ok_or_else(|| {
             ControlError::not_found(format!("there is no netdev '{}'", request.name))
         })?;
-        let configured = self.config.port(&request.name);
+        let configured = self.config.load().port(&request.name);
         let hw_flags = match &request.offload {
             Some(text) => parse_offload(text).ok_or_else(|| {
                 ControlError::invalid(format!("'{text}' is not both, skip_sw or skip_hw"))
@@ -550,7 +564,7 @@ impl ControlHandler for Handler {
             Some(request.providers.clone())
         };
         let capacity =
-            request.capacity.or(self.config.port(&request.name).and_then(|c| c.capacity));
+            request.capacity.or(self.config.load().port(&request.name).and_then(|c| c.capacity));
         let wants_none = providers.as_ref().is_some_and(|p| p.iter().any(|n| n == NO_PROVIDER));
         let datapath = self.datapath.lock().unwrap_or_else(PoisonError::into_inner);
         datapath.attach(&link, PortSpec { providers, hw_flags, capacity }).map_err(|e| {

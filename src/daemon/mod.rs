@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use clap::Parser;
 use netdev_providers::ProviderClass;
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
@@ -35,7 +36,7 @@ use crate::datapath::netfilter::conntrack::ConntrackError;
 use crate::datapath::netfilter::ledger::LedgerError;
 use crate::datapath::netfilter::nflog::NflogError;
 use crate::datapath::supervisor::{Ended, Supervisor};
-use crate::datapath::{self, Backend, DatapathError, KernelDatapath, SweepBounds};
+use crate::datapath::{self, Backend, DatapathError, KernelDatapath};
 use crate::engine::clock::Clock;
 use crate::engine::registry::RegistryError;
 use crate::engine::{Engine, Limits};
@@ -163,6 +164,46 @@ fn allow_many_sockets() {
     }
 }
 
+/// The file, where there is one, and the command line.
+fn configuration(args: &Args) -> Result<Config, DaemonError> {
+    let config = match &args.config {
+        Some(path) => Config::read(path, &CLASSES)?,
+        None => Config::default(),
+    };
+    config
+        .with_patterns(&args.port)
+        .map_err(|(pattern, source)| DaemonError::Pattern { pattern, source })
+}
+
+/// Reads the configuration anew, and has what can be changed changed; `started` is the one of the start.
+fn reload(args: &Args, started: &Config, current: &Config, apply: impl FnOnce(Config)) {
+    if args.config.is_none() {
+        tracing::info!("SIGHUP: going on as before (there is no configuration file)");
+        return;
+    }
+    let new = match configuration(args) {
+        Ok(new) => new,
+        Err(e) => {
+            tracing::error!("SIGHUP: nothing changes: {}", one_line(&e));
+            return;
+        }
+    };
+    let kept = started.fixed_keys_that_differ(&new);
+    if !kept.is_empty() {
+        tracing::warn!(
+            keys = kept.join(", "),
+            "SIGHUP: read at the start only, and left as they were"
+        );
+    }
+    if current.has_other_ports(&new) {
+        tracing::info!(
+            "SIGHUP: [[port]] holds for netdevs that come from now on; ports stay bound"
+        );
+    }
+    apply(new);
+    tracing::info!("SIGHUP: the configuration was read anew");
+}
+
 fn run(args: &Args) -> Result<(), DaemonError> {
     let filter = tracing_subscriber::EnvFilter::try_new(&args.log)
         .map_err(|source| DaemonError::LogFilter { filter: args.log.clone(), source })?;
@@ -176,15 +217,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         .with_ansi(false)
         .init();
 
-    let config = match &args.config {
-        Some(path) => Config::read(path, &CLASSES)?,
-        None => Config::default(),
-    };
-    let config = Arc::new(
-        config
-            .with_patterns(&args.port)
-            .map_err(|(pattern, source)| DaemonError::Pattern { pattern, source })?,
-    );
+    let config = Arc::new(configuration(args)?);
     let group = config.control_group.as_deref().map(find_group).transpose()?;
     if args.check {
         println!("the configuration is valid");
@@ -217,10 +250,8 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         ledger_size: config.ledger_size.get(),
         one_way_udp: config.one_way_udp,
         bridged: config.bridged,
-        admission: config.admission.clone(),
         min_bytes: config.min_bytes,
-        on_ruleset_change: config.on_ruleset_change,
-        revalidation: config.revalidation,
+        tunables: config.tunables(),
         adopt: config.adopt,
         // The one in front of the first is ours too.
         tc_prio: tc_config.prio_base.saturating_sub(1),
@@ -244,17 +275,14 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     backend.set_own_changes(Box::new(move |port_id| flowtable.is_own_change(port_id)));
     backend.set_observer(Box::new(handler::Events(server.publisher())));
 
+    let current = Arc::new(ArcSwap::from(Arc::clone(&config)));
     let policy = {
-        let config = Arc::clone(&config);
-        Arc::new(move |name: &str| config.port(name))
-    };
-    let sweeps = SweepBounds {
-        busy: Duration::from_secs(config.sweep_seconds.into()),
-        max: Duration::from_secs(config.sweep_max_seconds.into()),
+        let current = Arc::clone(&current);
+        Arc::new(move |name: &str| current.load().port(name))
     };
     let datapath =
-        KernelDatapath::start(Arc::clone(&backend), engine.clone(), policy, sweeps, &supervisor)?;
-    let handler = Handler::new(engine, backend, datapath, config);
+        KernelDatapath::start(Arc::clone(&backend), engine.clone(), policy, &supervisor)?;
+    let handler = Handler::new(engine, backend, datapath, Arc::clone(&current));
     tracing::info!("running");
 
     let stop = AtomicBool::new(false);
@@ -269,9 +297,10 @@ fn run(args: &Args) -> Result<(), DaemonError> {
                     tracing::info!("{signal}: stopping");
                     break None;
                 }
-                Event::Signal(signal) => tracing::info!(
-                    "{signal}: going on as before (the configuration is read at the start only)"
-                ),
+                Event::Signal(Signal::SIGHUP) => {
+                    reload(args, &config, &current.load(), |new| handler.reconfigure(new));
+                }
+                Event::Signal(signal) => tracing::info!("{signal}: going on as before"),
                 Event::Ended(ended) => {
                     tracing::error!("stopping: without that thread nothing may be offloaded");
                     handler.take_back();

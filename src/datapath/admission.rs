@@ -31,7 +31,7 @@ pub enum Verdict {
 }
 
 /// One rule. What is empty or `None` matches everything.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rule {
     /// Where it stands in the configuration, for people; counted from 1.
     pub line: usize,
@@ -54,7 +54,7 @@ pub struct Rule {
 }
 
 /// The policy. The default is to admit everything.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Admission {
     /// In order: the first that matches decides.
     pub rules: Vec<Rule>,

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use dashmap::mapref::one::Ref;
 use netdev_providers::{
@@ -19,6 +20,7 @@ use super::admission::Admission;
 use super::firewall::Firewall;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
+use super::pacing::SweepBounds;
 use super::rearm::Rearm;
 use super::routing::bridged;
 use super::routing::fdb::Fdb;
@@ -46,18 +48,27 @@ pub struct Config {
     pub one_way_udp: bool,
     /// Offload also what bridges forward without routing it; switches bridge conntrack on.
     pub bridged: bool,
-    /// Which connections may be offloaded.
-    pub admission: Admission,
     /// From how many bytes on, both directions together; 0: from the first packet that can be.
     pub min_bytes: u64,
-    /// What happens to offloaded connections when the firewall's rules change.
-    pub on_ruleset_change: OnRulesetChange,
-    /// How decisions of the firewall are renewed.
-    pub revalidation: Revalidation,
     /// Rules that a dead daemon left, and that are what they would be now, are taken over.
     pub adopt: bool,
     /// Filters of TC with a smaller prio stand in front of rules: who adds or removes one is heard of.
     pub tc_prio: u16,
+    /// What can be changed while it runs, as it is at the start.
+    pub tunables: Tunables,
+}
+
+/// What can be changed while the datapath runs ([`Backend::set_tunables`]).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tunables {
+    /// Which connections may be offloaded.
+    pub admission: Admission,
+    /// What happens to offloaded connections when the firewall's rules change.
+    pub on_ruleset_change: OnRulesetChange,
+    /// How decisions of the firewall are renewed.
+    pub revalidation: Revalidation,
+    /// How often usage is swept.
+    pub sweeps: SweepBounds,
 }
 
 /// What happens to offloaded connections when the rules of nf_tables change: their packets no
@@ -140,6 +151,7 @@ pub trait Observer: Send + Sync {
 /// The kernel, as the engine's [`Datapath`].
 pub struct Backend {
     config: Config,
+    tunables: ArcSwap<Tunables>,
     links: Links,
     fdb: Fdb,
     switches: Switches,
@@ -221,7 +233,8 @@ impl Backend {
         Ok(Self {
             ledger_port_id: ledger.port_id()?,
             ledger_table: ledger.config().table.clone(),
-            rearming: Rearm::new(config.ledger_size, config.revalidation.every),
+            rearming: Rearm::new(config.ledger_size, config.tunables.revalidation.every),
+            tunables: ArcSwap::from_pointee(config.tunables.clone()),
             firewall: Firewall::default(),
             config,
             links,
@@ -269,6 +282,18 @@ impl Backend {
 
     pub(super) fn observer(&self) -> Option<&dyn Observer> {
         self.observer.get().map(|o| &**o)
+    }
+
+    /// What can be changed, as it is now.
+    #[must_use]
+    pub fn tunables(&self) -> Arc<Tunables> {
+        self.tunables.load_full()
+    }
+
+    /// Changes it: for what is decided from now on.
+    pub fn set_tunables(&self, tunables: Tunables) {
+        self.rearming.set_every(tunables.revalidation.every);
+        self.tunables.store(Arc::new(tunables));
     }
 
     /// The settings.
@@ -626,7 +651,7 @@ impl Datapath for Backend {
                 let key = ConnKey { zone: entry.zone, original: entry.original };
                 // What is no longer admitted goes; its next packet is told why.
                 let name = self.links.name(port.ifindex);
-                self.config.admission.admit(&name, &key).ok()?;
+                self.tunables().admission.admit(&name, &key).ok()?;
                 self.firewall.zone_is_clear(key.zone, port.ifindex, &name).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.

@@ -28,7 +28,7 @@ use super::backend::Shared;
 use super::ends;
 use super::lives::Lives;
 use super::netfilter::conntrack::{Conntrack, CtId};
-use super::pacing::{SweepBounds, Swept};
+use super::pacing::Swept;
 use super::resets::Resets;
 use super::routing::bridged;
 use super::routing::fdb::Behind;
@@ -53,18 +53,13 @@ pub(super) struct Keeper {
     strays: Strays,
     compared: Instant,
     to_compare: Vec<(ConnKey, CtId)>,
-    bounds: SweepBounds,
     /// Before the present sweep.
     pause: Duration,
 }
 
 impl Keeper {
-    pub(super) fn new(
-        backend: Shared,
-        engine: Engine,
-        conntrack: Conntrack,
-        bounds: SweepBounds,
-    ) -> Self {
+    pub(super) fn new(backend: Shared, engine: Engine, conntrack: Conntrack) -> Self {
+        let pause = backend.tunables().sweeps.busy;
         Self {
             backend,
             engine,
@@ -74,8 +69,7 @@ impl Keeper {
             strays: Strays::default(),
             compared: Instant::now(),
             to_compare: Vec::new(),
-            bounds,
-            pause: bounds.busy,
+            pause,
         }
     }
 
@@ -89,7 +83,8 @@ impl Keeper {
                 // What has come since the last sweep may not have so long.
                 if let Some(shortest) = self.look() {
                     let soon = Swept { took, moved: true, shortest_timeout: Some(shortest) };
-                    next = next.min(swept + self.bounds.pause(self.pause, &soon));
+                    next =
+                        next.min(swept + self.backend.tunables().sweeps.pause(self.pause, &soon));
                 }
                 continue;
             }
@@ -100,7 +95,11 @@ impl Keeper {
             counts.sweeps.fetch_add(1, Ordering::Relaxed);
             let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
             counts.last_sweep_ms.store(ms, Ordering::Relaxed);
-            self.pause = self.bounds.pause(self.pause, &Swept { took, moved, shortest_timeout });
+            self.pause = self
+                .backend
+                .tunables()
+                .sweeps
+                .pause(self.pause, &Swept { took, moved, shortest_timeout });
             let ms = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
             self.backend.counts().sweep_pause_ms.store(ms, Ordering::Relaxed);
             next = Instant::now() + self.pause;

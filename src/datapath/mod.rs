@@ -55,7 +55,7 @@ use netdev_providers::netlink::NetlinkError;
 use netdev_providers::{Generation, HwFlags, Ifindex};
 use tokio::sync::oneshot;
 
-pub use self::backend::{Backend, Config, Counts, Observer, OnRulesetChange};
+pub use self::backend::{Backend, Config, Counts, Observer, OnRulesetChange, Tunables};
 use self::netfilter::conntrack::{Conntrack, ConntrackError, CtEvents};
 use self::netfilter::ledger::LedgerError;
 use self::netfilter::nflog::{NflogError, SightLog};
@@ -156,7 +156,6 @@ impl KernelDatapath {
         backend: Arc<Backend>,
         engine: Engine,
         policy: PortPolicy,
-        sweeps: SweepBounds,
         supervisor: &Supervisor,
     ) -> Result<Self, DatapathError> {
         let stop = Arc::new(AtomicBool::new(false));
@@ -213,7 +212,7 @@ impl KernelDatapath {
         datapath.spawn("keepalive", {
             let stop = Arc::clone(&stop);
             move || {
-                keepalive::Keeper::new(backend, engine, keepers, sweeps).run(&stop);
+                keepalive::Keeper::new(backend, engine, keepers).run(&stop);
                 Ok::<_, Infallible>(())
             }
         })?;

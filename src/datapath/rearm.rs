@@ -87,13 +87,20 @@ impl Pending {
     }
 }
 
+fn pause_max(every: Duration) -> Duration {
+    if every.is_zero() { PAUSE_MAX } else { PAUSE_MAX.min(every / 20).max(GATHER) }
+}
+
 impl Rearm {
     /// For ledgers of this size, and for decisions that stand so long (zero: as long as they like).
     pub(super) fn new(ledger_size: u32, every: Duration) -> Self {
-        let pause_max =
-            if every.is_zero() { PAUSE_MAX } else { PAUSE_MAX.min(every / 20).max(GATHER) };
-        let pending = Mutex::new(Pending::new(ledger_size as usize / 8, pause_max));
+        let pending = Mutex::new(Pending::new(ledger_size as usize / 8, pause_max(every)));
         Self { pending, changed: Condvar::new() }
+    }
+
+    /// Decisions stand so long from now on.
+    pub(super) fn set_every(&self, every: Duration) {
+        self.pending().pause_max = pause_max(every);
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {

@@ -236,14 +236,14 @@ impl Watch {
         if gone > 0 {
             tracing::warn!(tables = gone, "tables were deleted from nf_tables; ours stand");
         }
-        if self.backend.config().on_ruleset_change == OnRulesetChange::Keep {
+        if self.backend.tunables().on_ruleset_change == OnRulesetChange::Keep {
             tracing::debug!("the ruleset changed");
             return;
         }
         // First: what was sighted before is not installed any more.
         self.tell_zones();
         self.backend.firewall().changed();
-        match (concerns, self.backend.config().revalidation.rate) {
+        match (concerns, self.backend.tunables().revalidation.rate) {
             (Concerns::All, None) => {
                 let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
                 let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
@@ -284,7 +284,7 @@ impl Watch {
         for conn in self.paced.after(elapsed) {
             engine.conn_retract(&conn);
         }
-        let every = self.backend.config().revalidation.every;
+        let every = self.backend.tunables().revalidation.every;
         let look_every = if every.is_zero() { LOOK_EVERY } else { LOOK_EVERY.min(every / 6) };
         if self.looked.is_none_or(|at| at.elapsed() >= look_every) {
             self.look();
@@ -367,7 +367,7 @@ impl Watch {
             }
         }
         if silent != self.silent {
-            let every = self.backend.config().revalidation.every;
+            let every = self.backend.tunables().revalidation.every;
             if silent.is_empty() {
                 tracing::info!("nothing in the firewall changes without an announcement any more");
             } else {

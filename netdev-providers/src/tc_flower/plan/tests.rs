@@ -178,3 +178,25 @@ fn the_last_words_of_the_nic_are_kept() {
         assert_eq!(lock(&plan.nic_said).as_deref(), Some(words));
     }
 }
+
+#[test]
+fn while_others_are_in_front_whom_the_nic_has_not_rules_are_in_software_or_refused() {
+    let front = |in_nic| InFront { what: "matchall at prio 1 (all)".into(), in_nic };
+    assert!(!Around::would_overtake(&[]) && !Around::would_overtake(&[front(true)]));
+    assert!(Around::would_overtake(&[front(true), front(false)]));
+    let both = plan(Found::everything(Mode::Both));
+    assert!(!both.is_for_software(&flow(false)));
+    both.around.set_overtaken(true);
+    for flow in [flow(false), flow(true)] {
+        assert!(both.is_for_software(&flow));
+        assert_eq!(both.can_offload(&flow), Ok(()));
+        assert_eq!(both.form(&flow, true).flags, TCA_CLS_FLAGS_SKIP_HW);
+    }
+    let hardware = plan(Found::everything(Mode::Hardware));
+    assert_eq!(hardware.can_offload(&flow(false)), Ok(()));
+    hardware.around.set_overtaken(true);
+    let refused = hardware.can_offload(&flow(false)).unwrap_err();
+    assert_eq!(refused.reason, Reason::OthersInFront);
+    hardware.around.set_overtaken(false);
+    assert_eq!(hardware.can_offload(&flow(false)), Ok(()));
+}
