@@ -207,7 +207,7 @@ state_of(struct ctoffload_conn *conn, unsigned direction, uint32_t port,
     struct ctoffload_slot slot = { .conn = conn, .direction = direction };
     struct ctoffload_slot_state now = { .size = sizeof now };
 
-    for (uint64_t end = ctoffload_now_ms(engine) + 20000;;) {
+    for (uint64_t end = ctoffload_now_ms(engine) + 60000;;) {
         CHECK_IS(ctoffload_slot_state(engine, &slot, port, &now), 0);
         if (now.state == state) {
             return now;

@@ -310,7 +310,7 @@ look(void *census_, const struct nic_rule *rule)
 static void
 stand_still(void)
 {
-    long long deadline = now_ms() + 20000;
+    long long deadline = now_ms() + 60000;
 
     for (;;) {
         bool busy = false;
@@ -488,7 +488,7 @@ main(int argc, char *argv[])
     for (unsigned i = 0; i < CONNS; i++) {
         wanted += i % 4 == 3 ? 0 : i % 4 == 0 ? 4 : 2;
     }
-    for (long long deadline = now_ms() + 20000;
+    for (long long deadline = now_ms() + 60000;
          nic_counts(nic, 0).rules < wanted;) {
         CHECK(now_ms() < deadline);
         nanosleep(&(struct timespec) { .tv_nsec = 1000000 }, NULL);
