@@ -22,7 +22,7 @@ pub(super) struct Prios(u16);
 pub(super) enum Use {
     /// flower, `skip_sw`: TTL and hop limit.
     HardwareGuards = 0,
-    /// u32, `skip_hw`.
+    /// bpf, `skip_hw`.
     SoftwareGuards = 2,
     /// flower: the flows.
     Flows = 4,
