@@ -16,11 +16,10 @@ use netdev_providers::{
 use nix::errno::Errno;
 
 use super::DatapathError;
-use super::admission::Admission;
+use super::config::{Config, Tunables};
 use super::firewall::Firewall;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
-use super::pacing::SweepBounds;
 use super::rearm::Rearm;
 use super::routing::bridged;
 use super::routing::fdb::Fdb;
@@ -30,57 +29,11 @@ use super::routing::path::PathResolver;
 use super::routing::stack::{Frames, descend};
 use super::routing::switches::Switches;
 use super::routing::tos::Named;
-use super::ruleset::Revalidation;
 use super::supervisor::{Ended, How, Supervisor};
 use crate::engine::PortDeleted;
 use crate::engine::conn::{ConnHandle, ConnKey, PathTaken};
 use crate::engine::datapath::{Datapath, Path, PathHint, PathSpec, Recognised, Sight, SlotChange};
 use crate::engine::view::SlotView;
-
-/// Settings of the kernel datapath.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// The NFLOG group that sights come through.
-    pub nflog_group: u16,
-    /// Elements of the ledger: (netdev, connection, direction).
-    pub ledger_size: u32,
-    /// Offload UDP that nobody has answered.
-    pub one_way_udp: bool,
-    /// Offload also what bridges forward without routing it; switches bridge conntrack on.
-    pub bridged: bool,
-    /// From how many bytes on, both directions together; 0: from the first packet that can be.
-    pub min_bytes: u64,
-    /// Rules that a dead daemon left, and that are what they would be now, are taken over.
-    pub adopt: bool,
-    /// Filters of TC with a smaller prio stand in front of rules: who adds or removes one is heard of.
-    pub tc_prio: u16,
-    /// What can be changed while it runs, as it is at the start.
-    pub tunables: Tunables,
-}
-
-/// What can be changed while the datapath runs ([`Backend::set_tunables`]).
-#[derive(Clone, Debug, PartialEq)]
-pub struct Tunables {
-    /// Which connections may be offloaded.
-    pub admission: Admission,
-    /// What happens to offloaded connections when the firewall's rules change.
-    pub on_ruleset_change: OnRulesetChange,
-    /// How decisions of the firewall are renewed.
-    pub revalidation: Revalidation,
-    /// How often usage is swept.
-    pub sweeps: SweepBounds,
-}
-
-/// What happens to offloaded connections when the rules of nf_tables change: their packets no
-/// longer pass them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnRulesetChange {
-    /// They go back to the slow path, and are offloaded again if the new rules let them pass.
-    #[default]
-    Flush,
-    /// They stay offloaded.
-    Keep,
-}
 
 /// Counts for `ctoffload stats`.
 #[derive(Debug, Default)]

@@ -29,6 +29,7 @@
 pub mod admission;
 pub mod backend;
 mod changes;
+mod config;
 mod ends;
 mod firewall;
 mod keepalive;
@@ -55,7 +56,8 @@ use netdev_providers::netlink::NetlinkError;
 use netdev_providers::{Generation, HwFlags, Ifindex};
 use tokio::sync::oneshot;
 
-pub use self::backend::{Backend, Config, Counts, Observer, OnRulesetChange, Tunables};
+pub use self::backend::{Backend, Counts, Observer};
+pub use self::config::{Config, OnRulesetChange, Revalidation, Tunables};
 use self::netfilter::conntrack::{Conntrack, ConntrackError, CtEvents};
 use self::netfilter::ledger::LedgerError;
 use self::netfilter::nflog::{NflogError, SightLog};
@@ -63,7 +65,6 @@ pub use self::pacing::SweepBounds;
 use self::routing::links::Link;
 use self::routing::monitor::{self, NetEvent};
 use self::routing::stack::not_a_port;
-pub use self::ruleset::Revalidation;
 use self::supervisor::{Ended, Supervisor};
 use crate::engine::{Engine, NewPort, NoSuchPort, PortAddError, PortDeleted};
 

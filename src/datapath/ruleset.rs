@@ -27,7 +27,8 @@ use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use nix::errno::Errno;
 
 use super::TICK;
-use super::backend::{OnRulesetChange, Shared};
+use super::backend::Shared;
+use super::config::OnRulesetChange;
 use super::firewall::model::{Concerns, Model, Transaction};
 use super::firewall::{Behind, Zones};
 use super::netfilter::hooks::{Hooks, Registered, behind, is_absent};
@@ -62,22 +63,6 @@ const DUMP_TRIES: u32 = 20;
 /// Who stands in the hooks is looked at this often when nothing is announced, and at least six times
 /// in `[revalidate] every`.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-
-/// How decisions of the firewall are renewed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Revalidation {
-    /// How long a decision may stand at most, where the firewall can change without a word; zero: as
-    /// long as the connection lives.
-    pub every: Duration,
-    /// How many connections are taken back per second when a change concerns all; `None`: all at once.
-    pub rate: Option<u32>,
-}
-
-impl Default for Revalidation {
-    fn default() -> Self {
-        Self { every: Duration::from_secs(60), rate: None }
-    }
-}
 
 pub(super) struct Watch {
     socket: Socket,

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
+use super::found::Guards;
 use super::hook::{Hook, QdiscKind};
 use super::plan::{Around, Plan, lock};
 use super::prios::Use;
-use super::probe::{self, Guards};
+use super::probe;
 use super::watch::Standing;
 use super::writer::Writer;
 use crate::contract::reason::{Reason, Rejection};

@@ -11,11 +11,10 @@ use std::num::NonZeroU32;
 use tracing::debug;
 
 use super::actions::{Action, ActionList, NatForm};
+use super::found::{Found, Guards, Mode};
 use super::hook::Hook;
-use super::plan::needs_programs;
 use super::prios::Use;
-use super::probe::{Found, Guards, Mode};
-use super::rule::{self, Form, Place};
+use super::rule::{self, Form, Place, needs_programs};
 use super::uapi::*;
 use crate::contract::flow::{Above, Flow, FlowMatch, Forward, MacRewrite};
 use crate::contract::provider::Capability;

@@ -136,7 +136,7 @@ impl ProviderClass for TcFlowerClass {
         let lanes = threads.lanes();
         let mut sockets = Sockets::open(netdev.ifindex, lanes)
             .map_err(|e| BindError::Failed(e.into_fault("opening netlink sockets")))?;
-        let found = probe::bind(
+        let bound = probe::bind(
             &mut sockets.hook,
             &probe::Wanted {
                 instance,
@@ -148,7 +148,7 @@ impl ProviderClass for TcFlowerClass {
             },
         )
         .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
-        let plan = Plan::new(instance, found, self.config.batch, self.config.qdisc);
+        let plan = Plan::new(instance, bound, self.config.batch, self.config.qdisc);
         let made = TcFlower::new(Arc::new(plan), sockets, threads);
         let provider = made.map_err(|e| BindError::Failed(e.into_fault("watching the netdev")))?;
         info!(%netdev, "tc-flower bound: {}", provider.describe());

@@ -8,10 +8,10 @@
 use nix::errno::Errno;
 use tracing::{debug, warn};
 
+use super::found::Mode;
 use super::hook::{Hook, means_no_such_rule};
-use super::plan::{Plan, needs_programs};
-use super::probe::Mode;
-use super::rule::{self, Place, rule_id};
+use super::plan::Plan;
+use super::rule::{self, Place, needs_programs, rule_id};
 use super::template::{Subject, Templates};
 use super::uapi::*;
 use crate::contract::flow::Flow;

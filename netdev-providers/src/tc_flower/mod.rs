@@ -58,9 +58,10 @@
 //! `uapi` numbers of the kernel headers, `prios` where rules stand, `encode` match keys, `actions`,
 //! `bpf` the programs, `guard`, `rule` whole messages, `template` the same without encoding
 //! them anew, `parse` dumps, `same` whether a dumped rule is what we would write, `hook` requests on one
-//! netdev, `probe` what bind does, `occupants` what it finds there, `capability` what it finds out, `plan` what that means for a flow,
-//! `handles`, `writer` a batch from the queue to its results, `lane` one of the sockets that it goes through, `upkeep` what concerns all rules of a
-//! port, `watch` what others do meanwhile, `beside` what becomes of the port then, `provider`, `class`.
+//! netdev, `probe` what bind does, `occupants` what it finds there, `found` and `capability` what it finds
+//! out, `plan` what that means for a flow, `handles`, `writer` a batch from the queue to its results, `lane`
+//! one of the sockets that it goes through, `upkeep` what concerns all rules of a port, `watch` what others
+//! do meanwhile, `beside` what becomes of the port then, `provider`, `class`.
 
 mod actions;
 mod beside;
@@ -69,6 +70,7 @@ mod bpf;
 mod capability;
 mod class;
 mod encode;
+mod found;
 mod guard;
 mod handles;
 mod hook;

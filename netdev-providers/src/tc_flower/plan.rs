@@ -8,9 +8,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tracing::info;
 
 use super::actions::NatForm;
+use super::capability::Capabilities;
+use super::found::{Found, Mode};
 use super::hook::QdiscKind;
-use super::probe::{Found, Mode};
-use super::rule::Form;
+use super::rule::{Form, needs_programs};
 use super::uapi::*;
 use crate::contract::flow::Flow;
 use crate::contract::reason::{Reason, Rejection};
@@ -22,6 +23,8 @@ use crate::netlink::front::InFront;
 pub(super) struct Plan {
     pub(super) instance: Instance,
     pub(super) found: Found,
+    /// What rules the netdev takes, and in which form.
+    pub(super) capabilities: Capabilities,
     pub(super) batch: usize,
     /// What is made where there is no ingress qdisc.
     pub(super) qdisc: QdiscKind,
@@ -67,10 +70,15 @@ impl Around {
 }
 
 impl Plan {
-    pub(super) fn new(instance: Instance, found: Found, batch: usize, qdisc: QdiscKind) -> Self {
+    pub(super) fn new(
+        instance: Instance,
+        (found, capabilities): (Found, Capabilities),
+        batch: usize,
+        qdisc: QdiscKind,
+    ) -> Self {
         let around = Around::default();
         *lock(&around.qdisc) = Some((found.qdisc_kind.clone(), found.made_qdisc));
-        Self { instance, found, batch, qdisc, nic_said: Mutex::default(), around }
+        Self { instance, found, capabilities, batch, qdisc, nic_said: Mutex::default(), around }
     }
 
     pub(super) fn can_offload(&self, flow: &Flow) -> Result<(), Rejection> {
@@ -109,7 +117,7 @@ impl Plan {
             return Err(Rejection::with_detail(reason, why));
         }
         // In the kernel's or the driver's words.
-        self.found.capabilities.refusal(flow).map_or(Ok(()), Err)
+        self.capabilities.refusal(flow).map_or(Ok(()), Err)
     }
 
     /// True when the flow's rule is kept out of hardware from the start: what it needs is told apart
@@ -167,11 +175,6 @@ impl Plan {
             Mode::Both => None,
         }
     }
-}
-
-/// True when the flow's rule in software has actions that no NIC takes: it is another than in hardware.
-pub(super) fn needs_programs(flow: &Flow) -> bool {
-    flow.has_nat() || flow.is_routed_ipv4()
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -10,6 +10,7 @@ use tracing::debug;
 use super::actions::{Action, ActionList, NatForm};
 use super::bpf::Programs;
 use super::capability::{Capabilities, Shape, trial_flow};
+use super::found::{Found, Guards, Mode};
 use super::guard::{self, is_guard};
 use super::hook::{Hook, QdiscKind};
 use super::occupants::{Left, Occupants, clear};
@@ -18,7 +19,7 @@ use super::rule::{self, Form, Place};
 use super::uapi::*;
 use crate::contract::class::BindError;
 use crate::contract::flow::{Flow, FlowMatch, Forward};
-use crate::contract::types::{Cookie, HwFlags, Instance, L4Proto, RuleId, VlanId};
+use crate::contract::types::{HwFlags, Instance, L4Proto, VlanId};
 use crate::netlink::error::NetlinkError;
 
 /// What bind is to find out.
@@ -32,125 +33,8 @@ pub(super) struct Wanted {
     pub(super) programs: Result<Arc<Programs>, String>,
 }
 
-/// Where the rules of a port run. Resolved at bind: hardware only counts where the NIC has taken a
-/// guard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mode {
-    Software,
-    Hardware,
-    Both,
-}
-
-impl Mode {
-    pub(super) const fn flags(self) -> u32 {
-        match self {
-            Self::Software => TCA_CLS_FLAGS_SKIP_HW,
-            Self::Hardware => TCA_CLS_FLAGS_SKIP_SW,
-            Self::Both => TCA_CLS_FLAGS_VERBOSE,
-        }
-    }
-
-    pub(super) const fn has_hardware(self) -> bool {
-        !matches!(self, Self::Software)
-    }
-
-    pub(super) const fn has_software(self) -> bool {
-        !matches!(self, Self::Hardware)
-    }
-}
-
-/// What bind found out.
-#[derive(Debug)]
-pub(super) struct Found {
-    pub(super) prios: Prios,
-    pub(super) mode: Mode,
-    /// Why there is no hardware, where some was wished for.
-    pub(super) no_hardware: Option<String>,
-    /// `clsact` or `ingress`.
-    pub(super) qdisc_kind: String,
-    pub(super) made_qdisc: bool,
-    /// Whether actions that run in software count per processor.
-    percpu_stats: bool,
-    /// Those of guards and rules, or why they could not be loaded.
-    pub(super) programs: Result<Arc<Programs>, String>,
-    /// Why rules in software have none, where that is so.
-    pub(super) act_bpf: Result<(), String>,
-    /// What rules it takes, and in which form.
-    pub(super) capabilities: Capabilities,
-    /// Flows' rules of dead engines, which go on forwarding.
-    pub(super) left: Vec<RuleId>,
-    /// Why flows with VLAN tags are refused, where they are.
-    pub(super) vlan: Result<(), String>,
-    /// The NIC takes the guards for tagged frames too.
-    pub(super) tagged_in_hw: bool,
-    /// Why packets that are too long for the way out cannot be told apart, where that is so.
-    pub(super) length: Result<(), String>,
-    /// Priority tags are taken off.
-    pub(super) tags: bool,
-}
-
-impl Found {
-    /// Whether guards stand at a prio of this use.
-    pub(super) const fn has_guards_at(&self, what: Use, family: Family) -> bool {
-        let tagged = family.is_tagged();
-        match what {
-            Use::HardwareGuards => self.mode.has_hardware() && (!tagged || self.tagged_in_hw),
-            Use::SoftwareGuards => self.mode.has_software() && (!tagged || self.vlan.is_ok()),
-            Use::Flows => false,
-        }
-    }
-
-    /// Whether the actions of a rule with these flags count per processor. Where they never run there
-    /// is nothing to contend for, and most of what adding a rule costs to save.
-    pub(super) const fn percpu_stats(&self, flags: u32) -> bool {
-        self.percpu_stats && flags & TCA_CLS_FLAGS_SKIP_SW == 0
-    }
-
-    /// The programs that rules in software have.
-    pub(super) fn rule_programs(&self) -> Result<&Programs, &str> {
-        let programs = self.programs.as_deref().map_err(String::as_str)?;
-        self.act_bpf.as_ref().map(|()| programs).map_err(String::as_str)
-    }
-
-    /// The families whose guards stand at a prio of this use.
-    fn guarded(&self, what: Use) -> impl Iterator<Item = Family> {
-        let found = Family::ALL.map(|f| (f, self.has_guards_at(what, f)));
-        found.into_iter().filter_map(|(f, has)| has.then_some(f))
-    }
-}
-
-#[cfg(test)]
-impl Found {
-    /// Of a netdev that takes everything there, in this mode.
-    pub(super) fn everything(mode: Mode) -> Self {
-        let programs = super::bpf::tests::not_loaded();
-        Self {
-            prios: Prios::new(0xc100).expect("it fits"),
-            mode,
-            no_hardware: None,
-            qdisc_kind: "clsact".to_owned(),
-            made_qdisc: true,
-            percpu_stats: true,
-            programs: Ok(Arc::new(programs)),
-            act_bpf: Ok(()),
-            capabilities: Capabilities::default(),
-            left: Vec::new(),
-            vlan: Ok(()),
-            tagged_in_hw: mode.has_hardware(),
-            length: Ok(()),
-            tags: false,
-        }
-    }
-
-    /// The same with a difference.
-    pub(super) fn but(mut self, change: impl FnOnce(&mut Self)) -> Self {
-        change(&mut self);
-        self
-    }
-}
-
 /// Probes the netdev and prepares it.
-pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<Found, BindError> {
+pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<(Found, Capabilities), BindError> {
     let hardware_type = hook.hardware_type().map_err(|e| failed("reading the link", e))?;
     if hardware_type != ARPHRD_ETHER {
         return Err(BindError::Declined(format!(
@@ -166,7 +50,7 @@ pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<Found, BindError>
         _ => failed("adding the ingress qdisc", e),
     })?;
     match prepare(hook, wanted, &mut made_qdisc) {
-        Ok(found) => Ok(found),
+        Ok(prepared) => Ok(prepared),
         Err((e, prios)) => {
             if let Some(prios) = prios {
                 remove_prios(hook, prios);
@@ -182,7 +66,11 @@ pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<Found, BindError>
 /// The error, and the prios that something may stand at.
 type Undo = (BindError, Option<Prios>);
 
-fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Found, Undo> {
+fn prepare(
+    hook: &mut Hook,
+    wanted: &Wanted,
+    made_qdisc: &mut bool,
+) -> Result<(Found, Capabilities), Undo> {
     let qdisc = hook
         .qdisc()
         .map_err(|e| (failed("reading the ingress qdisc", e), None))?
@@ -218,24 +106,23 @@ fn prepare(hook: &mut Hook, wanted: &Wanted, made_qdisc: &mut bool) -> Result<Fo
         percpu_stats: wanted.percpu_stats,
         programs: wanted.programs.clone(),
         act_bpf: Ok(()),
-        capabilities: Capabilities::default(),
         left: left.flows.clone(),
         vlan: Ok(()),
         tagged_in_hw: false,
         length: Ok(()),
         tags: true,
     };
-    install(hook, wanted, &mut found, &left).map_err(|e| (e, Some(prios)))?;
-    Ok(found)
+    let taken = install(hook, wanted, &mut found, &left).map_err(|e| (e, Some(prios)))?;
+    Ok((found, taken))
 }
 
-/// Guards and a trial rule. The guards of a dead engine stand until ours do.
+/// Guards and trial rules, which tell what the netdev takes. The guards of a dead engine stand until ours do.
 fn install(
     hook: &mut Hook,
     wanted: &Wanted,
     found: &mut Found,
     left: &Left,
-) -> Result<(), BindError> {
+) -> Result<Capabilities, BindError> {
     let guards = Guards { instance: wanted.instance, made_qdisc: found.made_qdisc };
     if wanted.hw_flags != HwFlags::SkipHw {
         match hardware_guards(hook, found, guards, left, Family::UNTAGGED) {
@@ -276,7 +163,7 @@ fn install(
         found.length = Err("a length is told apart in software only (skip_sw)".into());
         found.tags = false;
     }
-    found.capabilities = Capabilities::find(hook, found, guards)
+    let taken = Capabilities::find(hook, found, guards)
         .map_err(|e| failed("finding out which rules the netdev takes", e))?;
     for (what, family, prio, handles) in &left.guards {
         let cleared = match what {
@@ -288,7 +175,7 @@ fn install(
         };
         cleared.map_err(|e| failed("removing the guards of a dead engine", e))?;
     }
-    Ok(())
+    Ok(taken)
 }
 
 fn take_down(hook: &mut Hook, found: &Found, what: Use, families: [Family; 2]) {
@@ -322,19 +209,6 @@ fn tagged_software_guards(hook: &mut Hook, found: &mut Found, guards: Guards) {
     if let Err(e) = software_guards(hook, found, &programs, guards, Family::TAGGED) {
         take_down(hook, found, Use::SoftwareGuards, Family::TAGGED);
         found.vlan = Err(format!("the kernel does not take a guard for tagged frames: {e}"));
-    }
-}
-
-/// What the cookies of guards say.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Guards {
-    pub(super) instance: Instance,
-    pub(super) made_qdisc: bool,
-}
-
-impl Guards {
-    pub(super) fn cookie(self) -> Cookie {
-        guard::cookie(self.instance, self.made_qdisc)
     }
 }
 

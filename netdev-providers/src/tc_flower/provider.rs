@@ -7,12 +7,13 @@ use nix::errno::Errno;
 
 use super::beside;
 use super::capability::Capabilities;
+use super::found::Mode;
 use super::guard;
 use super::hook::Hook;
 use super::parse::Filter;
 use super::plan::{Around, Plan, lock};
 use super::prios::Use;
-use super::probe::{self, Mode};
+use super::probe;
 use super::rule::rule_id;
 use super::threads::Threads;
 use super::uapi::*;
@@ -217,7 +218,7 @@ impl Provider for TcFlower {
 
     fn capabilities(&self) -> Vec<Capability> {
         let found = &self.plan.found;
-        let mut all = found.capabilities.table();
+        let mut all = self.plan.capabilities.table();
         all.extend(Capabilities::by_nature(found.mode));
         all
     }

@@ -157,3 +157,8 @@ pub(super) fn ask_for_ack(buf: &mut [u8], at: usize) {
         flags.copy_from_slice(&with.to_ne_bytes());
     }
 }
+
+/// True when the flow's rule in software has actions that no NIC takes: it is another than in hardware.
+pub(super) fn needs_programs(flow: &Flow) -> bool {
+    flow.has_nat() || flow.is_routed_ipv4()
+}

@@ -6,11 +6,12 @@ use std::num::NonZeroU32;
 use nix::errno::Errno;
 use tracing::warn;
 
+use super::found::Guards;
 use super::guard;
 use super::parse::Filter;
 use super::plan::{Plan, lock};
 use super::prios::Use;
-use super::probe::{self, Guards};
+use super::probe;
 use super::rule::{self, rule_id, split_rule_id};
 use super::same::{self, Signature};
 use super::uapi::*;

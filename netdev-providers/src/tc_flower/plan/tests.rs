@@ -5,7 +5,7 @@ use crate::tc_flower::capability::{Shape, trial_flow};
 
 fn plan(found: Found) -> Plan {
     let instance = Instance(std::num::NonZeroU32::MIN);
-    Plan::new(instance, found, 1, QdiscKind::Ingress)
+    Plan::new(instance, (found, Capabilities::default()), 1, QdiscKind::Ingress)
 }
 
 fn flow(nat: bool) -> Flow {
