@@ -270,7 +270,7 @@ fn tags_are_changed_in_the_nic() {
     let mut c = h.router.connect();
     h.wait_in_hardware(&mut c);
     let rules = h.router.run("tc filter show dev lan ingress");
-    for part in ["vlan_id 10", "vlan  pop", "vlan  push id 20", "  in_hw "] {
+    for part in ["vlan_id 10", "vlan  pop pipe", "vlan  push id 20", "  in_hw "] {
         assert!(rules.contains(part), "no {part} in {rules}");
     }
 }

@@ -48,7 +48,8 @@ fn rules_with_tags_and_lengths_read_back_as_they_were_meant() {
     // In the order in which they have to be done.
     let first = text.split("pref 49418 flower chain 0 handle 0x1").nth(1).unwrap();
     let at = |what: &str| first.find(what).unwrap_or_else(|| panic!("no {what} in {first}"));
-    let order = [at("vlan  pop"), at(" pedit "), at("header4"), at("vlan  push"), at("mirred")];
+    let order =
+        [at("vlan  pop pipe"), at(" pedit "), at("header4"), at("vlan  push"), at("mirred")];
     assert!(order.is_sorted(), "{first}");
     assert_eq!(port.usage().len(), 3);
     assert_eq!(port.provider.flush().unwrap(), 3);

@@ -452,7 +452,7 @@ fn tagged_frames_are_refused_and_ports_that_are_vlan_devices_are_followed() {
     let (there, back) =
         (r.run("tc filter show dev lan ingress"), r.run("tc filter show dev wan ingress"));
     assert!(there.contains("vlan  push id 20") && !there.contains("pedit"), "{there}");
-    assert!(back.contains("vlan_id 20") && back.contains("vlan  pop"), "{back}");
+    assert!(back.contains("vlan_id 20") && back.contains("vlan  pop pipe"), "{back}");
     r.exchange_past_the_bridge(&mut || c.exchange(200_000));
     let shown = String::from_utf8(r.cli(&["conn", "show"]).stdout).expect("text");
     assert!(shown.contains("-> wan (wan.20)") && shown.contains("bridged"), "{shown}");

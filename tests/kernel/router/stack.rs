@@ -64,7 +64,7 @@ fn connections_of_vlan_devices_are_offloaded_on_the_ports_below() {
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
     let text = r.filters("lan");
-    for part in ["vlan_id 10", "vlan  pop", "vlan  push id 20", "Redirect to device wan)"] {
+    for part in ["vlan_id 10", "vlan  pop pipe", "vlan  push id 20", "Redirect to device wan)"] {
         assert!(text.contains(part), "no {part} in {text}");
     }
     r.exchange_by_rules(&mut c, 300_000);
@@ -102,7 +102,7 @@ fn a_vlan_on_one_side_only() {
     r.start(&PORTS);
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
-    assert!(!r.filters("lan").contains("vlan  pop"), "{}", r.filters("lan"));
+    assert!(!r.filters("lan").contains("vlan  pop pipe"), "{}", r.filters("lan"));
     assert!(!r.filters("wan").contains("vlan  push"), "{}", r.filters("wan"));
     r.exchange_by_rules(&mut c, 300_000);
     // The same network moves to another VLAN of the same port.
