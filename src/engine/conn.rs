@@ -532,6 +532,16 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_handle_is_a_bare_pointer_and_back() {
+        let c = conn();
+        let pointer = c.as_ptr();
+        assert!(std::ptr::eq(pointer, &*c));
+        let shared: Arc<Conn> = c.clone().into();
+        assert!(std::ptr::eq(pointer, Arc::as_ptr(&shared)));
+        assert!(ConnHandle::from(shared).is_same(&c));
+    }
+
+    #[test]
     fn the_words_stand_where_others_look_for_them() {
         assert_eq!(std::mem::offset_of!(Conn, words), 0);
         assert_eq!((size_of::<SlotWord>(), align_of::<Conn>()), (8, 8));

@@ -25,7 +25,7 @@ use netdev_providers::{
 };
 
 use super::ask::Asked;
-use super::datapath::{Path, PathHint, PathSpec, Recognised, Sight};
+use super::datapath::{Path, PathHint, PathSpec, Recognised, Sight, SlotChange};
 use super::queue::Command;
 use super::reconcile::Reconciled;
 use super::slot::SlotState;
@@ -54,6 +54,8 @@ struct TestDatapath {
     panics: AtomicBool,
     /// What it was told of ports whose thread has panicked.
     port_panics: StdMutex<Vec<String>>,
+    /// What it was told of slots: port, tag, direction, what became of it.
+    changes: StdMutex<Vec<String>>,
 }
 
 impl Datapath for TestDatapath {
@@ -92,6 +94,15 @@ impl Datapath for TestDatapath {
     }
     fn port_panicked(&self, port: &Netdev, words: &str) {
         self.port_panics.lock().unwrap().push(format!("{}: {words}", port.name));
+    }
+    fn slot_changed(&self, port: &Netdev, conn: &ConnHandle, d: Direction, change: SlotChange<'_>) {
+        let what = match change {
+            SlotChange::Installed => "installed".to_owned(),
+            SlotChange::Rejected(why) => format!("rejected: {}", why.reason),
+            SlotChange::Deleted => "deleted".to_owned(),
+        };
+        let told = format!("{} {} {d} {what}", port.name, conn.tag());
+        self.changes.lock().unwrap().push(told);
     }
     fn rearm(&self, sights: &[Sight]) {
         let mut rearmed = self.rearmed.lock().unwrap();
@@ -416,4 +427,23 @@ fn the_reply_is_told_once_and_only_after_the_rule_is_installed() {
     b.settle();
     assert_eq!(dummy.requests(), 2, "at most once");
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
+}
+
+#[test]
+fn who_watches_is_told_what_becomes_of_a_slot() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let (one, two) = (b.conn(1), b.conn(2));
+    b.install(1, &one, Reply);
+    dummy.fail_next(1, Reason::Unsupported);
+    b.offer(1, &two, Original);
+    b.settle();
+    b.engine.conn_retract(&one);
+    b.settle();
+    let told = std::mem::take(&mut *b.datapath.changes.lock().unwrap());
+    assert_eq!(
+        told,
+        ["p1 1 reply installed", "p1 2 original rejected: unsupported", "p1 1 reply deleted"]
+    );
 }

@@ -202,7 +202,15 @@ fn a_batch_of_offers_does_what_as_many_offers_do() {
         port.offer_batch(panics, |_| ());
     }));
     assert!(result.is_err());
-    worker.offline();
     wait_for(|| dummy.rules(ifindex(1)).len() == 32);
     assert_eq!(b.engine.slots(&more[0])[0].state, SlotState::Installed);
+    // The port's thread sleeps by now, and is woken by one that queues all that it offers.
+    b.settle();
+    std::thread::sleep(Duration::from_millis(100));
+    let late = [b.conn(201), b.conn(202)];
+    port.offer_batch(late.iter().map(|c| offer(c, Original)), |offer| {
+        assert_eq!(offer, Offer::Queued);
+    });
+    wait_for(|| dummy.rules(ifindex(1)).len() == 34);
+    worker.offline();
 }
