@@ -50,12 +50,15 @@ struct TestDatapath {
     living: StdMutex<Vec<(Tuple, u16)>>,
     /// Packets of every slot that it has forwarded itself.
     forwarded: AtomicU64,
+    /// The next path is refused so, and what it is refused for has gone by then.
+    refuse_too_late: StdMutex<Option<Rejection>>,
+    changes: AtomicU64,
     /// Whether it panics when it is asked for a path.
     panics: AtomicBool,
     /// What it was told of ports whose thread has panicked.
     port_panics: StdMutex<Vec<String>>,
     /// What it was told of slots: port, tag, direction, what became of it.
-    changes: StdMutex<Vec<String>>,
+    told: StdMutex<Vec<String>>,
 }
 
 impl Datapath for TestDatapath {
@@ -64,8 +67,15 @@ impl Datapath for TestDatapath {
         if let Some(r) = self.refuse.lock().unwrap().clone() {
             return Err(r);
         }
+        if let Some(r) = self.refuse_too_late.lock().unwrap().take() {
+            self.changes.fetch_add(1, Ordering::SeqCst);
+            return Err(r);
+        }
         let egress = self.egress.lock().unwrap().unwrap_or_else(|| ifindex(99));
         Ok(path(&sight.conn, sight.direction, egress))
+    }
+    fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
     }
     fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
         let result = self.unprepared.lock().unwrap().clone().map_or(Ok(()), Err);
@@ -102,7 +112,7 @@ impl Datapath for TestDatapath {
             SlotChange::Deleted => "deleted".to_owned(),
         };
         let told = format!("{} {} {d} {what}", port.name, conn.tag());
-        self.changes.lock().unwrap().push(told);
+        self.told.lock().unwrap().push(told);
     }
     fn rearm(&self, sights: &[Sight]) {
         let mut rearmed = self.rearmed.lock().unwrap();
@@ -441,9 +451,18 @@ fn who_watches_is_told_what_becomes_of_a_slot() {
     b.settle();
     b.engine.conn_retract(&one);
     b.settle();
-    let told = std::mem::take(&mut *b.datapath.changes.lock().unwrap());
+    let told = std::mem::take(&mut *b.datapath.told.lock().unwrap());
     assert_eq!(
         told,
         ["p1 1 reply installed", "p1 2 original rejected: unsupported", "p1 1 reply deleted"]
     );
+}
+
+#[test]
+fn what_is_refused_for_what_has_just_gone_is_asked_again() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    *b.datapath.refuse_too_late.lock().unwrap() = Some(Reason::IpsecPolicy.into());
+    b.install(1, &b.conn(1), Original);
 }

@@ -335,7 +335,11 @@ impl Writer {
     ) -> Result<(Option<PathTaken>, Work), Rejection> {
         for _ in 0..RESOLVE_ATTEMPTS {
             let changes = self.shared.datapath.changes();
-            let (path, work) = self.path_and_work(sight, spec.clone())?;
+            let (path, work) = match self.path_and_work(sight, spec.clone()) {
+                // What it was refused for may be gone, and who looked for refusals has not found this one.
+                Err(_) if self.shared.datapath.changes() != changes => continue,
+                resolved => resolved?,
+            };
             slot.note_path(path);
             if self.shared.datapath.changes() == changes {
                 return Ok((path, work));
