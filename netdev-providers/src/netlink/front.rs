@@ -8,21 +8,19 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use super::error::NetlinkError;
+use super::link::{IFINFOMSG_LEN, RTM_GETLINK, RTM_NEWLINK};
 use super::socket::{ACK, DUMP, Family, REQUEST, Socket};
 use super::wire::{AttrIter, Message, Received};
 use crate::bpf::{program_name, tcx_ingress};
 use crate::contract::types::Ifindex;
 
 // linux/rtnetlink.h
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
 const RTM_NEWTFILTER: u16 = 44;
 const RTM_GETTFILTER: u16 = 46;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
 const TCA_CHAIN: u16 = 11;
 const TCMSG_LEN: usize = 20;
-const IFINFOMSG_LEN: usize = 16;
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`.
 const PARENT_INGRESS: u32 = 0xffff_fff2;
 // linux/pkt_cls.h

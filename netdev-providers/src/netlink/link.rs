@@ -8,14 +8,14 @@ use super::wire::Message;
 use crate::contract::types::Ifindex;
 
 // linux/rtnetlink.h, linux/if_link.h
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
+pub(super) const RTM_NEWLINK: u16 = 16;
+pub(super) const RTM_GETLINK: u16 = 18;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 /// Size of `struct ifinfomsg`.
-const IFINFOMSG_LEN: usize = 16;
+pub(super) const IFINFOMSG_LEN: usize = 16;
 
 /// A netdev.
 #[derive(Clone, Debug, PartialEq, Eq)]
