@@ -104,6 +104,22 @@ impl Engine {
         }
     }
 
+    /// Waits until all that was offered or asked for before has been carried out on every port, and what was due
+    /// by the engine's clock has been looked after: for who drives the clock itself, or wants to see what became
+    /// of its offers. The packet path has no use for it. Blocks; false when a port has not gone on within
+    /// [`Limits::port_del`](super::Limits::port_del): the others have been waited for all the same.
+    #[must_use]
+    pub fn synchronize(&self) -> bool {
+        let table = self.0.publication.table();
+        let asked: Vec<_> = table
+            .iter()
+            .filter(|p| p.binding.is_some())
+            .map(|port| Asked::of(port, Command::Barrier))
+            .collect();
+        let at_most = self.0.limits.port_del;
+        asked.into_iter().fold(true, |all, asked| asked.wait(at_most) != Err(NoAnswer::Slow) && all)
+    }
+
     /// Removes what engines that died have left on a netdev that is not a port. Blocks.
     pub fn clear_leftovers(&self, ifindex: Ifindex) {
         let admin = self.admin();

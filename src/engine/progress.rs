@@ -141,7 +141,7 @@ impl Progress {
         let slow = stuck.and_then(|n| {
             let what = match n {
                 0 => "the provider, or the datapath, has not come back from a call".to_owned(),
-                1 => format!("{} operations have no result", self.operations.out()),
+                1 => format!("operations without a result: {}", self.operations.out()),
                 _ => "a sweep has not come back".to_owned(),
             };
             Some(Slow { since: lanes[n].still_for()?, what })
@@ -193,7 +193,7 @@ mod tests {
         let (slow, changed) = p.look();
         let slow = slow.unwrap();
         assert!(changed && p.hint() && slow.since >= Duration::from_millis(30));
-        assert!(slow.to_string().contains("1 operations have no result"), "{slow}");
+        assert!(slow.to_string().contains("operations without a result: 1"), "{slow}");
         assert!(!p.look().1);
         p.operations.end();
         assert_eq!(p.look(), (None, true));

@@ -39,9 +39,7 @@ pub(super) enum Command {
     Retracted(Ifindex),
     /// This netdev has become a port: what was refused because of it may be offered again.
     Joined(Ifindex),
-    /// Answers when everything queued before has been carried out: for tests, since nobody else
-    /// waits for adds.
-    #[cfg(test)]
+    /// Answers when everything queued before has been carried out, and what was due has been looked after.
     Barrier(Sender<u64>),
     /// The writer panics.
     #[cfg(test)]
@@ -73,9 +71,10 @@ impl Command {
             | Self::Repair
             | Self::Reconcile(_)
             | Self::Retracted(_)
-            | Self::Joined(_) => false,
+            | Self::Joined(_)
+            | Self::Barrier(_) => false,
             #[cfg(test)]
-            Self::Barrier(_) | Self::Panic => false,
+            Self::Panic => false,
         }
     }
 }

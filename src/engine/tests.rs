@@ -193,11 +193,8 @@ impl Bench {
 
     /// Everything queued so far has been carried out.
     fn settle(&self) {
-        let table = self.engine.0.publication.table();
         for _ in 0..3 {
-            for port in table.iter().filter(|p| p.binding.is_some()) {
-                Asked::of(port, Command::Barrier).wait(PATIENCE).unwrap();
-            }
+            assert!(self.engine.synchronize());
         }
     }
 

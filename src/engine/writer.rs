@@ -196,8 +196,10 @@ impl Writer {
             }
             #[cfg(test)]
             Command::Panic => panic!("on purpose"),
-            #[cfg(test)]
             Command::Barrier(answer) => {
+                self.submit(staged);
+                self.settle();
+                self.run_timers(staged);
                 self.submit(staged);
                 self.settle();
                 self.tell_rearm();

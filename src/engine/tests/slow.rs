@@ -392,7 +392,7 @@ fn a_provider_is_released_under_a_call_that_does_not_come_back_in_time_and_that_
     let faults = b.engine.port_del(ifindex(1)).unwrap().faults;
     assert_eq!(faults.len(), 1, "{faults:?}");
     let words = faults[0].to_string();
-    assert!(words.contains("1 operations have no result: the provider is released"), "{words}");
+    assert!(words.contains("operations without a result: 1; the provider is released"), "{words}");
     assert!(dummy.ports().is_empty());
     dummy.release_pending();
 }

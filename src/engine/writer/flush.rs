@@ -238,7 +238,7 @@ impl Writer {
             // It removes what is left when it is released, and installs nothing after that.
             let out = self.port.progress.operations.out();
             let why =
-                format!("{out} operations have no result: the provider is released under them");
+                format!("operations without a result: {out}; the provider is released under them");
             stopped.faults.push(Fault::new(why));
         }
         // What was queued behind: offers of workers that were late, deletes of what is flushed.
@@ -249,11 +249,10 @@ impl Writer {
                     self.push_rearm(conn, d);
                 }
                 Command::Delete(conn, d) => self.reset(&conn, d),
-                #[cfg(test)]
-                Command::Barrier(answer) => {
-                    let _ = answer.send(0);
-                }
-                Command::Settle(answer) | Command::Flush(answer) | Command::Retract(_, answer) => {
+                Command::Settle(answer)
+                | Command::Barrier(answer)
+                | Command::Flush(answer)
+                | Command::Retract(_, answer) => {
                     let _ = answer.send(0);
                 }
                 Command::Stop(answer) => {
