@@ -112,6 +112,11 @@ pub(crate) struct Report(Vec<Figure>);
 impl Report {
     pub(crate) fn add(&mut self, figure: Figure) {
         eprintln!("  {}: {}", figure.name, figure.value.map_or("not measured".into(), number));
+        self.add_silently(figure);
+    }
+
+    /// The same without a line on stderr: where all of it has been told already.
+    pub(crate) fn add_silently(&mut self, figure: Figure) {
         self.0.push(figure);
     }
 
