@@ -50,6 +50,7 @@
 //!
 //! [admission]                # which of the connections that can be offloaded are to be
 //! default = "offload"        # or "never": those that no [[admit]] rule matches
+//! min-packets = 20           # only from so many packets on, both directions together; 0: at once
 //! min-bytes = 0              # only from so many bytes on, both directions together
 //!
 //! [[admit]]                  # the first that matches a connection counts
@@ -122,6 +123,11 @@
 //! `nf-flowtable` provider takes both directions of a connection at once: there, a rule for one of the
 //! two netdevs does not keep the direction of the other on the slow path.)
 //!
+//! `min-packets` leaves connections in software that are over when a rule for them would be there: a
+//! question and its answer, a small page. Of a mix of short and long ones the default leaves out next to all of the
+//! short, and costs the long ones so many packets. It is conntrack that counts, as for `min-bytes`;
+//! but connections that it does not count (older than its counters) are offloaded at once.
+//!
 //! `min-bytes` counts IP packets with their headers, as conntrack counts them: those that the slow
 //! path forwards. A connection is not sighted before the packet that completes the number, by no
 //! port. The counters are conntrack's, which are off by default: the daemon says so when it finds them
@@ -143,7 +149,7 @@ use toml::Spanned;
 
 use self::admit::{RawAdmission, RawAdmit};
 use crate::datapath::admission::Admission;
-use crate::datapath::{OnRulesetChange, PortSpec, Revalidation, SweepBounds, Tunables};
+use crate::datapath::{self, OnRulesetChange, PortSpec, Revalidation, SweepBounds, Tunables};
 
 /// Why a configuration was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -206,6 +212,8 @@ pub struct Config {
     pub tc_qdisc: QdiscKind,
     /// Which connections may be offloaded.
     pub admission: Admission,
+    /// From how many packets on.
+    pub min_packets: u64,
     /// From how many bytes on.
     pub min_bytes: u64,
     /// Whether nf-flowtable switches conntrack's accounting on.
@@ -427,6 +435,7 @@ impl Config {
             ("[tc-flower] percpu-stats", self.tc_percpu_stats != other.tc_percpu_stats),
             ("[tc-flower] qdisc", self.tc_qdisc != other.tc_qdisc),
             ("[nf-flowtable] accounting", self.flowtable_accounting != other.flowtable_accounting),
+            ("[admission] min-packets", self.min_packets != other.min_packets),
             ("[admission] min-bytes", self.min_bytes != other.min_bytes),
         ];
         differ.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect()
@@ -507,6 +516,7 @@ impl Config {
             adopt: matches!(raw.restart.rules, RawLeftRules::Adopt),
             control_group: raw.control.group,
             admission: admit::check(&raw.admission, raw.admit, line)?,
+            min_packets: raw.admission.min_packets.unwrap_or(datapath::MIN_PACKETS),
             min_bytes: raw.admission.min_bytes,
             flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
@@ -577,6 +587,7 @@ mod tests {
             ("[tc-flower]\npercpu-stats = true", "[tc-flower] percpu-stats"),
             ("[tc-flower]\nqdisc = \"clsact\"", "[tc-flower] qdisc"),
             ("[nf-flowtable]\naccounting = false", "[nf-flowtable] accounting"),
+            ("[admission]\nmin-packets = 7", "[admission] min-packets"),
             ("[admission]\nmin-bytes = 7", "[admission] min-bytes"),
         ] {
             let new = of(text);

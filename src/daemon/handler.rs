@@ -338,6 +338,12 @@ fn eligible(proto: L4Proto, config: &datapath::Config) -> String {
         L4Proto::Udp => "a UDP connection is sighted once it was answered",
     }
     .to_owned();
+    if config.min_packets > 0 {
+        text.push_str(&format!(
+            ", and conntrack has counted {} packets of it, both directions together (min-packets)",
+            config.min_packets
+        ));
+    }
     if config.min_bytes > 0 {
         text.push_str(&format!(
             ", and conntrack has counted {} bytes of it (min-bytes)",

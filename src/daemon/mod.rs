@@ -250,6 +250,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         ledger_size: config.ledger_size.get(),
         one_way_udp: config.one_way_udp,
         bridged: config.bridged,
+        min_packets: config.min_packets,
         min_bytes: config.min_bytes,
         tunables: config.tunables(),
         adopt: config.adopt,

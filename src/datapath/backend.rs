@@ -165,12 +165,19 @@ impl Backend {
             size: config.ledger_size,
             bridged: config.bridged,
             one_way_udp: config.one_way_udp,
+            min_packets: config.min_packets,
             min_bytes: config.min_bytes,
             // A flowtable on one netdev of a connection can stand beside another provider on the
             // other: `sights` tells ours from those of others.
             skip_offloaded: false,
             ..LedgerConfig::default()
         })?;
+        if config.min_packets > 0 && matches!(counted_before, Ok(false)) {
+            tracing::info!(
+                min_packets = config.min_packets,
+                "net.netfilter.nf_conntrack_acct was 0 and is 1 now, and stays so: connections that are there already are not counted, and offloaded at once"
+            );
+        }
         if config.min_bytes > 0 {
             // The kernel switches it on for the ledger's rule.
             if !matches!(accounting(), Ok(true)) {

@@ -5,6 +5,9 @@ use std::time::Duration;
 use super::admission::Admission;
 use super::pacing::SweepBounds;
 
+/// From how many packets on, where nothing else is said: what carries no more is better left alone.
+pub const MIN_PACKETS: u64 = 20;
+
 /// Settings of the kernel datapath.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -16,6 +19,8 @@ pub struct Config {
     pub one_way_udp: bool,
     /// Offload also what bridges forward without routing it; switches bridge conntrack on.
     pub bridged: bool,
+    /// From how many packets on, both directions together; 0: from the first that can be.
+    pub min_packets: u64,
     /// From how many bytes on, both directions together; 0: from the first packet that can be.
     pub min_bytes: u64,
     /// Rules that a dead daemon left, and that are what they would be now, are taken over.

@@ -57,7 +57,7 @@ use netdev_providers::{Generation, HwFlags, Ifindex};
 use tokio::sync::oneshot;
 
 pub use self::backend::{Backend, Counts, Observer};
-pub use self::config::{Config, OnRulesetChange, Revalidation, Tunables};
+pub use self::config::{Config, MIN_PACKETS, OnRulesetChange, Revalidation, Tunables};
 use self::netfilter::conntrack::{Conntrack, ConntrackError, CtEvents};
 use self::netfilter::ledger::LedgerError;
 use self::netfilter::nflog::{NflogError, SightLog};

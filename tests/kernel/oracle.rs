@@ -166,7 +166,7 @@ impl Line {
     fn start(&mut self, lan: &str, wan: &str) {
         let file = std::env::temp_dir().join(format!("ctoffload-{}.toml", self.name));
         let text = format!(
-            "[usage]\nsweep-seconds = 1\nsweep-max-seconds = 1\n[[port]]\nmatch = \"lan\"\nproviders = [\"{lan}\"]\n[[port]]\nmatch = \"wan\"\nproviders = [\"{wan}\"]\n"
+            "[admission]\nmin-packets = 0\n[usage]\nsweep-seconds = 1\nsweep-max-seconds = 1\n[[port]]\nmatch = \"lan\"\nproviders = [\"{lan}\"]\n[[port]]\nmatch = \"wan\"\nproviders = [\"{wan}\"]\n"
         );
         std::fs::write(&file, text).expect("a file");
         let child = Command::new(env!("CARGO_BIN_EXE_ctoffloadd"))

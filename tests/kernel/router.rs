@@ -90,7 +90,13 @@ impl Router {
     }
 
     pub(crate) fn start(&mut self, args: &[&str]) {
-        self.start_logging(args, Stdio::inherit());
+        let mut args = args.to_vec();
+        let file;
+        if !args.contains(&"--config") {
+            file = self.configure("");
+            args.extend(["--config", &file]);
+        }
+        self.start_logging(&args, Stdio::inherit());
     }
 
     /// The same, with this configuration.
@@ -99,14 +105,24 @@ impl Router {
         self.start(&["--config", &file]);
     }
 
-    /// The name of a file with this configuration.
+    /// The name of a file with this configuration. Where it does not say from how many packets on, from the first
+    /// that can be: tests count them.
     pub(crate) fn configure(&self, config: &str) -> String {
         let file = std::env::temp_dir().join(format!("ctoffload-{}.toml", self.name));
+        let mut config = config.to_owned();
+        if !config.contains("min-packets") {
+            let at_once = "[admission]\nmin-packets = 0\n";
+            if config.contains("[admission]\n") {
+                config = config.replace("[admission]\n", at_once);
+            } else {
+                config = format!("{config}\n{at_once}");
+            }
+        }
         std::fs::write(&file, config).expect("a file");
         file.to_str().expect("a path").to_owned()
     }
 
-    /// With its log there.
+    /// With its log there, and no configuration but these arguments.
     pub(crate) fn start_logging(&mut self, args: &[&str], log: Stdio) {
         let child = Command::new(env!("CARGO_BIN_EXE_ctoffloadd"))
             .args(args)

@@ -15,6 +15,7 @@ use crate::datapath::admission::{Admission, Rule, Verdict};
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub(super) struct RawAdmission {
     default: RawVerdict,
+    pub(super) min_packets: Option<u64>,
     pub(super) min_bytes: u64,
 }
 
@@ -153,6 +154,7 @@ mod tests {
     use netdev_providers::{Reason, Zone};
 
     use super::super::Config;
+    use crate::datapath::MIN_PACKETS;
     use crate::datapath::admission::Decider;
     use crate::engine::conn::ConnKey;
 
@@ -186,7 +188,7 @@ verdict = "offload"
     #[test]
     fn rules_are_read_in_order_and_know_their_lines() {
         let c = parse(RULES).unwrap();
-        assert_eq!(c.min_bytes, 100_000);
+        assert_eq!((c.min_bytes, c.min_packets), (100_000, MIN_PACKETS));
         let admit = |netdev, tuple| c.admission.admit(netdev, &key(tuple));
         assert_eq!(admit("eth0", "tcp 10.0.0.2:4000 > 198.51.100.7:80"), Ok(()));
         let refused = admit("eth0", "tcp 10.0.0.2:4000 > 198.51.100.7:8080").unwrap_err();
@@ -204,7 +206,7 @@ verdict = "offload"
     #[test]
     fn without_rules_everything_is_admitted_from_the_first_byte() {
         let c = parse("").unwrap();
-        assert_eq!(c.min_bytes, 0);
+        assert_eq!((c.min_bytes, c.min_packets), (0, MIN_PACKETS));
         assert_eq!(c.admission.admit("a", &key("udp [::1]:1 > [::2]:2")), Ok(()));
     }
 
@@ -232,6 +234,8 @@ verdict = "offload"
             assert_eq!(at, line, "{field}: {message}");
         }
         assert_eq!(parse("[admission]\nmin-bytes = -1\n").unwrap_err().0, 2);
+        assert_eq!(parse("[admission]\nmin-packets = 0\n").unwrap().min_packets, 0);
+        assert_eq!(parse("[admission]\nmin-packets = \"no\"\n").unwrap_err().0, 2);
         assert_eq!(parse("[admission]\n\ndefault = \"no\"\n").unwrap_err().0, 3);
     }
 }

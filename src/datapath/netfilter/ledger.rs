@@ -9,7 +9,8 @@
 //!     iif != @ports accept
 //!     ct status & (seq-adjust|dying|nat-clash|template|helper[|offload|hw-offload]) != 0 accept
 //!     rt ipsec exists accept                   # goes into one
-//!     [ct bytes < N accept]                    # both directions together, this packet included
+//!     [ct packets != 0 ct packets < N accept]  # both directions together, this packet included
+//!     [ct bytes < N accept]                    # likewise
 //!     meta pkttype != host accept              # multicast routing
 //!     ip ihl != 5 accept                       # IPv4 options
 //!     ip6 nexthdr != tcp ip6 nexthdr != udp accept   # extension headers
@@ -33,7 +34,7 @@
 //! table bridge ctoffload {
 //!   chain sight { type filter hook forward priority 2147483647; policy accept;
 //!     iif != @ports accept                     # a port of the bridge
-//!     ct status & ...                          # as above; [ct bytes < N accept]
+//!     ct status & ...                          # as above; [ct packets ...], [ct bytes ...]
 //!     meta pkttype != other accept             # flooded: broadcast, multicast
 //!     ...                                      # as above
 //!   }
@@ -56,9 +57,9 @@
 //! - The rule tests `assured`, which a connection keeps while it closes, and the ACK of a FIN
 //!   carries no FIN: after a re-arm it is a sight. The state in the record
 //!   ([`CtEntry::tcp_state`](super::conntrack::CtEntry::tcp_state)) tells.
-//! - With the rule on bytes the kernel switches accounting (`net.netfilter.nf_conntrack_acct`) on for
+//! - With the rules on packets and on bytes the kernel switches accounting (`net.netfilter.nf_conntrack_acct`) on for
 //!   the namespace, and leaves it on. Connections that are older than that have no counters: to the
-//!   rule they never carry anything.
+//!   rule on bytes they never carry anything; that on packets lets them pass.
 //! - A helper that came with an expectation (H.245) does not set the status bit; the record's
 //!   [`CtEntry::helper`](super::conntrack::CtEntry::helper) tells.
 //! - Fragments do not get here: conntrack, which the `ct` expressions switch on for the namespace,
@@ -174,6 +175,9 @@ pub struct LedgerConfig {
     pub bridged: bool,
     /// Sight UDP connections that never had a reply, from their second packet on.
     pub one_way_udp: bool,
+    /// Do not sight connections before conntrack has counted so many of their packets, both directions
+    /// together; 0: at once. Those that it does not count are sighted at once too.
+    pub min_packets: u64,
     /// Do not sight connections before conntrack has counted so many bytes of their IP packets, both
     /// directions together; 0: at once.
     pub min_bytes: u64,
@@ -190,6 +194,7 @@ impl Default for LedgerConfig {
             size: 1 << 20,
             bridged: false,
             one_way_udp: false,
+            min_packets: 0,
             min_bytes: 0,
             skip_offloaded: true,
         }

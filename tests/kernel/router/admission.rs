@@ -160,3 +160,78 @@ fn a_connection_is_offloaded_only_after_min_bytes() {
     assert!(r.cli(&["flush", "--all"]).status.success());
     r.wait_installed(&BOTH, &mut c);
 }
+
+/// Packets that conntrack has counted of the connection to a port, both directions.
+fn packets(r: &Router, port: u16) -> Option<u64> {
+    let entry = r.run(&format!("conntrack -L -p tcp --orig-port-dst {port} 2>/dev/null"));
+    let numbers = entry.split_whitespace().filter_map(|w| w.strip_prefix("packets="));
+    let numbers: Vec<u64> = numbers.map(|n| n.parse().expect("a number")).collect();
+    (!numbers.is_empty()).then(|| numbers.iter().sum())
+}
+
+#[test]
+fn a_connection_is_offloaded_only_after_min_packets() {
+    const MIN: u64 = 60;
+    let mut r = Router::new("packets");
+    // Conntrack, without accounting, and a connection of that time.
+    r.run("nft add table inet early && nft 'add chain inet early c { type filter hook forward priority 0; }' && nft add rule inet early c ct state invalid accept");
+    assert_eq!(r.run("sysctl -n net.netfilter.nf_conntrack_acct").trim(), "0");
+    let mut old = connect(&r, "10.2.0.2:6001");
+    old.ping();
+    r.start_with(&format!("[[port]]\nmatch = \"?an\"\n[admission]\nmin-packets = {MIN}\n"));
+    assert_eq!(r.run("sysctl -n net.netfilter.nf_conntrack_acct").trim(), "1");
+    // What is not counted is older than this, and not short.
+    r.wait_installed(&BOTH, &mut old);
+    assert_eq!(packets(&r, 6001), None);
+    old.close();
+    wait_until("it has ended", || r.installed().is_empty());
+
+    let sights = |r: &Router| r.stats()["sights"].as_u64().expect("a number");
+    let before = sights(&r);
+    let mut c = connect(&r, "10.2.0.2:6002");
+    let mut below = 0;
+    loop {
+        c.ping();
+        // In this order: what is sighted has had enough before.
+        let sighted = sights(&r) > before;
+        let now = packets(&r, 6002).expect("counted");
+        if sighted {
+            assert!(now >= MIN, "sighted after {now} packets");
+            break;
+        }
+        assert!(now < MIN + 10, "not sighted after {now} packets");
+        if now < MIN {
+            below = now;
+        }
+        if now < MIN / 2 {
+            let (status, text) = explain(&r, &c);
+            assert_eq!(status, Some(5), "{text}");
+            assert!(text.contains("has counted 60 packets"), "{text}");
+        }
+    }
+    assert!(below > MIN / 4, "not sighted while it had had {below} packets");
+    r.wait_installed(&BOTH, &mut c);
+    // After a flush what it has had still counts.
+    assert!(r.cli(&["flush", "--all"]).status.success());
+    r.wait_installed(&BOTH, &mut c);
+}
+
+/// Questions with an answer each are not for offload; what goes on is.
+#[test]
+fn short_flows_stay_in_software_by_default_and_long_ones_do_not() {
+    let mut r = Router::new("short");
+    r.start_with(&format!(
+        "[[port]]\nmatch = \"?an\"\n[admission]\nmin-packets = {}\n",
+        ctoffload::datapath::MIN_PACKETS
+    ));
+    for n in 0..20 {
+        let mut c = connect(&r, &format!("10.2.0.2:{}", 6100 + n));
+        c.ping();
+        c.ping();
+        c.close();
+    }
+    assert_eq!(r.stats()["sights"].as_u64(), Some(0));
+    let mut c = connect(&r, "10.2.0.2:6001");
+    r.wait_installed(&BOTH, &mut c);
+    r.exchange_by_rules(&mut c, 50_000);
+}

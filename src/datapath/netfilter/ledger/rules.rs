@@ -169,6 +169,15 @@ pub(super) fn describe(
         expr::cmp(m, Cmp::Neq, &0u32.to_ne_bytes());
         expr::accept(m);
     });
+    if config.min_packets > 0 {
+        rule(Step::new("the rule on packets", NEEDS_CT), &|m| {
+            expr::ct(m, expr::NFT_CT_PKTS, expr::NFT_REG_1);
+            expr::cmp(m, Cmp::Neq, &0u64.to_be_bytes());
+            expr::to_be64(m);
+            expr::cmp(m, Cmp::Lt, &config.min_packets.to_be_bytes());
+            expr::accept(m);
+        });
+    }
     if config.min_bytes > 0 {
         rule(Step::new("the rule on bytes", NEEDS_CT), &|m| {
             expr::ct(m, expr::NFT_CT_BYTES, expr::NFT_REG_1);

@@ -230,6 +230,22 @@ fn the_tests_of_a_frame_are_the_bytes_of_nft() {
 /// The rule on bytes, byte for byte what `nft` 1.0.6 sends for `ct bytes < 100000 accept`, less its
 /// verdict.
 #[test]
+fn the_test_of_packets_lets_those_pass_that_are_not_counted() {
+    let of = |min_packets| built(&LedgerConfig { min_packets, ..LedgerConfig::default() });
+    // ct packets into register 1; != 0; htonl; < 20; accept
+    let of_nft = unhex(
+        "20000180 0700010063740000 14000280 080002000000000e 0800010000000001 \
+         2c000180 08000100636d7000 20000280 0800010000000001 0800020000000001 \
+         0c000380 0000000000000000",
+    );
+    let load = &of_nft[..32];
+    let with = of(20);
+    assert!(with.windows(load.len()).any(|w| w == load));
+    assert!(with.windows(8).any(|w| w == 20u64.to_be_bytes()));
+    assert!(!of(0).windows(load.len()).any(|w| w == load));
+}
+
+#[test]
 fn the_test_of_bytes_is_the_bytes_of_nft() {
     let of_nft = unhex(
         "20000180 0700010063740000 14000280 080002000000000f 0800010000000001 \

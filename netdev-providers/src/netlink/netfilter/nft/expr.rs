@@ -54,6 +54,8 @@ pub const NFT_CT_STATUS: u32 = 2;
 pub const NFT_CT_PROTO_SRC: u32 = 11;
 /// `NFT_CT_PROTO_DST`.
 pub const NFT_CT_PROTO_DST: u32 = 12;
+/// `NFT_CT_PKTS`.
+pub const NFT_CT_PKTS: u32 = 14;
 /// `NFT_CT_BYTES`.
 pub const NFT_CT_BYTES: u32 = 15;
 /// `NFT_CT_ZONE`.
