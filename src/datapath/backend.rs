@@ -26,7 +26,7 @@ use super::routing::fdb::Fdb;
 use super::routing::ipsec::Ipsec;
 use super::routing::links::Links;
 use super::routing::path::PathResolver;
-use super::routing::stack::{Frames, descend};
+use super::routing::stack::{Frames, descend, enters_vrf_on};
 use super::routing::switches::Switches;
 use super::routing::tos::Named;
 use super::supervisor::{Ended, How, Supervisor};
@@ -377,10 +377,18 @@ impl Backend {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner).contains(&ifindex)
     }
 
-    /// The real netdev that a packet has arrived on, which was routed on this one and came from this
-    /// MAC address. `None` when it cannot be told (yet).
-    pub(super) fn arrived_on(&self, iif: Ifindex, from: Option<MacAddr>) -> Option<Ifindex> {
+    /// The real netdev that a packet has arrived on, which was routed on this one, came from the one
+    /// MAC address and was for the other. `None` when it cannot be told (yet).
+    pub(super) fn arrived_on(
+        &self,
+        iif: Ifindex,
+        from: Option<MacAddr>,
+        to: Option<MacAddr>,
+    ) -> Option<Ifindex> {
         let from = Frames::Of(from.unwrap_or_default());
+        if self.links.is_vrf(iif) {
+            return enters_vrf_on(&self.links, &self.fdb, iif, to?, from);
+        }
         Some(descend(&self.links, &self.fdb, iif, from).ok()?.real.ifindex)
     }
 

@@ -12,7 +12,7 @@ use netdev_providers::{Ifindex, MacAddr, Reason, Rejection};
 use super::backend::Shared;
 use super::routing::links::{Layer, Link};
 use super::routing::monitor::NetEvent;
-use super::routing::stack::{Frames, descend};
+use super::routing::stack::{Frames, descend, routes_for};
 use super::routing::switches::SwitchEvent;
 use super::{AttachError, PortPolicy};
 use crate::engine::conn::{ConnHandle, PathTaken};
@@ -158,8 +158,8 @@ impl Changes {
 
     fn event(&mut self, event: NetEvent, gathered: &mut Gathered) {
         match event {
-            NetEvent::Link(link) => self.link(link),
-            NetEvent::LinkGone(ifindex) => self.link_gone(ifindex),
+            NetEvent::Link(link) => self.link(link, gathered),
+            NetEvent::LinkGone(ifindex) => self.link_gone(ifindex, gathered),
             NetEvent::Neighbour { ifindex, address, mac } => self.neighbour(ifindex, address, mac),
             NetEvent::Learnt { bridge, mac, behind } => {
                 let before = self.backend.fdb().set(bridge, mac, behind);
@@ -170,7 +170,7 @@ impl Changes {
             }
             NetEvent::BridgePort(ifindex, port) => {
                 if let Some(link) = self.backend.links().get(ifindex) {
-                    self.link(Link { port, ..link });
+                    self.link(Link { port, ..link }, gathered);
                 }
             }
             NetEvent::Switch(switch) => self.switch(&switch, gathered),
@@ -199,7 +199,7 @@ impl Changes {
                 if let Some(heard) = self.heard.take() {
                     for link in self.backend.links().all() {
                         if !heard.contains(&link.ifindex) {
-                            self.link_gone(link.ifindex);
+                            self.link_gone(link.ifindex, gathered);
                         }
                     }
                     self.restack();
@@ -269,6 +269,9 @@ impl Changes {
                 return;
             }
             let Some(iif) = self.routed_on(conn, slot) else { return };
+            // A VRF has no switch: that of the netdev that is enslaved to it counts.
+            let (links, fdb) = (self.backend.links(), self.backend.fdb());
+            let iif = routes_for(links, fdb, iif, slot.netdev.ifindex).unwrap_or(iif);
             match (switches.off(iif, ipv6), slot.state) {
                 (None, SlotState::Rejected)
                     if slot
@@ -343,7 +346,17 @@ impl Changes {
         known.sighted.iter().find(|s| (s.port, s.direction) == of).map(|s| s.iif)
     }
 
-    fn link(&mut self, link: Link) {
+    /// Whether routes by a netdev, or a share of those that have several next hops, may be taken by others now. Most
+    /// of that the kernel does without a word (`fib_sync_down_dev`, `fib_sync_up`, `fib_rebalance`). What is enslaved
+    /// to a bridge or a bond has no routes.
+    fn reroutes(&self, old: &Link, new: &Link) -> bool {
+        let enslaved = new.controller.and_then(Ifindex::new);
+        let routes = enslaved.is_none_or(|c| self.backend.links().is_vrf(c));
+        let ignored = || self.backend.switches().ignores_linkdown(new.ifindex);
+        routes && (old.up != new.up || (old.carrier != new.carrier && ignored()))
+    }
+
+    fn link(&mut self, link: Link, gathered: &mut Gathered) {
         if let Some(heard) = &mut self.heard {
             heard.insert(link.ifindex);
         }
@@ -355,6 +368,7 @@ impl Changes {
             above.extend(self.backend.links().above(ifindex));
         }
         if let Some(old) = &old {
+            gathered.rerouted.all |= self.reroutes(old, &link);
             let changed = old.mac != link.mac
                 || old.mtu != link.mtu
                 || old.layer != link.layer
@@ -519,11 +533,12 @@ impl Changes {
 
     /// The kernel has removed the netdev, and its qdiscs and rules with it; rules of other netdevs
     /// that redirect to it drop packets until they are gone, so those go first.
-    fn link_gone(&mut self, ifindex: Ifindex) {
+    fn link_gone(&mut self, ifindex: Ifindex, gathered: &mut Gathered) {
         let above = self.backend.links().above(ifindex);
         self.look_below_vlan_0([self.backend.links().get(ifindex).as_ref(), None]);
         let has_above = !above.is_empty();
         if let Some(link) = self.backend.links().get(ifindex) {
+            gathered.rerouted.all |= self.reroutes(&link, &Link { up: false, ..link.clone() });
             self.retract_through(above, &link, &link);
         }
         if super::detach(&self.backend, &self.engine, ifindex).is_err() {
@@ -658,7 +673,9 @@ impl Changes {
         // What answers it is routed where it was routed to.
         let hint = PathHint { ingress: path.oif, mark, ..PathHint::default() };
         let now = self.backend.resolver().resolve(&sight, &hint);
-        now.is_ok_and(|p| (p.forward.egress, p.oif) != (slot.netdev.ifindex, path.iif))
+        // What is routed on a VRF arrives by a netdev that is enslaved to it.
+        let vrf = path.iif.is_some_and(|iif| self.backend.links().is_vrf(iif));
+        now.is_ok_and(|p| p.forward.egress != slot.netdev.ifindex || (!vrf && p.oif != path.iif))
     }
 
     fn retract(&self, conn: &ConnHandle, slot: &SlotView) -> bool {

@@ -126,7 +126,7 @@ impl Reader {
         let real = if self.worker.port(iif).is_some() {
             Some(iif)
         } else {
-            self.backend.arrived_on(iif, mac(6))
+            self.backend.arrived_on(iif, mac(6), mac(0))
         };
         let Some(real) = real else {
             tracing::debug!(%iif, "where a packet has arrived cannot be told (yet)");
@@ -185,8 +185,14 @@ impl Reader {
         let ipv6 = entry.original.is_ipv6();
         let firewall_says = || {
             self.backend.firewall().is_last(sight.hook, ipv6)?;
-            let above = self.backend.links().name(iif);
-            self.backend.firewall().zone_is_clear(entry.zone, iif, &above)
+            // Packets of a VRF have passed prerouting on a netdev that is enslaved to it before.
+            let links = self.backend.links();
+            let mut passed = if links.is_vrf(iif) { links.ports_of(iif) } else { Vec::new() };
+            passed.push(iif);
+            let mut clear = passed
+                .into_iter()
+                .map(|i| self.backend.firewall().zone_is_clear(entry.zone, i, &links.name(i)));
+            clear.try_for_each(|c| c)
         };
         let passed = admitted.and_then(|()| firewall_says());
         let path = match passed {

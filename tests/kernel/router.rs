@@ -34,6 +34,7 @@ mod place;
 mod signals;
 mod stack;
 mod tos;
+mod vrf;
 mod world;
 mod zones;
 

@@ -23,6 +23,8 @@ pub struct Link {
     pub mtu: u32,
     /// `IFF_UP`.
     pub up: bool,
+    /// There is somebody at the other end of the cable (`IFF_LOWER_UP`).
+    pub carrier: bool,
     /// It is enslaved (bridge, bond, VRF …) to this netdev.
     pub controller: Option<u32>,
     /// What it may do as a port of a bridge, where it is one.
@@ -79,6 +81,9 @@ pub enum Layer {
         /// That port, where there is one.
         active: Option<Ifindex>,
     },
+    /// A VRF: packets that arrive on the netdevs that are enslaved to it are routed as if they had arrived on it, by
+    /// its own table. It sends nothing itself that is forwarded.
+    Vrf,
     /// It makes other frames of them (tunnels), or is another kind of port to the netdev below
     /// (macvlan).
     Other {
@@ -105,6 +110,7 @@ impl Link {
             mac: None,
             mtu: 0,
             up: m.header.flags.contains(LinkFlags::Up),
+            carrier: m.header.flags.contains(LinkFlags::LowerUp),
             controller: None,
             port: BridgePort::default(),
             layer: Layer::Real,
@@ -191,6 +197,7 @@ impl Layer {
                     }),
                 }
             }
+            _ if kind == "vrf" => Self::Vrf,
             _ if REAL_KINDS.contains(&kind.as_str()) => Self::Real,
             _ => {
                 let lower = lower.filter(|_| SHARING_KINDS.contains(&kind.as_str()));
@@ -254,7 +261,7 @@ impl Links {
     }
 
     /// The netdevs that can have this one below them, whichever way their frames go at present:
-    /// VLAN devices on it, the bridge or the bond that it is a port of, and what stands on those.
+    /// VLAN devices on it, the bridge, the bond or the VRF that it is a port of, and what stands on those.
     #[must_use]
     pub fn above(&self, ifindex: Ifindex) -> BTreeSet<Ifindex> {
         let links = self.0.read().unwrap_or_else(PoisonError::into_inner);
@@ -267,7 +274,7 @@ impl Links {
                     Layer::Vlan { lower: below, .. } | Layer::Other { lower: below, .. } => {
                         *below == Some(lower)
                     }
-                    Layer::Bridge { .. } | Layer::ActiveBackup { .. } => {
+                    Layer::Bridge { .. } | Layer::ActiveBackup { .. } | Layer::Vrf => {
                         controller == Some(link.ifindex)
                     }
                     Layer::Real => false,
@@ -280,7 +287,13 @@ impl Links {
         found
     }
 
-    /// The ports of a bridge or a bond.
+    /// Whether this is a VRF.
+    #[must_use]
+    pub fn is_vrf(&self, ifindex: Ifindex) -> bool {
+        self.get(ifindex).is_some_and(|l| l.layer == Layer::Vrf)
+    }
+
+    /// The ports of a bridge or a bond, or what is enslaved to a VRF.
     #[must_use]
     pub fn ports_of(&self, controller: Ifindex) -> Vec<Ifindex> {
         let links = self.0.read().unwrap_or_else(PoisonError::into_inner);

@@ -21,7 +21,7 @@ use super::fdb::Fdb;
 use super::ipsec::Ipsec;
 use super::links::{Layer, Links};
 use super::neighbour;
-use super::stack::{Frames, Stack, descend};
+use super::stack::{Frames, Stack, descend, routes_for};
 use super::switches::Switches;
 use super::tos::Named;
 use crate::engine::datapath::{Path, PathHint, Sight};
@@ -87,14 +87,17 @@ impl PathResolver {
             return bridged::resolve(&self.links, &self.fdb, sight.ifindex, tuples, hint);
         }
         let iif = hint.ingress.unwrap_or(sight.ifindex);
+        // The router's interface: of a VRF, which packets are routed on, the one enslaved to it.
+        let l3 = routes_for(&self.links, &self.fdb, iif, sight.ifindex)
+            .map_err(|p| p.reject(Reason::IngressUnsupported))?;
         let (in_mac, arrival) =
-            self.stack(iif, Frames::On(sight.ifindex), Reason::IngressUnsupported)?;
+            self.stack(l3, Frames::On(sight.ifindex), Reason::IngressUnsupported)?;
         if let Some(mac) = hint.eth_dst
             && mac != in_mac
         {
-            let name = self.links.name(iif);
+            let name = self.links.name(l3);
             let bridge =
-                self.links.get(iif).is_some_and(|l| matches!(l.layer, Layer::Bridge { .. }));
+                self.links.get(l3).is_some_and(|l| matches!(l.layer, Layer::Bridge { .. }));
             return Err(if bridge {
                 // Netfilter shows us what a bridge forwards too (`br_netfilter`).
                 let why = format!("frames for {mac}, not for {name} itself: bridged, not routed");
@@ -106,11 +109,11 @@ impl PathResolver {
             });
         }
         if arrival.real.ifindex != sight.ifindex {
-            let why = format!("{} is above {} now", self.links.name(iif), arrival.real.name);
+            let why = format!("{} is above {} now", self.links.name(l3), arrival.real.name);
             return Err(Rejection::with_detail(Reason::Busy, why));
         }
-        if let Some(switch) = self.switches.off(iif, leaving.is_ipv6()) {
-            let why = format!("net.{} is 0", switch.replace('*', &self.links.name(iif)));
+        if let Some(switch) = self.switches.off(l3, leaving.is_ipv6()) {
+            let why = format!("net.{} is 0", switch.replace('*', &self.links.name(l3)));
             return Err(Rejection::with_detail(Reason::NotForwarded, why));
         }
         if self.ipsec.concerns(&arriving, &leaving) {
@@ -124,10 +127,13 @@ impl PathResolver {
         request.header.address_family = family;
         request.header.destination_prefix_length = bits;
         request.header.source_prefix_length = bits;
+        // Of a VRF, IPv4 asks as for the netdev that is enslaved to it (`ip_rcv_finish`), IPv6 as for the VRF itself
+        // (`ip6_route_input`): by both it is the VRF's table.
+        let arrived = if leaving.is_ipv6() { iif } else { l3 };
         request.attributes = vec![
             RouteAttribute::Destination(RouteAddress::from(leaving.dst())),
             RouteAttribute::Source(RouteAddress::from(arriving.src())),
-            RouteAttribute::Iif(iif.get()),
+            RouteAttribute::Iif(arrived.get()),
             RouteAttribute::IpProto(leaving.proto().number()),
             RouteAttribute::Sport(arriving.sport()),
             RouteAttribute::Dport(leaving.dport()),

@@ -79,7 +79,9 @@ const MAX_DEPTH: usize = 8;
 pub fn descend(links: &Links, fdb: &Fdb, top: Ifindex, frames: Frames) -> Result<Stack, Problem> {
     let link = get(links, top)?;
     // A port of a bridge or a bond that routes by itself: frames get to its controller first.
-    let problem = link.controller.and_then(Ifindex::new).map(|controller| {
+    // (One of a VRF routes by itself, for the VRF.)
+    let controller = link.controller.and_then(Ifindex::new).filter(|c| !links.is_vrf(*c));
+    let problem = controller.map(|controller| {
         Problem::lasting(format!("{} is enslaved to {}", link.name, links.name(controller)))
     });
     go_down(links, fdb, link, frames, problem)
@@ -159,6 +161,9 @@ fn go_down(
                 }
                 bridge_port(links, fdb, &link, frames).map_err(|p| first(&problem, p))?
             }
+            Layer::Vrf => {
+                return Err(first(&problem, Problem::lasting(format!("{name} is a VRF"))));
+            }
             Layer::ActiveBackup { active } => active
                 .ok_or_else(|| Problem::passing(format!("bond {name} has no active port")))
                 .map_err(|p| first(&problem, p))?,
@@ -227,11 +232,61 @@ pub(super) fn bridge_port(
     }
 }
 
+/// The netdev whose MAC address and neighbours are those of packets that were routed on this one, and that arrived on
+/// this real netdev: itself, or, of a VRF, the one enslaved to it.
+///
+/// # Errors
+/// When there is none, or when there are several (VLAN devices of one port in one VRF): which of them it was, nobody
+/// can tell.
+pub fn routes_for(
+    links: &Links,
+    fdb: &Fdb,
+    iif: Ifindex,
+    real: Ifindex,
+) -> Result<Ifindex, Problem> {
+    if !links.is_vrf(iif) {
+        return Ok(iif);
+    }
+    let leads_there = |enslaved: &Ifindex| {
+        descend(links, fdb, *enslaved, Frames::On(real)).is_ok_and(|s| s.real.ifindex == real)
+    };
+    let found: Vec<_> = links.ports_of(iif).into_iter().filter(leads_there).collect();
+    match found[..] {
+        [enslaved] => Ok(enslaved),
+        [] => Err(Problem::passing(format!(
+            "{} is not below VRF {} (any more)",
+            links.name(real),
+            links.name(iif)
+        ))),
+        _ => Err(Problem::lasting(format!(
+            "{} is below VRF {} more than once",
+            links.name(real),
+            links.name(iif)
+        ))),
+    }
+}
+
+/// The real netdev on which frames for this MAC address arrive that are routed on a VRF, if it can be told.
+#[must_use]
+pub fn enters_vrf_on(
+    links: &Links,
+    fdb: &Fdb,
+    vrf: Ifindex,
+    to: MacAddr,
+    from: Frames,
+) -> Option<Ifindex> {
+    let enslaved = links.ports_of(vrf).into_iter();
+    let of_mac = enslaved.filter(|i| links.get(*i).is_some_and(|l| l.mac == Some(to)));
+    let mut real = of_mac.map(|i| Some(descend(links, fdb, i, from).ok()?.real.ifindex));
+    let first = real.next()??;
+    real.all(|other| other == Some(first)).then_some(first)
+}
+
 /// Whether a netdev that is no bridge stands on this real one.
 fn descend_from_port(links: &Links, fdb: &Fdb, port: Ifindex, real: Ifindex) -> Option<()> {
     match links.get(port)?.layer {
         // A bridge cannot be the port of a bridge.
-        Layer::Real | Layer::Bridge { .. } => None,
+        Layer::Real | Layer::Bridge { .. } | Layer::Vrf => None,
         Layer::Vlan { .. } | Layer::ActiveBackup { .. } | Layer::Other { .. } => {
             let stack = descend(links, fdb, port, Frames::On(real)).ok()?;
             (stack.real.ifindex == real).then_some(())
@@ -255,6 +310,9 @@ pub fn not_a_port(links: &Links, link: &Link) -> Option<String> {
         )),
         Layer::ActiveBackup { .. } => Some(format!(
             "{name} is a bond in mode active-backup: its connections are offloaded on its ports"
+        )),
+        Layer::Vrf => Some(format!(
+            "{name} is a VRF: its connections are offloaded on the netdevs that are enslaved to it"
         )),
         Layer::Other { kind, .. } => Some(format!("{name} is a {kind}")),
     }
@@ -280,6 +338,7 @@ pub(super) mod tests {
             mac: Some(mac(u8::try_from(n).unwrap())),
             mtu: 1500,
             up: true,
+            carrier: true,
             controller: None,
             port: BridgePort::default(),
             layer,
@@ -405,6 +464,40 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_vrf_is_routed_on_by_those_that_are_enslaved_to_it() {
+        let all = [
+            port_of(9, link(1, Layer::Real)),
+            port_of(9, link(4, vlan(2, 10))),
+            link(2, Layer::Real),
+            link(3, Layer::Real),
+            link(9, Layer::Vrf),
+        ];
+        let (links, fdb) = (links(all), Fdb::default());
+        let routes = |links: &Links, real| {
+            routes_for(links, &fdb, ifindex(9), ifindex(real)).map(Ifindex::get).map_err(|p| p.why)
+        };
+        assert_eq!((routes(&links, 1), routes(&links, 2)), (Ok(1), Ok(4)));
+        assert_eq!(routes(&links, 3), Err("n3 is not below VRF n9 (any more)".into()));
+        assert_eq!(routes_for(&links, &fdb, ifindex(3), ifindex(3)), Ok(ifindex(3)));
+        assert_eq!(links.above(ifindex(2)), [4, 9].map(ifindex).into());
+        // What is enslaved to a VRF is a netdev like others; the VRF itself sends nothing.
+        let any = Frames::Of(mac(70));
+        assert_eq!(found(&links, &fdb, 1, any), (1, None, String::new()));
+        assert_eq!(found(&links, &fdb, 9, any).2, "n9 is a VRF");
+        let enters = |links: &Links, to| {
+            enters_vrf_on(links, &fdb, ifindex(9), mac(to), any).map(Ifindex::get)
+        };
+        assert_eq!([1, 4, 2, 7].map(|m| enters(&links, m)), [Some(1), Some(2), None, None]);
+        // Two of one port, which have its MAC address: the port can be told, which of them it was cannot.
+        links.set(Link { mac: Some(mac(4)), ..port_of(9, link(5, vlan(2, 11))) });
+        assert_eq!(enters(&links, 4), Some(2));
+        assert_eq!(routes(&links, 2), Err("n2 is below VRF n9 more than once".into()));
+        // Of two ports.
+        links.set(Link { mac: Some(mac(4)), ..port_of(9, link(6, vlan(3, 11))) });
+        assert_eq!(enters(&links, 4), None);
+    }
+
+    #[test]
     fn a_bond_leads_to_its_active_port() {
         let bond = |active: Option<u32>| Layer::ActiveBackup { active: active.map(ifindex) };
         let links = links([
@@ -459,6 +552,7 @@ pub(super) mod tests {
         said(elsewhere, "offloaded on another namespace");
         said(BRIDGE, "offloaded on the ports that they arrive on");
         said(Layer::ActiveBackup { active: None }, "offloaded on its ports");
+        said(Layer::Vrf, "enslaved to it");
         said(Layer::Other { kind: "vxlan".into(), lower: None }, "vxlan");
     }
 }

@@ -43,6 +43,8 @@ pub struct SwitchEvent {
     pub forwarding: Option<bool>,
     /// `force_forwarding`, where it is told.
     pub forced: Option<bool>,
+    /// `ignore_routes_with_linkdown`, where it is told.
+    pub ignores_linkdown: Option<bool>,
     /// What a route look-up obeys may have changed.
     pub routes: bool,
     /// The netdev has no addresses of the family any more.
@@ -59,13 +61,18 @@ impl SwitchEvent {
         };
         let ipv6 = i32::from(*m.payload.first()?) == libc::AF_INET6;
         let (mut whose, mut forwarding, mut forced, mut routes) = (None, None, None, false);
+        let mut ignores_linkdown = None;
         for a in m.attrs(HEADER) {
             let value = a.payload.first_chunk().map(|b| i32::from_ne_bytes(*b));
             match a.ty {
                 NETCONFA_IFINDEX => whose = value,
                 NETCONFA_FORWARDING => forwarding = value.map(|v| v != 0),
                 NETCONFA_FORCE_FORWARDING => forced = value.map(|v| v != 0),
-                NETCONFA_RP_FILTER | NETCONFA_IGNORE_ROUTES_WITH_LINKDOWN => routes = true,
+                NETCONFA_RP_FILTER => routes = true,
+                NETCONFA_IGNORE_ROUTES_WITH_LINKDOWN => {
+                    routes = true;
+                    ignores_linkdown = value.map(|v| v != 0);
+                }
                 _ => {}
             }
         }
@@ -75,7 +82,7 @@ impl SwitchEvent {
             default if default < 0 => return None,
             index => Some(Ifindex::new(index.cast_unsigned())?),
         };
-        Some(Self { ipv6, netdev, forwarding, forced, routes, gone })
+        Some(Self { ipv6, netdev, forwarding, forced, ignores_linkdown, routes, gone })
     }
 }
 
@@ -91,6 +98,8 @@ struct State {
     v4: HashMap<Ifindex, bool>,
     v6_all: Option<bool>,
     v6_forced: HashSet<Ifindex>,
+    /// By family and netdev, or for all: routes by a netdev without a carrier are left out.
+    ignores_linkdown: HashSet<(bool, Option<Ifindex>)>,
 }
 
 /// The switches as they are, shared between the monitor's events and those who resolve paths.
@@ -103,6 +112,7 @@ impl Switches {
     pub fn set(&self, event: &SwitchEvent) -> bool {
         let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if event.gone {
+            state.ignores_linkdown.remove(&(event.ipv6, event.netdev));
             if let Some(netdev) = event.netdev {
                 if event.ipv6 {
                     state.v6_forced.remove(&netdev);
@@ -111,6 +121,12 @@ impl Switches {
                 }
             }
             return false;
+        }
+        let whose = (event.ipv6, event.netdev);
+        match event.ignores_linkdown {
+            Some(true) => _ = state.ignores_linkdown.insert(whose),
+            Some(false) => _ = state.ignores_linkdown.remove(&whose),
+            None => {}
         }
         let mut changed = false;
         match (event.ipv6, event.netdev, event.forwarding) {
@@ -126,6 +142,16 @@ impl Switches {
             _ => {}
         }
         changed
+    }
+
+    /// Whether routes by this netdev are left out, of either family, while it has no carrier.
+    #[must_use]
+    pub fn ignores_linkdown(&self, netdev: Ifindex) -> bool {
+        let state = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let of = |ipv6| {
+            [None, Some(netdev)].iter().any(|n| state.ignores_linkdown.contains(&(ipv6, *n)))
+        };
+        of(false) || of(true)
     }
 
     /// The name of the switch that keeps packets of this netdev from being forwarded, after `net.`; `None`: they

@@ -15,7 +15,7 @@ const SETTLED: Duration = Duration::from_millis(1500);
 const WATCHED: Duration = Duration::from_millis(2500);
 
 /// A flow of UDP from the host behind `lan`, every 5 ms, whose far end answers each datagram.
-struct Stream {
+pub(super) struct Stream {
     stop: Arc<AtomicBool>,
     /// When datagrams arrived at the far end.
     arrived: Arc<Mutex<Vec<Instant>>>,
@@ -47,7 +47,7 @@ fn set_int(socket: &UdpSocket, level: i32, option: i32, value: i32) {
 }
 
 impl Stream {
-    fn start(r: &Router, from: &str, to: &str, size: usize) -> Self {
+    pub(super) fn start(r: &Router, from: &str, to: &str, size: usize) -> Self {
         let [from, to]: [IpAddr; 2] = [from, to].map(|a| a.parse().expect("an address"));
         let (stop, arrived) = (Arc::new(AtomicBool::new(false)), Arc::default());
         let (ready, listening) = mpsc::channel();
@@ -84,13 +84,13 @@ impl Stream {
         Self { stop, arrived, threads: vec![server, client] }
     }
 
-    fn arrivals_since(&self, at: Instant) -> Vec<Instant> {
+    pub(super) fn arrivals_since(&self, at: Instant) -> Vec<Instant> {
         let arrived = self.arrived.lock().expect("a list");
         arrived.iter().copied().filter(|a| *a > at).collect()
     }
 
     /// Datagrams arrive, and go by these rules.
-    fn is_offloaded(&self, r: &Router, rules: &[&str]) {
+    pub(super) fn is_offloaded(&self, r: &Router, rules: &[&str]) {
         let mut last = Vec::new();
         wait_until(&format!("{rules:?} carry the flow"), || {
             let now = r.slots();
@@ -272,4 +272,78 @@ fn what_was_refused_for_a_route_is_offloaded_when_the_route_comes_back() {
     wait_until("it is offloaded again", || r.installed() == BOTH);
     println!("offloaded again {:?} after the route came back", back.elapsed());
     assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+}
+
+/// A second way to the host behind `wan`, and an address of its there that both lead to; its neighbours are known for
+/// good, so that nothing but the cable tells.
+fn with_backup(r: &Router) {
+    let host = r.host("wan");
+    r.run(&format!(
+        "ip link add wan2 type veth peer name e2 netns {host}
+         ip addr add 10.3.0.1/24 dev wan2; ip link set wan2 up
+         ip -n {host} addr add 10.3.0.2/24 dev e2; ip -n {host} link set e2 up
+         ip -n {host} addr add 10.99.0.2/32 dev lo
+         ip -n {host} route add default via 10.3.0.1 metric 10
+         ip netns exec {host} sysctl -qw net.ipv4.conf.all.rp_filter=0
+         ip route add 10.99.0.2 via 10.2.0.2 dev wan metric 10
+         ip route add 10.99.0.2 via 10.3.0.2 dev wan2 metric 20
+         sysctl -qw net.ipv4.conf.all.rp_filter=0"
+    ));
+    for (dev, peer, host_dev) in [("wan", "10.2.0.2", "e0"), ("wan2", "10.3.0.2", "e2")] {
+        let mac = r.run(&format!("ip netns exec {host} cat /sys/class/net/{host_dev}/address"));
+        r.run(&format!("ip neigh replace {peer} lladdr {} dev {dev} nud permanent", mac.trim()));
+    }
+}
+
+#[test]
+fn a_cable_that_is_pulled_out_sends_flows_by_the_backup_route_where_the_router_would() {
+    let mut r = Router::new("cable");
+    with_backup(&r);
+    let host = r.host("wan");
+    r.run("sysctl -qw net.ipv4.conf.all.ignore_routes_with_linkdown=1");
+    let cable = |r: &Router, state: &str| {
+        r.run(&format!("ip -n {host} link set e0 {state}"));
+        if state == "up" {
+            r.run(&format!("ip -n {host} route replace default via 10.2.0.1 dev e0"));
+        }
+        Instant::now()
+    };
+    let ports = ["--port", "lan", "--port", "wan", "--port", "wan2"];
+    // Whether it is offloaded first, and by which rules.
+    let mut stream = Stream::start(&r, "10.1.0.2", "10.99.0.2", 100);
+    for with_daemon in [false, true] {
+        if with_daemon {
+            r.start(&ports);
+            stream.is_offloaded(&r, &BOTH);
+        } else {
+            let at = Instant::now();
+            wait_until("it flows", || stream.arrivals_since(at).len() > 20);
+        }
+        let pulled = cable(&r, "down");
+        std::thread::sleep(SETTLED + WATCHED);
+        let after = stream.arrivals_since(pulled);
+        let gap = after.first().map_or(SETTLED + WATCHED, |first| *first - pulled);
+        println!("daemon: {with_daemon}; {} arrivals, the first {gap:?} after", after.len());
+        assert!(after.len() > 200 && gap < SETTLED, "{} arrivals, {gap:?}", after.len());
+        if with_daemon {
+            wait_until("rules carry it there", || {
+                let installed = r.installed();
+                let both = ["lan original", "wan2 reply"];
+                both.iter().all(|slot| installed.iter().any(|i| i == slot))
+            });
+        }
+        // And back. (The rule for replies on the backup's netdev is used no more.)
+        let plugged = cable(&r, "up");
+        if with_daemon {
+            wait_until("rules carry it there", || {
+                let installed = r.installed();
+                BOTH.iter().all(|slot| installed.iter().any(|i| i == slot))
+            });
+        }
+        wait_until("it flows", || stream.arrivals_since(plugged).len() > 20);
+        drop(stream);
+        // Without the daemon nothing need be tracked.
+        let _ = r.try_run("conntrack -D -p udp");
+        stream = Stream::start(&r, "10.1.0.2", "10.99.0.2", 100);
+    }
 }
