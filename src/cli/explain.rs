@@ -163,6 +163,9 @@ fn advice(reason: Reason) -> Option<&'static str> {
         Reason::NeighbourUnresolved => "check `ip neigh show` for the next hop: does it answer?",
         Reason::IpsecPolicy => "see `ip xfrm policy`",
         Reason::TosRouted => "see `ip rule` and `ip route` for what has a tos or a dscp",
+        Reason::MarkRouted => {
+            "set marks that are for a qdisc in prerouting already, or in the qdisc's own filters; see `ip rule`"
+        }
         Reason::NoRoute => "check `ip route get` for the destination",
         Reason::EgressUnsupported => {
             "see `ip -d link show` of the egress netdev; nf-flowtable may want it as a port of its own too"

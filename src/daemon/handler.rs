@@ -303,6 +303,9 @@ fn help_for(reason: Reason) -> Option<&'static str> {
         }
         Reason::IpsecPolicy => "see `ip xfrm policy`",
         Reason::TosRouted => "see `ip rule` and `ip route` for what has a tos or a dscp",
+        Reason::MarkRouted => {
+            "set marks that are for a qdisc in prerouting already, or in the qdisc's own filters; see `ip rule`"
+        }
         Reason::ProviderFault => "delete the port and add it again; see the daemon's log",
         Reason::ProviderSlow => {
             "it goes on by itself when the NIC or the kernel has done what it was given; see `ctoffload port show`"

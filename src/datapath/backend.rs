@@ -25,6 +25,7 @@ use super::routing::bridged;
 use super::routing::fdb::Fdb;
 use super::routing::ipsec::Ipsec;
 use super::routing::links::Links;
+use super::routing::marks::Marks;
 use super::routing::path::PathResolver;
 use super::routing::stack::{Frames, descend, enters_vrf_on};
 use super::routing::switches::Switches;
@@ -64,8 +65,6 @@ pub(super) struct Known {
     pub evented: bool,
     /// `None`: sighted, but not to be offloaded (closing).
     pub conn: Option<ConnHandle>,
-    /// The mark its packets had: it can select a route.
-    pub mark: u32,
     /// The timeout of its state: what conntrack had just set when a packet of it was sighted.
     pub timeout: Option<Duration>,
     /// Its mark in conntrack, which the firewall and routes may look at.
@@ -86,6 +85,8 @@ pub(super) struct Sighted {
     pub direction: Direction,
     /// The source port of the connection's original direction, which stands in the element.
     pub sport: u16,
+    /// The mark of the packet: it can select a route.
+    pub mark: u32,
     /// Of a bridged one: the MAC address that it came from, which the bridge has learnt there.
     pub from: Option<MacAddr>,
 }
@@ -110,6 +111,7 @@ pub struct Backend {
     switches: Switches,
     ipsec: Ipsec,
     tos: Named,
+    marks: Marks,
     resolver: PathResolver,
     /// Of what paths are resolved from.
     changes: AtomicU64,
@@ -150,12 +152,14 @@ impl Backend {
         let links = Links::default();
         let fdb = Fdb::default();
         let (switches, ipsec, tos) = (Switches::default(), Ipsec::default(), Named::default());
+        let marks = Marks::default();
         let resolver = PathResolver::new(
             links.clone(),
             fdb.clone(),
             switches.clone(),
             ipsec.clone(),
             tos.clone(),
+            marks.clone(),
         )
         .map_err(DatapathError::Route)?;
         let conntrack = Conntrack::open()?;
@@ -202,6 +206,7 @@ impl Backend {
             switches,
             ipsec,
             tos,
+            marks,
             resolver,
             changes: AtomicU64::new(0),
             watched: Mutex::default(),
@@ -282,6 +287,10 @@ impl Backend {
     /// Values of the ToS that routing tells apart.
     pub(super) fn tos(&self) -> &Named {
         &self.tos
+    }
+    /// Marks that routing tells apart, and what sets them.
+    pub(super) fn marks(&self) -> &Marks {
+        &self.marks
     }
     /// Counts a change of what paths are resolved from: after it is known here, before the rules that it
     /// concerns are looked for.
@@ -623,14 +632,14 @@ impl Datapath for Backend {
                 self.firewall.zone_is_clear(key.zone, port.ifindex, &name).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.
-                let new = || Known::new(id, entry.mark, entry.timeout, entry.mark);
+                let new = || Known::new(id, entry.timeout, entry.mark);
                 let mut known = self.known.entry(key).or_insert_with(new);
                 if known.id != id {
                     *known = new();
                 }
                 known.conn.get_or_insert_with(|| conn.clone());
-                let hint = PathHint { mark: known.mark, ..PathHint::default() };
-                Some(Recognised { conn, direction, path: PathSpec::Resolve(hint) })
+                // What mark its packets have, the next one tells.
+                Some(Recognised { conn, direction, path: PathSpec::Resolve(PathHint::default()) })
             })
             .collect()
     }
@@ -687,9 +696,9 @@ impl Datapath for Backend {
 }
 
 impl Known {
-    pub(super) const fn new(id: CtId, mark: u32, timeout: Option<Duration>, ct_mark: u32) -> Self {
+    pub(super) const fn new(id: CtId, timeout: Option<Duration>, ct_mark: u32) -> Self {
         let sighted = Vec::new();
-        Self { id, evented: false, conn: None, mark, timeout, ct_mark, changed: None, sighted }
+        Self { id, evented: false, conn: None, timeout, ct_mark, changed: None, sighted }
     }
 
     /// Its elements in the ledger, which are not remembered any more.

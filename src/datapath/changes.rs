@@ -185,6 +185,12 @@ impl Changes {
                     gathered.rerouted.add(whole(tos.ipv6));
                 }
             }
+            NetEvent::Mark(mark) => {
+                if self.backend.marks().add(mark) {
+                    self.backend.changed();
+                    gathered.rerouted.add(whole(mark.ipv6));
+                }
+            }
             NetEvent::Routes(prefix) => {
                 self.backend.changed();
                 gathered.rerouted.add(prefix);
@@ -344,6 +350,13 @@ impl Changes {
         let known = self.backend.known_of(conn)?;
         let of = (slot.netdev.ifindex, slot.direction);
         known.sighted.iter().find(|s| (s.port, s.direction) == of).map(|s| s.iif)
+    }
+
+    /// The mark of the packet that was sighted; `None`: none was.
+    fn mark_of(&self, conn: &ConnHandle, slot: &SlotView) -> Option<u32> {
+        let known = self.backend.known_of(conn)?;
+        let of = (slot.netdev.ifindex, slot.direction);
+        known.sighted.iter().find(|s| (s.port, s.direction) == of).map(|s| s.mark)
     }
 
     /// Whether routes by a netdev, or a share of those that have several next hops, may be taken by others now. Most
@@ -587,15 +600,13 @@ impl Changes {
         let (mut rules, mut again) = (0, 0);
         for conn in self.engine.conns() {
             let slots = self.engine.slots(&conn);
-            let mark = self.backend.known_of(&conn).map_or(0, |k| k.mark);
             for slot in &slots {
                 // No route leads what is bridged.
                 if slot.path.is_some_and(|p| p.bridged) {
                     continue;
                 }
                 rules += u32::from(
-                    self.is_bypassed(&conn, slot, &slots, mark, rerouted)
-                        && self.retract(&conn, slot),
+                    self.is_bypassed(&conn, slot, &slots, rerouted) && self.retract(&conn, slot),
                 );
                 let leaving = conn.leaving(slot.direction);
                 if !rerouted.covers(leaving.dst()) {
@@ -606,6 +617,7 @@ impl Changes {
                     continue;
                 }
                 let Some(iif) = self.routed_on(&conn, slot) else { continue };
+                let mark = self.mark_of(&conn, slot);
                 let source = conn.arriving(slot.direction).src();
                 let now = answers
                     .entry((slot.netdev.ifindex, iif, source, leaving.dst(), mark))
@@ -655,7 +667,6 @@ impl Changes {
         conn: &ConnHandle,
         slot: &SlotView,
         slots: &[SlotView],
-        mark: u32,
         rerouted: &Rerouted,
     ) -> bool {
         let (Some(path), direction) = (slot.path, slot.direction.opposite()) else { return false };
@@ -670,8 +681,8 @@ impl Changes {
             conn: conn.clone(),
             direction,
         };
-        // What answers it is routed where it was routed to.
-        let hint = PathHint { ingress: path.oif, mark, ..PathHint::default() };
+        // What answers it is routed where it was routed to; with which mark, no packet has told.
+        let hint = PathHint { ingress: path.oif, ..PathHint::default() };
         let now = self.backend.resolver().resolve(&sight, &hint);
         // What is routed on a VRF arrives by a netdev that is enslaved to it.
         let vrf = path.iif.is_some_and(|iif| self.backend.links().is_vrf(iif));
@@ -687,7 +698,7 @@ impl Changes {
         conn: &ConnHandle,
         slot: &SlotView,
         iif: Ifindex,
-        mark: u32,
+        mark: Option<u32>,
     ) -> Result<PathTaken, Reason> {
         let sight = Sight {
             ifindex: slot.netdev.ifindex,
@@ -721,6 +732,7 @@ const fn depends_on_routes(reason: Reason) -> bool {
             | Reason::NeighbourUnresolved
             | Reason::MtuMismatch
             | Reason::TosRouted
+            | Reason::MarkRouted
             | Reason::HashRouted
             | Reason::Busy
     )

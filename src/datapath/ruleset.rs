@@ -12,10 +12,10 @@
 //! `nft flush ruleset` passes over tables that have an owner, as ours have: nothing is to be repaired.
 //! It is a change like others, and reported, since the firewall is gone.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use netdev_providers::Direction;
 use netdev_providers::netlink::netfilter::nft::{
     NF_INET_FORWARD, NF_INET_POST_ROUTING, NFPROTO_BRIDGE, NFPROTO_IPV4, NFPROTO_IPV6,
     NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFTA_SET_NAME, NFTA_SET_TABLE, get_of,
@@ -24,6 +24,7 @@ use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_NFTABLES, msg_ty
 use netdev_providers::netlink::socket::DUMP;
 use netdev_providers::netlink::wire::Received;
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
+use netdev_providers::{Direction, Reason};
 use nix::errno::Errno;
 
 use super::TICK;
@@ -136,6 +137,7 @@ impl Watch {
         };
         watch.read_all();
         watch.tell_zones();
+        watch.tell_marks();
         watch.look();
         Ok(watch)
     }
@@ -227,7 +229,11 @@ impl Watch {
         }
         // First: what was sighted before is not installed any more.
         self.tell_zones();
+        let marks = self.tell_marks();
         self.backend.firewall().changed();
+        if marks {
+            ask_marked_again(engine);
+        }
         match (concerns, self.backend.tunables().revalidation.rate) {
             (Concerns::All, None) => {
                 let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
@@ -305,10 +311,26 @@ impl Watch {
         }
     }
 
+    /// What sets marks of packets that have been routed now. True when that is news.
+    fn tell_marks(&self) -> bool {
+        let mut late = self.model.late_marks();
+        for (late, family) in late.iter_mut().zip(["ip", "ip6"]) {
+            if late.is_none() && names_of_legacy_tables(family).any(|name| name == "mangle") {
+                *late = Some(Arc::from(format!("table mangle of {family}tables-legacy (perhaps)")));
+            }
+        }
+        let news = self.backend.marks().set_late(late);
+        if news {
+            self.backend.changed();
+        }
+        news
+    }
+
     /// Looks who stands in the hooks.
     fn look(&mut self) {
         self.looked = Some(Instant::now());
         self.tell_zones();
+        self.tell_marks();
         let mut silent = self.model.silent();
         let (mut others, mut legacy) = (Vec::new(), false);
         let hooks = [NF_INET_PRE_ROUTING, NF_INET_FORWARD, NF_INET_POST_ROUTING];
@@ -461,20 +483,29 @@ fn is_legacy(r: &Registered) -> bool {
 /// Whether this network namespace has tables of iptables-legacy: what the kernel tells where it does not
 /// tell who is registered in a hook (nfnetlink_hook; Debian's 6.1 has none).
 fn legacy_tables() -> bool {
-    names_of_legacy_tables().next().is_some()
+    ["ip", "ip6"].into_iter().any(|family| names_of_legacy_tables(family).next().is_some())
 }
 
 /// Whether it has the one of them that can set conntrack zones.
 fn has_legacy_raw() -> bool {
-    names_of_legacy_tables().any(|name| name == "raw")
+    ["ip", "ip6"].into_iter().any(|family| names_of_legacy_tables(family).any(|n| n == "raw"))
 }
 
-fn names_of_legacy_tables() -> impl Iterator<Item = String> {
-    ["ip", "ip6"].into_iter().flat_map(|family| {
-        let path = format!("/proc/self/net/{family}_tables_names");
-        let names = std::fs::read_to_string(path).unwrap_or_default();
-        names.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
-    })
+fn names_of_legacy_tables(family: &str) -> impl Iterator<Item = String> + use<> {
+    let path = format!("/proc/self/net/{family}_tables_names");
+    let names = std::fs::read_to_string(path).unwrap_or_default();
+    names.split_whitespace().map(str::to_owned).collect::<Vec<_>>().into_iter()
+}
+
+/// What was refused because marks were set late may be possible now.
+fn ask_marked_again(engine: &Engine) {
+    for conn in engine.conns() {
+        for slot in engine.slots(&conn) {
+            if slot.rejection.as_ref().is_some_and(|r| r.reason == Reason::MarkRouted) {
+                engine.slot_retract(&conn, slot.direction, slot.netdev.generation);
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -145,7 +145,7 @@ impl Reader {
             .flatten();
         // Remembered before it is offered: whatever becomes of the offer can then re-arm it.
         {
-            let new = || Known::new(id, sight.mark, entry.timeout, entry.mark);
+            let new = || Known::new(id, entry.timeout, entry.mark);
             let mut known = self.backend.known.entry(key_of(&entry)).or_insert_with(new);
             // The end of the one before was not heard of; its elements are nobody's, and are cleaned.
             if known.id != id {
@@ -159,13 +159,13 @@ impl Reader {
             known.ct_mark = entry.mark;
             let from = mac(6).filter(|_| bridged);
             let sport = key.sport;
-            let sighted = Sighted { hook: sight.hook, iif, port: real, direction, sport, from };
+            let (hook, mark) = (sight.hook, sight.mark);
+            let sighted = Sighted { hook, iif, port: real, direction, sport, mark, from };
             match known.sighted.iter_mut().find(|s| s.key(id) == key && s.port == real) {
                 Some(before) => *before = sighted,
                 None => known.sighted.push(sighted),
             }
             known.timeout = known.timeout.max(entry.timeout);
-            known.mark = sight.mark;
             if conn.is_some() {
                 known.conn.clone_from(&conn);
             }
@@ -200,7 +200,7 @@ impl Reader {
                 ingress: (real != iif).then_some(iif),
                 eth_dst: mac(0),
                 egress: sight.out_dev,
-                mark: sight.mark,
+                mark: Some(sight.mark),
                 bridged,
                 vlan: sight.vlan,
                 firewall: Some(firewall),

@@ -19,8 +19,8 @@ pub struct PathHint {
     pub eth_dst: Option<MacAddr>,
     /// Where the packet was sent: the netdev of the route, or the port of the bridge.
     pub egress: Option<Ifindex>,
-    /// Its firewall mark, which can select a routing table.
-    pub mark: u32,
+    /// Its firewall mark, which can select a routing table; `None`: not known.
+    pub mark: Option<u32>,
     /// A bridge forwards it, and nobody routes it.
     pub bridged: bool,
     /// The VLAN tag that it has in that bridge.

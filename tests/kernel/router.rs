@@ -27,6 +27,7 @@ mod bridge;
 mod ecmp;
 mod ends;
 mod firewall;
+mod marks;
 mod names;
 mod nat;
 mod neighbours;

@@ -105,6 +105,8 @@ reasons! {
     IpsecPolicy = 26, "ipsec-policy", Permanent;
     /// Packets of the connection take another route by their ToS or traffic class: one rule cannot forward them all.
     TosRouted = 29, "tos-routed", Permanent;
+    /// Something sets the packets' mark after they were routed, and with another mark they could have another route.
+    MarkRouted = 33, "mark-routed", Permanent;
     /// A hook of others stands behind the one that sees the packets, and could refuse them yet.
     FirewallBehind = 28, "firewall-behind", Transient;
     /// Conntrack zones are chosen by something that no rule matches: a rule could take the packets of another connection.

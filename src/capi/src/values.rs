@@ -346,7 +346,7 @@ impl RawPath {
             ingress: None,
             eth_dst: self.eth_dst(),
             egress: port_of(self.egress),
-            mark: self.mark,
+            mark: Some(self.mark),
             bridged: self.flags & PATH_ROUTED == 0,
             vlan: vlan(self.vlan_in)?.map(VlanId::get),
             firewall: Some(u64::from(self.answer)),
@@ -363,7 +363,7 @@ impl RawPath {
             vlan_in: hint.vlan.unwrap_or_default(),
             eth_dst: raw_mac(hint.eth_dst),
             answer: hint.firewall.and_then(|n| u16::try_from(n).ok()).unwrap_or_default(),
-            mark: hint.mark,
+            mark: hint.mark.unwrap_or_default(),
             ..Self::empty()
         }
     }

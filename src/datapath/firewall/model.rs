@@ -11,15 +11,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use super::zones::{UnclearZone, ZoneRule};
 use netdev_providers::netlink::netfilter::nft::{
-    NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, NFT_MSG_DELRULE, NFT_MSG_DELSETELEM,
-    NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM,
-    NFTA_CHAIN_HOOK, NFTA_CHAIN_NAME, NFTA_CHAIN_POLICY, NFTA_CHAIN_TABLE, NFTA_CHAIN_TYPE,
-    NFTA_DATA_VALUE, NFTA_HOOK_HOOKNUM, NFTA_LIST_ELEM, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS,
-    NFTA_RULE_TABLE, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_NAME, NFTA_SET_TABLE,
-    NFTA_TABLE_NAME,
+    NF_INET_FORWARD, NF_INET_POST_ROUTING, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4,
+    NFPROTO_IPV6, NFT_MSG_DELRULE, NFT_MSG_DELSETELEM, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, NFTA_CHAIN_HOOK, NFTA_CHAIN_NAME,
+    NFTA_CHAIN_POLICY, NFTA_CHAIN_TABLE, NFTA_CHAIN_TYPE, NFTA_DATA_VALUE, NFTA_HOOK_HOOKNUM,
+    NFTA_LIST_ELEM, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_TABLE, NFTA_SET_FLAGS,
+    NFTA_SET_KEY_TYPE, NFTA_SET_NAME, NFTA_SET_TABLE, NFTA_TABLE_NAME,
 };
 use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_NFTABLES};
 use netdev_providers::netlink::wire::{Attr, Nested, Received};
@@ -46,6 +47,7 @@ const NFTA_DYNSET_SET_NAME: u16 = 1;
 const NFTA_OBJREF_IMM_NAME: u16 = 2;
 const NFTA_OBJREF_SET_NAME: u16 = 4;
 const NFTA_META_KEY: u16 = 2;
+const NFTA_META_SREG: u16 = 3;
 const NFTA_PAYLOAD_DREG: u16 = 1;
 const NFTA_PAYLOAD_BASE: u16 = 2;
 const NFTA_PAYLOAD_OFFSET: u16 = 3;
@@ -56,9 +58,11 @@ const NFTA_CMP_DATA: u16 = 3;
 const NFTA_BITWISE_SREG: u16 = 1;
 const NFTA_BITWISE_DREG: u16 = 2;
 const NFTA_BITWISE_MASK: u16 = 4;
-const NFTA_MATCH_NAME: u16 = 1;
+/// Of `match` and `target`.
+const NFTA_XT_NAME: u16 = 1;
 const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
 const NFT_CMP_EQ: u32 = 0;
+const NFT_META_MARK: u32 = 3;
 const NFT_META_TIME_NS: u32 = 30;
 const NFT_META_TIME_HOUR: u32 = 32;
 // enum nft_set_elem_attributes, flags of sets and elements
@@ -97,6 +101,8 @@ struct Table {
 struct Chain {
     /// A base chain that packets which could be offloaded meet.
     on_the_way: bool,
+    /// A base chain that packets meet when they have been routed.
+    after_routing: bool,
     /// Its policy is to drop.
     drops: bool,
     has_rules: bool,
@@ -107,6 +113,8 @@ struct Chain {
     silent: BTreeSet<&'static str>,
     /// Its rules that have to do with conntrack zones, by their handles.
     zones: BTreeMap<u64, ZoneRule>,
+    /// Its rules that can set the packet's mark, by their handles.
+    marks: BTreeSet<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -266,6 +274,31 @@ impl Model {
         all
     }
 
+    /// What can set a packet's mark after it was routed, in IPv4 and in IPv6.
+    pub(crate) fn late_marks(&self) -> [Option<Arc<str>>; 2] {
+        let mut late: [Option<Arc<str>>; 2] = [None, None];
+        for ((family, name), table) in &self.tables {
+            let bases = table.chains.iter().filter(|(_, c)| c.after_routing);
+            let met = table.reachable_from(bases.map(|(base, _)| base.as_str()).collect());
+            let sets = |c: &&str| table.chains.get(*c).is_some_and(|c| !c.marks.is_empty());
+            let Some(chain) = met.into_iter().filter(sets).min() else { continue };
+            let what: Arc<str> = format!("chain {chain} of table {name}").into();
+            let [v4, v6] = &mut late;
+            for late in match *family {
+                NFPROTO_IPV4 => vec![v4],
+                NFPROTO_IPV6 => vec![v6],
+                NFPROTO_INET => vec![v4, v6],
+                _ => Vec::new(),
+            } {
+                // Always the same one of several.
+                if late.as_ref().is_none_or(|before| what < *before) {
+                    *late = Some(Arc::clone(&what));
+                }
+            }
+        }
+        late
+    }
+
     fn about(&self, m: &Received<'_>, family: u8) -> Option<(String, About)> {
         let attrs = m.attrs(NFGENMSG_LEN);
         let text = |ty| attrs.find_type(ty).and_then(|a| a.str()).map(str::to_owned);
@@ -346,6 +379,7 @@ impl Model {
                 let is_nat = text(NFTA_CHAIN_TYPE).is_some_and(|t| t == "nat");
                 let chain = table.chains.entry(chain).or_default();
                 chain.on_the_way |= number.is_some_and(|n| is_on_the_way(id.0, n)) && !is_nat;
+                chain.after_routing |= number.is_some_and(|n| is_after_routing(id.0, n)) && !is_nat;
                 let policy = attrs.find_type(NFTA_CHAIN_POLICY).and_then(|a| a.be32());
                 if let Some(policy) = policy {
                     chain.drops = policy == NF_DROP;
@@ -369,9 +403,12 @@ impl Model {
                 }
                 let chain = table.chains.entry(chain).or_default();
                 chain.has_rules = true;
+                let handle = attrs.find_type(NFTA_RULE_HANDLE).and_then(|a| a.be64()).unwrap_or(0);
                 if let Some(zone) = ZoneRule::read(e.nested()) {
-                    let handle = attrs.find_type(NFTA_RULE_HANDLE).and_then(|a| a.be64());
-                    chain.zones.insert(handle.unwrap_or(0), zone);
+                    chain.zones.insert(handle, zone);
+                }
+                if rule.marks {
+                    chain.marks.insert(handle);
                 }
                 chain.to.extend(rule.to);
                 chain.sets.extend(rule.sets);
@@ -385,6 +422,7 @@ impl Model {
                     && let Some(chain) = table.chains.get_mut(&chain)
                 {
                     chain.zones.remove(&handle);
+                    chain.marks.remove(&handle);
                 }
             }
             NFT_MSG_NEWSET => {
@@ -469,6 +507,17 @@ fn is_on_the_way(family: u8, hook: u32) -> bool {
     }
 }
 
+/// Whether packets that are forwarded meet this hook of the stack when they have been routed.
+fn is_after_routing(family: u8, hook: u32) -> bool {
+    matches!(family, NFPROTO_INET | NFPROTO_IPV4 | NFPROTO_IPV6)
+        && matches!(hook, NF_INET_FORWARD | NF_INET_POST_ROUTING)
+}
+
+/// Whether a target of iptables can set the packet's mark; who takes packets from a queue can, too.
+fn target_marks(name: &str) -> bool {
+    matches!(name, "MARK" | "CONNMARK" | "HMARK" | "SET" | "NFQUEUE")
+}
+
 fn verdict_chain(data: Nested<'_>) -> Option<String> {
     let verdict = data.find_type(NFTA_DATA_VERDICT)?;
     Some(verdict.nested().find_type(NFTA_VERDICT_CHAIN)?.str()?.to_owned())
@@ -483,6 +532,8 @@ struct Rule {
     masked: Vec<String>,
     objects: Vec<String>,
     silent: Vec<&'static str>,
+    /// It can set the packet's mark.
+    marks: bool,
 }
 
 impl Rule {
@@ -511,6 +562,11 @@ impl Rule {
                     rule.objects.extend(text(NFTA_OBJREF_IMM_NAME));
                     rule.sets.extend(text(NFTA_OBJREF_SET_NAME));
                 }
+                "meta" if data.find_type(NFTA_META_SREG).is_some() => {
+                    rule.marks |= number(NFTA_META_KEY) == Some(NFT_META_MARK);
+                }
+                "queue" => rule.marks = true,
+                "target" => rule.marks |= text(NFTA_XT_NAME).is_some_and(|t| target_marks(&t)),
                 "limit" | "quota" | "connlimit" => rule.silent.push("limits and quotas"),
                 "meta"
                     if number(NFTA_META_KEY)
@@ -518,7 +574,7 @@ impl Rule {
                 {
                     rule.silent.push("rules on the time");
                 }
-                "match" => match data.find_type(NFTA_MATCH_NAME).and_then(|a| a.str()) {
+                "match" => match data.find_type(NFTA_XT_NAME).and_then(|a| a.str()) {
                     Some("set") => rule.silent.push("ipset"),
                     Some("time") => rule.silent.push("rules on the time"),
                     Some(

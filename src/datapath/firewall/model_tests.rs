@@ -260,7 +260,7 @@ fn what_changes_without_a_word_is_named() {
             m.be32(NFTA_META_KEY, NFT_META_TIME_HOUR);
         });
         expression(m, "match", |m| {
-            m.str(NFTA_MATCH_NAME, "set");
+            m.str(NFTA_XT_NAME, "set");
         });
     };
     r.rule(NFT_MSG_NEWRULE, "in", silent);
@@ -366,4 +366,54 @@ fn what_cannot_be_read_can_concern_everything() {
     }
     // NFT_MSG_NEWTABLE, NFT_MSG_DELOBJ: what they say is followed nowhere.
     assert_eq!([0, 20].map(|msg| r.say(msg, |_| {})), [Concerns::Nobody, Concerns::Nobody]);
+}
+
+/// Marks that are set where packets have been routed; in prerouting, for what is counted, and by what nobody meets,
+/// they are not.
+#[test]
+fn what_sets_marks_after_the_routing_decision_is_named_as_long_as_it_is_there() {
+    const PREROUTING: u32 = 0;
+    const POSTROUTING: u32 = 4;
+    let mark = |m: &mut Message<'_>, with_source: bool| {
+        expression(m, "meta", |m| {
+            m.be32(NFTA_META_KEY, NFT_META_MARK);
+            if with_source {
+                m.be32(NFTA_META_SREG, 1);
+            }
+        });
+    };
+    let rule = |r: &mut Ruleset, msg, chain: &str, handle: u64, fill: &dyn Fn(&mut Message<'_>)| {
+        r.say(msg, |m| {
+            m.str(NFTA_RULE_TABLE, "t").str(NFTA_RULE_CHAIN, chain);
+            m.be64(NFTA_RULE_HANDLE, handle).nested(NFTA_RULE_EXPRESSIONS, fill);
+        });
+    };
+    let named = |r: &Ruleset| r.0.late_marks().map(|l| l.map(|l| l.to_string()));
+    let both = |chain: &str| [(); 2].map(|()| Some(format!("chain {chain} of table t")));
+    let mut r = Ruleset::default();
+    r.base("pre", PREROUTING, "filter", 1);
+    r.base("fwd", FORWARD, "filter", 1);
+    r.base("post", POSTROUTING, "filter", 1);
+    r.base("snat", POSTROUTING, "nat", 1);
+    r.chain("qos");
+    rule(&mut r, NFT_MSG_NEWRULE, "pre", 1, &|m| mark(m, true));
+    rule(&mut r, NFT_MSG_NEWRULE, "fwd", 2, &|m| mark(m, false));
+    rule(&mut r, NFT_MSG_NEWRULE, "qos", 3, &|m| mark(m, true));
+    rule(&mut r, NFT_MSG_NEWRULE, "snat", 4, &|m| mark(m, true));
+    assert_eq!(named(&r), [None, None]);
+    rule(&mut r, NFT_MSG_NEWRULE, "post", 5, &|m| jump(m, "qos"));
+    assert_eq!(named(&r), both("qos"));
+    rule(&mut r, NFT_MSG_DELRULE, "qos", 3, &|m| mark(m, true));
+    assert_eq!(named(&r), [None, None]);
+    for target in ["MARK", "CONNMARK", "NFQUEUE"] {
+        rule(&mut r, NFT_MSG_NEWRULE, "fwd", 6, &|m| {
+            expression(m, "target", |m| {
+                m.str(NFTA_XT_NAME, target);
+            });
+        });
+        assert_eq!(named(&r), both("fwd"), "{target}");
+        rule(&mut r, NFT_MSG_DELRULE, "fwd", 6, &|_| {});
+    }
+    rule(&mut r, NFT_MSG_NEWRULE, "fwd", 7, &|m| expression(m, "queue", |_| {}));
+    assert_eq!(named(&r), both("fwd"));
 }

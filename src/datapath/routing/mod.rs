@@ -5,6 +5,7 @@
 //! * [`stack`]: from a netdev that routes down to the real one, and its tag;
 //! * `tolerant`: the socket that they come by, which leaves out what a codec cannot read;
 //! * [`switches`]: which netdevs' packets are forwarded, likewise;
+//! * [`tos`], [`marks`]: what else rules tell packets apart by;
 //! * [`ipsec`]: the policies of IPsec;
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own), `nexthops` among them;
 //! * [`bridged`]: where a bridge sends the frames of one direction;
@@ -16,6 +17,7 @@ mod events;
 pub mod fdb;
 pub mod ipsec;
 pub mod links;
+pub mod marks;
 pub mod monitor;
 mod neighbour;
 mod nexthops;

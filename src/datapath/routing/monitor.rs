@@ -28,6 +28,7 @@ use tokio::sync::oneshot;
 use super::events::Events;
 use super::fdb::Behind;
 use super::links::{BridgePort, Link};
+use super::marks::{self, Mark};
 use super::switches::{RTM_GETNETCONF, SwitchEvent};
 use super::tolerant::Tolerant;
 use super::tos::{self, Tos};
@@ -64,6 +65,8 @@ pub enum NetEvent {
     Switch(SwitchEvent),
     /// A value of the ToS that a rule or a route tells from others.
     Tos(Tos),
+    /// A mark that a rule tells from others.
+    Mark(Mark),
     /// IPsec's policies changed, or are to be read.
     Policies,
     /// Others have done something at the ingress hook of a netdev: a qdisc, a filter in front of rules; `None`:
@@ -171,6 +174,7 @@ async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
         }
         // Who does not listen any more is found below.
         tos::read(|tos| drop(events.send(NetEvent::Tos(tos))))?;
+        marks::read(|mark| drop(events.send(NetEvent::Mark(mark))))?;
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await.map_err(io::Error::other)? {
             if !send_link(events, &link) {
@@ -298,6 +302,13 @@ fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
         RouteNetlinkMessage::NewRoute(m) => tos::of_route(m),
         _ => Vec::new(),
     };
+    let mark = match message {
+        RouteNetlinkMessage::NewRule(m) => marks::of_rule(m),
+        _ => None,
+    };
+    if mark.is_some_and(|mark| events.send(NetEvent::Mark(mark)).is_err()) {
+        return false;
+    }
     // Before the change itself: the routes that it concerns are then asked for by these too.
     if named.into_iter().any(|tos| events.send(NetEvent::Tos(tos)).is_err()) {
         return false;

@@ -1,6 +1,6 @@
 //! Where the packets of one direction go: asked of the kernel, with the addresses, ports and mark
-//! that its own routing decision was made with, so that policy routing, VRF-free multipath and
-//! route exceptions are answered as they are applied.
+//! that its own routing decision was made with, so that policy routing and route exceptions are
+//! answered as they are applied.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -20,6 +20,7 @@ use super::bridged;
 use super::fdb::Fdb;
 use super::ipsec::Ipsec;
 use super::links::{Layer, Links};
+use super::marks::{AtRouting, Doubt, Marks};
 use super::neighbour;
 use super::stack::{Frames, Stack, descend, routes_for};
 use super::switches::Switches;
@@ -50,6 +51,7 @@ pub struct PathResolver {
     switches: Switches,
     ipsec: Ipsec,
     tos: Named,
+    marks: Marks,
     socket: Mutex<Socket>,
     /// IPv6's own MTU of netdevs that paths lead to, as first read or last looked at.
     ipv6_mtus: Mutex<HashMap<Ifindex, Option<u32>>>,
@@ -68,11 +70,12 @@ impl PathResolver {
         switches: Switches,
         ipsec: Ipsec,
         tos: Named,
+        marks: Marks,
     ) -> Result<Self, NetlinkError> {
         let socket = Mutex::new(Socket::open(Family::Route)?);
         let unasked = Mutex::new([false, true].map(unasked));
         let ipv6_mtus = Mutex::default();
-        Ok(Self { links, fdb, switches, ipsec, tos, socket, ipv6_mtus, unasked })
+        Ok(Self { links, fdb, switches, ipsec, tos, marks, socket, ipv6_mtus, unasked })
     }
 
     /// The path of a direction on a port.
@@ -137,21 +140,11 @@ impl PathResolver {
             RouteAttribute::IpProto(leaving.proto().number()),
             RouteAttribute::Sport(arriving.sport()),
             RouteAttribute::Dport(leaving.dport()),
-            RouteAttribute::Mark(hint.mark),
         ];
-        let route = look_up_route(&mut socket, &request);
-        for tos in self.tos.of(leaving.is_ipv6()) {
-            request.header.tos = tos;
-            if look_up_route(&mut socket, &request).ok() != route.as_ref().ok().copied() {
-                let why = format!("packets of ToS {tos:#04x} have another route");
-                return Err(Rejection::with_detail(Reason::TosRouted, why));
-            }
-        }
-        let route = route?;
-        request.header.tos = 0;
+        let route = self.route_of_all(&mut socket, &request, hint.mark)?;
         let unasked = *self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(by) = unasked[usize::from(leaving.is_ipv6())]
-            && has_next_hops(&mut socket, request)?
+            && self.has_next_hops(&mut socket, &request, hint.mark)?
         {
             let why = format!(
                 "the route has several next hops, and {by} chooses among them (net.{}.fib_multipath_hash_policy)",
@@ -218,6 +211,60 @@ impl PathResolver {
             // No packet is longer.
             answer: u16::try_from(mtu).unwrap_or(u16::MAX),
         })
+    }
+
+    /// The route that packets have whatever their ToS is, with each mark that they can have had when they were
+    /// routed.
+    fn route_of_all(
+        &self,
+        socket: &mut Socket,
+        request: &RouteMessage,
+        seen: Option<u32>,
+    ) -> Result<Route, Rejection> {
+        let ipv6 = request.header.address_family == AddressFamily::Inet6;
+        let (marks, doubt) = match self.marks.at_routing(seen, ipv6) {
+            AtRouting::Known(mark) => (vec![mark], None),
+            AtRouting::AnyOf(marks, doubt) => (marks, Some(doubt)),
+        };
+        let (values, mut route) = (self.tos.of(ipv6), None);
+        for mark in marks {
+            let mut request = with_mark(request, mark);
+            let of_mark = look_up_route(socket, &request);
+            for &tos in &values {
+                request.header.tos = tos;
+                if look_up_route(socket, &request).ok() != of_mark.as_ref().ok().copied() {
+                    let why = format!("packets of ToS {tos:#04x} have another route");
+                    return Err(Rejection::with_detail(Reason::TosRouted, why));
+                }
+            }
+            let first = route.get_or_insert_with(|| of_mark.clone());
+            if let Some(doubt) = &doubt
+                && first.as_ref().ok() != of_mark.as_ref().ok()
+            {
+                return Err(other_by_mark(mark, doubt));
+            }
+        }
+        route.unwrap_or_else(|| Err(Reason::NoRoute.into()))
+    }
+
+    /// Whether the route of packets has several next hops, with one of the marks that they can have had.
+    fn has_next_hops(
+        &self,
+        socket: &mut Socket,
+        request: &RouteMessage,
+        seen: Option<u32>,
+    ) -> Result<bool, Rejection> {
+        let ipv6 = request.header.address_family == AddressFamily::Inet6;
+        let marks = match self.marks.at_routing(seen, ipv6) {
+            AtRouting::Known(mark) => vec![mark],
+            AtRouting::AnyOf(marks, _) => marks,
+        };
+        for mark in marks {
+            if has_next_hops(socket, with_mark(request, mark))? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Looks at what the kernel tells nobody of: true when paths may be others since the last look.
@@ -318,6 +365,30 @@ fn hashed(ipv6: bool, policy: &str) -> Option<&'static str> {
         ("1", _) => Some("the hash that the netdev gave the packet"),
         // By fields, which are hashed once more when they are a packet's (`fib_multipath_custom_hash_skb`).
         _ => Some("a hash that look-ups do not have"),
+    }
+}
+
+fn with_mark(request: &RouteMessage, mark: u32) -> RouteMessage {
+    let mut request = request.clone();
+    request.attributes.push(RouteAttribute::Mark(mark));
+    request
+}
+
+/// The refusal of packets that would have another route with this mark.
+fn other_by_mark(mark: u32, doubt: &Doubt) -> Rejection {
+    match doubt {
+        Doubt::SetLate(by) => {
+            let why = format!(
+                "{by} sets marks after the routing decision, and packets of mark {mark:#x} have another route"
+            );
+            Rejection::with_detail(Reason::MarkRouted, why)
+        }
+        // The next packet tells.
+        Doubt::Unseen => {
+            let why =
+                format!("packets of mark {mark:#x} have another route, and none has been seen");
+            Rejection::with_detail(Reason::Busy, why)
+        }
     }
 }
 
