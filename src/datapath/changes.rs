@@ -179,10 +179,10 @@ impl Changes {
             NetEvent::Ingress(None) => {
                 gathered.beside.extend(self.engine.netdevs().iter().map(|n| n.ifindex));
             }
-            NetEvent::Tos(tos) => {
-                if self.backend.tos().add(tos) {
+            NetEvent::Told(told) => {
+                if self.backend.tos().add(told) {
                     self.backend.changed();
-                    gathered.rerouted.add(whole(tos.ipv6));
+                    gathered.rerouted.add(whole(told.is_of_ipv6()));
                 }
             }
             NetEvent::Mark(mark) => {

@@ -21,6 +21,11 @@ pub(crate) fn flowtable_wants_both() -> bool {
     is_at_least((7, 2))
 }
 
+/// From 6.14 on a rule of IPv6 may be for a flow label.
+pub(crate) fn rules_know_flow_labels() -> bool {
+    is_at_least((6, 14))
+}
+
 /// # Panics
 /// When the kernel does not say which it is.
 fn is_at_least(version: (u32, u32)) -> bool {

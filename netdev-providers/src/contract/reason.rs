@@ -103,7 +103,7 @@ reasons! {
     NoEffect = 25, "no-effect", Transient;
     /// An IPsec policy concerns the packets: it encrypts them, or blocks them.
     IpsecPolicy = 26, "ipsec-policy", Permanent;
-    /// Packets of the connection take another route by their ToS or traffic class: one rule cannot forward them all.
+    /// Packets of the connection take another route by their ToS, traffic class or flow label: one rule cannot forward them all.
     TosRouted = 29, "tos-routed", Permanent;
     /// Something sets the packets' mark after they were routed, and with another mark they could have another route.
     MarkRouted = 33, "mark-routed", Permanent;

@@ -31,7 +31,7 @@ use super::links::{BridgePort, Link};
 use super::marks::{self, Mark};
 use super::switches::{RTM_GETNETCONF, SwitchEvent};
 use super::tolerant::Tolerant;
-use super::tos::{self, Tos};
+use super::tos::{self, Told};
 use super::{ipsec, nexthops, switches};
 
 /// Something changed.
@@ -63,8 +63,8 @@ pub enum NetEvent {
     BridgePort(Ifindex, BridgePort),
     /// A switch of forwarding, or another one that routing obeys, changed or is read.
     Switch(SwitchEvent),
-    /// A value of the ToS that a rule or a route tells from others.
-    Tos(Tos),
+    /// A value of the ToS, or a flow label, that a rule or a route tells from others.
+    Told(Told),
     /// A mark that a rule tells from others.
     Mark(Mark),
     /// IPsec's policies changed, or are to be read.
@@ -173,7 +173,7 @@ async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
             return Ok(Ended::NobodyListens);
         }
         // Who does not listen any more is found below.
-        tos::read(|tos| drop(events.send(NetEvent::Tos(tos))))?;
+        tos::read(|told| drop(events.send(NetEvent::Told(told))))?;
         marks::read(|mark| drop(events.send(NetEvent::Mark(mark))))?;
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await.map_err(io::Error::other)? {
@@ -310,7 +310,7 @@ fn translate(events: &Sender<NetEvent>, message: &RouteNetlinkMessage) -> bool {
         return false;
     }
     // Before the change itself: the routes that it concerns are then asked for by these too.
-    if named.into_iter().any(|tos| events.send(NetEvent::Tos(tos)).is_err()) {
+    if named.into_iter().any(|told| events.send(NetEvent::Told(told)).is_err()) {
         return false;
     }
     let event = match message {

@@ -10,7 +10,7 @@ use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::wire::{Message, Received};
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use netdev_providers::{Forward, Ifindex, MacAddr, MacRewrite, Reason, Rejection};
-use netlink_packet_core::{Emitable, Parseable};
+use netlink_packet_core::{DefaultNla, Emitable, Parseable};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia,
@@ -35,6 +35,12 @@ const ROUTE_HEADER: usize = 12;
 const RTA_OIF: u16 = 4;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_NH_ID: u16 = 30;
+const RTA_FLOWLABEL: u16 = 31;
+
+/// Switches of IPv4 (`net.ipv4.conf.*`) that a route look-up obeys and that are not announced: whether packets from an
+/// address of the router itself, or from or to 127.0.0.0/8, are routed, and whether the reverse path is looked for
+/// with the packet's mark.
+const QUIET: [&str; 3] = ["accept_local", "route_localnet", "src_valid_mark"];
 
 /// What a route look-up answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +59,8 @@ pub struct PathResolver {
     tos: Named,
     marks: Marks,
     socket: Mutex<Socket>,
+    /// Switches of netdevs that packets are routed on, as first read or last looked at.
+    switched: Mutex<HashMap<Ifindex, [Option<String>; QUIET.len()]>>,
     /// IPv6's own MTU of netdevs that paths lead to, as first read or last looked at.
     ipv6_mtus: Mutex<HashMap<Ifindex, Option<u32>>>,
     /// What chooses among the next hops of IPv4's and IPv6's routes and is in no look-up, as last looked at.
@@ -74,8 +82,8 @@ impl PathResolver {
     ) -> Result<Self, NetlinkError> {
         let socket = Mutex::new(Socket::open(Family::Route)?);
         let unasked = Mutex::new([false, true].map(unasked));
-        let ipv6_mtus = Mutex::default();
-        Ok(Self { links, fdb, switches, ipsec, tos, marks, socket, ipv6_mtus, unasked })
+        let (ipv6_mtus, switched) = (Mutex::default(), Mutex::default());
+        Ok(Self { links, fdb, switches, ipsec, tos, marks, socket, switched, ipv6_mtus, unasked })
     }
 
     /// The path of a direction on a port.
@@ -118,6 +126,11 @@ impl PathResolver {
         if let Some(switch) = self.switches.off(l3, leaving.is_ipv6()) {
             let why = format!("net.{} is 0", switch.replace('*', &self.links.name(l3)));
             return Err(Rejection::with_detail(Reason::NotForwarded, why));
+        }
+        if !leaving.is_ipv6() {
+            let mut switched = self.switched.lock().unwrap_or_else(PoisonError::into_inner);
+            // Not if other ones were seen before: older paths were resolved with those.
+            switched.entry(l3).or_insert_with(|| self.quiet_switches(l3));
         }
         if self.ipsec.concerns(&arriving, &leaving) {
             return Err(Reason::IpsecPolicy.into());
@@ -226,10 +239,18 @@ impl PathResolver {
             AtRouting::Known(mark) => (vec![mark], None),
             AtRouting::AnyOf(marks, doubt) => (marks, Some(doubt)),
         };
-        let (values, mut route) = (self.tos.of(ipv6), None);
+        let (values, labels) = (self.tos.of(ipv6), self.tos.flow_labels(ipv6));
+        let mut route = None;
         for mark in marks {
             let mut request = with_mark(request, mark);
             let of_mark = look_up_route(socket, &request);
+            for &label in &labels {
+                let labelled = with_flow_label(&request, label);
+                if look_up_route(socket, &labelled).ok() != of_mark.as_ref().ok().copied() {
+                    let why = format!("packets of flow label {label:#07x} have another route");
+                    return Err(Rejection::with_detail(Reason::TosRouted, why));
+                }
+            }
             for &tos in &values {
                 request.header.tos = tos;
                 if look_up_route(socket, &request).ok() != of_mark.as_ref().ok().copied() {
@@ -277,11 +298,32 @@ impl PathResolver {
             *before = now;
             now.is_some()
         });
+        drop(seen);
+        let mut switched = self.switched.lock().unwrap_or_else(PoisonError::into_inner);
+        switched.retain(|netdev, before| {
+            let now = self.quiet_switches(*netdev);
+            changed |= now != *before;
+            *before = now;
+            self.links.get(*netdev).is_some()
+        });
+        drop(switched);
         let now = [false, true].map(unasked);
         let mut before = self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
         changed |= *before != now;
         *before = now;
         changed
+    }
+
+    /// What the switches say of which nobody tells.
+    fn quiet_switches(&self, netdev: Ifindex) -> [Option<String>; QUIET.len()] {
+        let name = self.links.name(netdev);
+        // That of `all` is added to it by the kernel.
+        QUIET.map(|switch| {
+            let of = |whose: &str| {
+                std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{whose}/{switch}")).ok()
+            };
+            Some(of(&name)? + &of("all")?)
+        })
     }
 
     /// IPv6's own MTU of a netdev (`net.ipv6.conf.*.mtu`), which can be below the netdev's. Nobody tells when it
@@ -366,6 +408,13 @@ fn hashed(ipv6: bool, policy: &str) -> Option<&'static str> {
         // By fields, which are hashed once more when they are a packet's (`fib_multipath_custom_hash_skb`).
         _ => Some("a hash that look-ups do not have"),
     }
+}
+
+fn with_flow_label(request: &RouteMessage, label: u32) -> RouteMessage {
+    let mut request = request.clone();
+    let label = DefaultNla::new(RTA_FLOWLABEL, label.to_be_bytes().to_vec());
+    request.attributes.push(RouteAttribute::Other(label));
+    request
 }
 
 fn with_mark(request: &RouteMessage, mark: u32) -> RouteMessage {

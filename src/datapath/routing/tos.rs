@@ -1,5 +1,5 @@
 //! Rules and routes that tell packets apart by their ToS, or traffic class: `ip rule ... tos`, `ip rule ... dscp`,
-//! `ip route ... tos`. A connection is no class of traffic: its packets may have any, and change it, and a rule of
+//! `ip route ... tos`; or by IPv6's flow label (`ip rule ... flowlabel`, since 6.14). A connection is no class of traffic: its packets may have any, and change it, and a rule of
 //! ours is for all of them. So where such rules and routes exist, the kernel is asked for each value that they
 //! name, and a connection whose packets would not all go the same way stays on the slow path.
 //!
@@ -27,40 +27,60 @@ const TOS_AT: usize = 3;
 // linux/fib_rules.h
 const FRA_DSCP: u16 = 25;
 const FRA_DSCP_MASK: u16 = 30;
+const FRA_FLOWLABEL: u16 = 26;
 
-/// A value of the ToS that is told from others.
+/// What is told from others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Tos {
-    /// By IPv6's rules; else by IPv4's rules or routes.
-    pub ipv6: bool,
-    /// The byte of the header.
-    pub value: u8,
+pub enum Told {
+    /// A value of the ToS.
+    Tos {
+        /// By IPv6's rules; else by IPv4's rules or routes.
+        ipv6: bool,
+        /// The byte of the header.
+        value: u8,
+    },
+    /// A flow label; what its mask leaves out is 0.
+    FlowLabel(u32),
+}
+
+impl Told {
+    /// Of packets of IPv6; else of IPv4.
+    #[must_use]
+    pub const fn is_of_ipv6(&self) -> bool {
+        match self {
+            Self::Tos { ipv6, .. } => *ipv6,
+            Self::FlowLabel(_) => true,
+        }
+    }
 }
 
 /// The values that a rule or a route names.
-fn named(family: u8, tos: u8, attribute: impl Fn(u16) -> Option<u8>) -> Vec<Tos> {
+fn named(family: u8, tos: u8, attribute: impl Fn(u16) -> Option<Vec<u8>>) -> Vec<Told> {
+    let byte = |kind| attribute(kind).and_then(|v| v.first().copied());
+    let label = attribute(FRA_FLOWLABEL).and_then(|v| Some(u32::from_be_bytes(*v.first_chunk()?)));
     let ipv6 = match i32::from(family) {
         libc::AF_INET => false,
         libc::AF_INET6 => true,
         _ => return Vec::new(),
     };
-    let values: Vec<u8> = match (attribute(FRA_DSCP), attribute(FRA_DSCP_MASK)) {
+    let values: Vec<u8> = match (byte(FRA_DSCP), byte(FRA_DSCP_MASK)) {
         (None, _) => vec![tos],
         (Some(dscp), None) => vec![tos, dscp << 2],
         // It may name any number of them.
         (Some(_), Some(_)) => (0..64).map(|dscp| dscp << 2).collect(),
     };
-    values.into_iter().filter(|v| *v != 0).map(|value| Tos { ipv6, value }).collect()
+    let values = values.into_iter().filter(|v| *v != 0).map(|value| Told::Tos { ipv6, value });
+    values.chain(label.filter(|l| ipv6 && *l != 0).map(Told::FlowLabel)).collect()
 }
 
 /// Those that an announced rule names.
-pub(super) fn of_rule(m: &RuleMessage) -> Vec<Tos> {
+pub(super) fn of_rule(m: &RuleMessage) -> Vec<Told> {
     let attribute = |kind| {
         m.attributes.iter().find_map(|a| match a {
-            RuleAttribute::Other(nla) if nla.kind() == kind && nla.value_len() == 1 => {
-                let mut value = [0];
+            RuleAttribute::Other(nla) if nla.kind() == kind => {
+                let mut value = vec![0; nla.value_len()];
                 nla.emit_value(&mut value);
-                Some(value[0])
+                Some(value)
             }
             _ => None,
         })
@@ -69,37 +89,54 @@ pub(super) fn of_rule(m: &RuleMessage) -> Vec<Tos> {
 }
 
 /// Those that an announced route names.
-pub(super) fn of_route(m: &RouteMessage) -> Vec<Tos> {
+pub(super) fn of_route(m: &RouteMessage) -> Vec<Told> {
     named(m.header.address_family.into(), m.header.tos, |_| None)
 }
 
 /// Those that a message of a dump names: a full routing table is long, so nothing else of it is decoded.
-fn of_dumped(m: &Received<'_>) -> Vec<Tos> {
+fn of_dumped(m: &Received<'_>) -> Vec<Told> {
     let (Some(&family), Some(&tos)) = (m.payload.first(), m.payload.get(TOS_AT)) else {
         return Vec::new();
     };
     match m.ty {
         RTM_NEWROUTE => named(family, tos, |_| None),
-        RTM_NEWRULE => named(family, tos, |ty| m.attrs(HEADER).find_type(ty)?.u8()),
+        RTM_NEWRULE => {
+            named(family, tos, |ty| Some(m.attrs(HEADER).find_type(ty)?.payload.to_vec()))
+        }
         _ => Vec::new(),
     }
 }
 
 /// The values that are named, shared between the monitor's events and those who resolve paths.
 #[derive(Clone, Debug, Default)]
-pub struct Named(Arc<RwLock<BTreeSet<Tos>>>);
+pub struct Named(Arc<RwLock<BTreeSet<Told>>>);
 
 impl Named {
-    /// Notes a value; true when it was none before.
-    pub fn add(&self, tos: Tos) -> bool {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(tos)
+    /// Notes one; true when it was none before.
+    pub fn add(&self, told: Told) -> bool {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(told)
     }
 
-    /// Those of a family.
+    /// Values of the ToS of a family.
     #[must_use]
     pub fn of(&self, ipv6: bool) -> Vec<u8> {
         let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        all.iter().filter(|t| t.ipv6 == ipv6).map(|t| t.value).collect()
+        let of = |t: &Told| match *t {
+            Told::Tos { ipv6: of, value } if of == ipv6 => Some(value),
+            _ => None,
+        };
+        all.iter().filter_map(of).collect()
+    }
+
+    /// Flow labels, where the family has them.
+    #[must_use]
+    pub fn flow_labels(&self, ipv6: bool) -> Vec<u32> {
+        let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let label = |t: &Told| match *t {
+            Told::FlowLabel(label) if ipv6 => Some(label),
+            _ => None,
+        };
+        all.iter().filter_map(label).collect()
     }
 }
 
@@ -107,7 +144,7 @@ impl Named {
 ///
 /// # Errors
 /// A failure of the exchange.
-pub(super) fn read(mut each: impl FnMut(Tos)) -> io::Result<()> {
+pub(super) fn read(mut each: impl FnMut(Told)) -> io::Result<()> {
     let mut socket = Socket::open(Family::Route).map_err(io::Error::other)?;
     // IPv6 has no routes by traffic class.
     for (get, family) in
@@ -137,13 +174,23 @@ mod tests {
     use super::*;
 
     fn values(ty: u16, family: libc::c_int, tos: u8, attributes: &[(u16, u8)]) -> Vec<(bool, u8)> {
+        let attributes: Vec<_> = attributes.iter().map(|(ty, v)| (*ty, vec![*v])).collect();
+        let told = told(ty, family, tos, &attributes);
+        let value = |t: &Told| match *t {
+            Told::Tos { ipv6, value } => Some((ipv6, value)),
+            Told::FlowLabel(_) => None,
+        };
+        told.iter().filter_map(value).collect()
+    }
+
+    fn told(ty: u16, family: libc::c_int, tos: u8, attributes: &[(u16, Vec<u8>)]) -> Vec<Told> {
         let mut buf = Vec::new();
         let mut m = Message::new(&mut buf, ty, 0, 0);
         let mut header = [0; HEADER];
         (header[0], header[TOS_AT]) = (u8::try_from(family).unwrap(), tos);
         m.raw(&header);
         for (ty, value) in attributes {
-            m.u8(*ty, *value);
+            m.attr(*ty, value);
         }
         m.finish();
         let m = MessageIter::new(&buf).next().unwrap();
@@ -156,7 +203,20 @@ mod tests {
             Ok(RouteNetlinkMessage::NewRoute(m)) => assert_eq!(of_route(&m), dumped),
             _ => assert_eq!(dumped, []),
         }
-        dumped.into_iter().map(|t| (t.ipv6, t.value)).collect()
+        dumped
+    }
+
+    #[test]
+    fn flow_labels_are_named_by_rules_of_ipv6() {
+        let label = [(FRA_FLOWLABEL, 0x12345u32.to_be_bytes().to_vec())];
+        let named = told(RTM_NEWRULE, libc::AF_INET6, 0, &label);
+        assert_eq!(named, [Told::FlowLabel(0x12345)]);
+        assert_eq!(told(RTM_NEWRULE, libc::AF_INET, 0, &label), []);
+        assert_eq!(told(RTM_NEWROUTE, libc::AF_INET6, 0, &label), []);
+        let all = Named::default();
+        assert!(all.add(named[0]) && !all.add(named[0]));
+        assert_eq!((all.flow_labels(true), all.flow_labels(false)), (vec![0x12345], vec![]));
+        assert_eq!((all.of(true), all.of(false)), (vec![], vec![]));
     }
 
     #[test]
@@ -177,7 +237,7 @@ mod tests {
     #[test]
     fn a_value_is_new_once_and_of_its_family() {
         let all = Named::default();
-        let tos = |ipv6, value| Tos { ipv6, value };
+        let tos = |ipv6, value| Told::Tos { ipv6, value };
         assert!(all.add(tos(false, 16)) && !all.add(tos(false, 16)) && all.add(tos(true, 8)));
         assert_eq!((all.of(false), all.of(true)), (vec![16], vec![8]));
     }

@@ -347,3 +347,45 @@ fn a_change_that_concerns_nobody_or_somebody_else_takes_nothing_back() {
     );
     assert_ne!(deleted(), before, "the counter counts");
 }
+
+/// The slow path is not run over: what concerns everybody takes back so many connections a second, if so configured.
+#[test]
+fn a_change_that_concerns_all_takes_back_so_many_a_second() {
+    const RATE: u32 = 4;
+    const CONNECTIONS: u16 = 12;
+    let mut r = Router::new("paced");
+    r.run("nft add table inet wall && nft 'add chain inet wall forward { type filter hook forward priority 0; }'");
+    r.start_with(&format!("[revalidate]\nrate = {RATE}\n[[port]]\nmatch = \"?an\"\n"));
+    let mut all: Vec<_> = (0..CONNECTIONS).map(|n| r.connect_to(5100 + n)).collect();
+    let rules = usize::from(CONNECTIONS) * 2;
+    wait_until("all are offloaded", || {
+        all.iter_mut().for_each(Connection::ping);
+        r.installed().len() == rules
+    });
+    let cookies = |r: &Router| {
+        let conns = r.conns();
+        let slots = conns.as_array().into_iter().flatten().filter_map(|c| c["slots"].as_array());
+        let cookies = slots.flatten().filter_map(|s| s["cookie"].as_str().map(str::to_owned));
+        cookies.collect::<std::collections::BTreeSet<_>>()
+    };
+    let before = cookies(&r);
+    assert_eq!(before.len(), rules);
+    let changed = Instant::now();
+    r.run("nft add rule inet wall forward ct mark 77 drop");
+    let mut left = rules;
+    while left > 0 {
+        left = before.intersection(&cookies(&r)).count();
+        let at = changed.elapsed();
+        println!("{left} of {rules} rules are as they were {at:?} after the change");
+        // Of a connection both go, and the first of them soon.
+        let due = f64::from(RATE).mul_add(at.as_secs_f64(), 2.0) * 2.0;
+        assert!((rules - left) as f64 <= due, "{} rules are gone after {at:?}", rules - left);
+        assert!(at < PATIENCE, "{left} rules are as they were");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(changed.elapsed() > Duration::from_secs(u64::from(CONNECTIONS) / u64::from(RATE) - 1));
+    wait_until("all are offloaded again", || {
+        all.iter_mut().for_each(Connection::ping);
+        r.installed().len() == rules
+    });
+}

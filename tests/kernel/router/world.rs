@@ -347,3 +347,37 @@ fn a_cable_that_is_pulled_out_sends_flows_by_the_backup_route_where_the_router_w
         stream = Stream::start(&r, "10.1.0.2", "10.99.0.2", 100);
     }
 }
+
+/// What the reverse path is looked for with is not announced.
+#[test]
+fn a_switch_that_nobody_tells_of_is_obeyed_within_a_second_or_two() {
+    let mut r = Router::new("quiet");
+    let lan = r.host("lan");
+    // A source whose way back is another but by its mark.
+    r.run(&format!(
+        "ip -n {lan} addr add 10.50.0.2/32 dev lo
+         ip netns exec {lan} sysctl -qw net.ipv4.conf.all.arp_announce=2
+         ip route add 10.50.0.2 via 10.2.0.2 dev wan
+         ip route add 10.50.0.2 via 10.1.0.2 dev lan table 100
+         ip rule add fwmark 1 table 100
+         nft add table ip m
+         nft add chain ip m early '{{ type filter hook prerouting priority -150; }}'
+         nft add rule ip m early meta mark set 1
+         sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.all.src_valid_mark=1"
+    ));
+    r.start(&PORTS);
+    let stream = Stream::start(&r, "10.50.0.2", "10.2.0.2", 100);
+    stream.is_offloaded(&r, &BOTH);
+    let switch = |to: u8| drop(r.run(&format!("sysctl -qw net.ipv4.conf.all.src_valid_mark={to}")));
+    let control = Instant::now();
+    switch(0);
+    std::thread::sleep(2 * SETTLED);
+    let settled = Instant::now();
+    std::thread::sleep(WATCHED);
+    let (after, late) = (stream.arrivals_since(control), stream.arrivals_since(settled));
+    let last = after.last().map_or(Duration::ZERO, |last| *last - control);
+    println!("{} datagrams after the change, the last {last:?}", after.len());
+    assert!(late.is_empty(), "a datagram {last:?} after the change");
+    switch(1);
+    stream.is_offloaded(&r, &BOTH);
+}
