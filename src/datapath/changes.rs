@@ -185,6 +185,12 @@ impl Changes {
                     gathered.rerouted.add(whole(told.is_of_ipv6()));
                 }
             }
+            NetEvent::Resilient => {
+                if self.backend.resolver().resilient() {
+                    self.backend.changed();
+                    gathered.rerouted.add(whole(false));
+                }
+            }
             NetEvent::Mark(mark) => {
                 if self.backend.marks().add(mark) {
                     self.backend.changed();

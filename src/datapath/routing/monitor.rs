@@ -67,6 +67,8 @@ pub enum NetEvent {
     Told(Told),
     /// A mark that a rule tells from others.
     Mark(Mark),
+    /// There is a resilient group of next hops.
+    Resilient,
     /// IPsec's policies changed, or are to be read.
     Policies,
     /// Others have done something at the ingress hook of a netdev: a qdisc, a filter in front of rules; `None`:
@@ -174,6 +176,9 @@ async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
         }
         // Who does not listen any more is found below.
         tos::read(|told| drop(events.send(NetEvent::Told(told))))?;
+        if nexthops::any_resilient()? && events.send(NetEvent::Resilient).is_err() {
+            return Ok(Ended::NobodyListens);
+        }
         marks::read(|mark| drop(events.send(NetEvent::Mark(mark))))?;
         let mut links = handle.link().get().execute();
         while let Some(link) = links.try_next().await.map_err(io::Error::other)? {
@@ -217,6 +222,9 @@ async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
                     Ok(datagram) => datagram.messages().all(|m| {
                         if let Some(switch) = SwitchEvent::parse(&m) {
                             return events.send(NetEvent::Switch(switch)).is_ok();
+                        }
+                        if nexthops::is_resilient(&m) && events.send(NetEvent::Resilient).is_err() {
+                            return false;
                         }
                         // An object of one family can be that of the other's routes.
                         !nexthops::tells_of_one(m.ty)

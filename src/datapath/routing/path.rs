@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use netdev_providers::netlink::socket::{ACK, REQUEST};
@@ -65,6 +66,8 @@ pub struct PathResolver {
     ipv6_mtus: Mutex<HashMap<Ifindex, Option<u32>>>,
     /// What chooses among the next hops of IPv4's and IPv6's routes and is in no look-up, as last looked at.
     unasked: Mutex<[Option<&'static str>; 2]>,
+    /// A group of next hops can be one that looks at how idle flows are.
+    resilient: AtomicBool,
 }
 
 impl PathResolver {
@@ -83,7 +86,19 @@ impl PathResolver {
         let socket = Mutex::new(Socket::open(Family::Route)?);
         let unasked = Mutex::new([false, true].map(unasked));
         let (ipv6_mtus, switched) = (Mutex::default(), Mutex::default());
-        Ok(Self { links, fdb, switches, ipsec, tos, marks, socket, switched, ipv6_mtus, unasked })
+        Ok(Self {
+            links,
+            fdb,
+            switches,
+            ipsec,
+            tos,
+            marks,
+            socket,
+            switched,
+            ipv6_mtus,
+            unasked,
+            resilient: AtomicBool::new(false),
+        })
     }
 
     /// The path of a direction on a port.
@@ -156,12 +171,18 @@ impl PathResolver {
         ];
         let route = self.route_of_all(&mut socket, &request, hint.mark)?;
         let unasked = *self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(by) = unasked[usize::from(leaving.is_ipv6())]
+        let by_policy = unasked[usize::from(leaving.is_ipv6())]
+            .map(|by| (by, "net.*.fib_multipath_hash_policy"));
+        let by_idleness = || {
+            let resilient = self.resilient.load(Ordering::Relaxed);
+            resilient.then_some(("how idle a flow is", "a resilient group, `ip nexthop`"))
+        };
+        if let Some((by, see)) = by_policy.or_else(by_idleness)
             && self.has_next_hops(&mut socket, &request, hint.mark)?
         {
             let why = format!(
-                "the route has several next hops, and {by} chooses among them (net.{}.fib_multipath_hash_policy)",
-                if leaving.is_ipv6() { "ipv6" } else { "ipv4" },
+                "the route has several next hops, and {by} chooses among them ({})",
+                see.replace('*', if leaving.is_ipv6() { "ipv6" } else { "ipv4" }),
             );
             return Err(Rejection::with_detail(Reason::HashRouted, why));
         }
@@ -286,6 +307,12 @@ impl PathResolver {
             }
         }
         Ok(false)
+    }
+
+    /// Notes that there is a resilient group of next hops; true when that is news. One that has gone costs a look-up
+    /// where a route has several next hops, and keeps those in software.
+    pub fn resilient(&self) -> bool {
+        !self.resilient.swap(true, Ordering::Relaxed)
     }
 
     /// Looks at what the kernel tells nobody of: true when paths may be others since the last look.

@@ -36,6 +36,15 @@ fn several_next_hops_are_for_software_where_what_chooses_among_them_cannot_be_as
     r.wait_hash_routed("the hash", &mut c);
     r.run(&set("ipv4.fib_multipath_hash_policy=0"));
     r.wait_installed(&BOTH, &mut c);
+    // A group that looks at how idle a flow is, which one that is offloaded seems to be.
+    r.run(
+        "ip nexthop add id 41 via 10.2.0.2 dev wan; ip nexthop add id 42 via 10.2.0.3 dev wan
+         ip nexthop add id 40 group 41/42 type resilient buckets 8 idle_timer 1
+         ip route replace 10.99.0.0/24 nhid 40",
+    );
+    r.wait_hash_routed("how idle", &mut c);
+    r.run("ip route replace 10.99.0.0/24 via 10.2.0.2 dev wan; ip nexthop flush");
+    r.wait_installed(&BOTH, &mut c);
     c.close();
     wait_until("it has ended", || r.installed().is_empty());
 

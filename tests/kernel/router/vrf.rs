@@ -84,3 +84,20 @@ fn a_vrf_that_a_netdev_is_below_more_than_once_is_refused_with_its_name() {
     r.run("ip link set lan.11 nomaster");
     r.wait_installed(&BOTH, &mut c);
 }
+
+#[test]
+fn ipv6_connections_of_a_vrf_are_offloaded_by_its_routes() {
+    let mut r = Router::new("vrf6");
+    r.with_vrf();
+    r.with_ipv6();
+    r.run("ip -6 route add unreachable default metric 4278198272 table 77");
+    r.start(&PORTS);
+    let mut c = r.connect_through("[fd02::2]:5003", "wan", "[fd02::2]:5003");
+    r.wait_installed(&BOTH, &mut c);
+    r.run("ip -6 route add prohibit fd02::2/128 table 77");
+    wait_until("nothing goes by rules where the VRF has no route", || r.rules("lan") == 0);
+    assert!(!c.is_alive());
+    r.run("ip -6 route del prohibit fd02::2/128 table 77");
+    r.wait_alive(&mut c);
+    r.wait_installed(&BOTH, &mut c);
+}
