@@ -150,8 +150,12 @@ impl NfFlowtable {
         let mut look = |top: Option<Ifindex>, below, reason| {
             let Some(top) = top else { return Ok(()) };
             table.route_above(top, below).map_err(|e| {
-                let lasting =
-                    matches!(e, TableError::BelowBond { .. } | TableError::Ambiguous { .. });
+                let lasting = matches!(
+                    e,
+                    TableError::BelowBond { .. }
+                        | TableError::BelowVrf { .. }
+                        | TableError::Ambiguous { .. }
+                );
                 let reason = if lasting { reason } else { Reason::Busy };
                 Rejection::with_detail(reason, e.to_string())
             })

@@ -54,6 +54,8 @@ pub(super) enum TableError {
     Refused { what: &'static str, source: KernelError },
     #[error("{port} is a port of bond {bond}: the kernel's flowtable does not look below a bond")]
     BelowBond { port: String, bond: String },
+    #[error("packets are routed on VRF {vrf}: the kernel's flowtable does not look below a VRF")]
+    BelowVrf { vrf: String },
     #[error(
         "netdev {top} stands above ports of this provider and above {egress}, which is none: where a packet leaves cannot be told"
     )]
@@ -70,6 +72,7 @@ impl TableError {
             Self::AlreadyOwned { .. }
             | Self::TableExists { .. }
             | Self::BelowBond { .. }
+            | Self::BelowVrf { .. }
             | Self::Ambiguous { .. } => None,
         }
     }
@@ -254,6 +257,10 @@ impl Table {
             && bond.kind.as_deref() == Some("bond")
         {
             return Err(TableError::BelowBond { port: port.name, bond: bond.name });
+        }
+        // Its entries would be for packets that arrive on the VRF, and none is looked up there.
+        if let Some(vrf) = self.links.get(top)?.filter(|l| l.kind.as_deref() == Some("vrf")) {
+            return Err(TableError::BelowVrf { vrf: vrf.name });
         }
         if !known {
             self.put_in_set(&[top])?;

@@ -101,3 +101,15 @@ fn ipv6_connections_of_a_vrf_are_offloaded_by_its_routes() {
     r.wait_alive(&mut c);
     r.wait_installed(&BOTH, &mut c);
 }
+
+/// The kernel's flowtable would have entries for packets that arrive on the VRF, which none does.
+#[test]
+fn a_flowtable_refuses_what_is_routed_for_a_vrf() {
+    let mut r = Router::new("vrf-flowtable");
+    r.with_vrf();
+    r.start_with("[[port]]\nmatch = \"?an\"\nproviders = [\"nf-flowtable\"]\n");
+    let mut c = r.connect();
+    for at in [("lan", "original"), ("wan", "reply")] {
+        r.wait_refused(at, "ingress-unsupported", "does not look below a VRF", &mut c);
+    }
+}
