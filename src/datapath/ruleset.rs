@@ -277,8 +277,9 @@ impl Watch {
         }
         let every = self.backend.tunables().revalidation.every;
         let look_every = if every.is_zero() { LOOK_EVERY } else { LOOK_EVERY.min(every / 6) };
-        if self.looked.is_none_or(|at| at.elapsed() >= look_every) {
-            self.look();
+        let due = self.looked.is_none_or(|at| at.elapsed() >= look_every);
+        if due && self.look() {
+            ask_marked_again(engine);
         }
         if every.is_zero() || self.silent.is_empty() {
             self.round = Paced::default();
@@ -326,11 +327,11 @@ impl Watch {
         news
     }
 
-    /// Looks who stands in the hooks.
-    fn look(&mut self) {
+    /// Looks who stands in the hooks. True when something else sets marks of packets that have been routed.
+    fn look(&mut self) -> bool {
         self.looked = Some(Instant::now());
         self.tell_zones();
-        self.tell_marks();
+        let marks = self.tell_marks();
         let mut silent = self.model.silent();
         let (mut others, mut legacy) = (Vec::new(), false);
         let hooks = [NF_INET_PRE_ROUTING, NF_INET_FORWARD, NF_INET_POST_ROUTING];
@@ -386,6 +387,7 @@ impl Watch {
             }
             self.silent = silent;
         }
+        marks
     }
 
     fn behind(&self, hook: Hook, ipv6: bool, all: &[Registered]) -> Vec<Behind> {
