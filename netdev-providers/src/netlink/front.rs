@@ -65,11 +65,21 @@ pub fn in_front(ifindex: Ifindex, prio: u16) -> Result<Vec<InFront>, NetlinkErro
     Ok(found)
 }
 
-fn named(id: u32) -> String {
+/// A program in words: its name and id.
+pub(crate) fn named(id: u32) -> String {
     program_name(id).map_or_else(|| format!("id {id}"), |name| format!("{name} (id {id})"))
 }
 
 fn xdp(ifindex: Ifindex) -> Result<Vec<InFront>, NetlinkError> {
+    let told = xdp_of(ifindex)?.into_iter().map(|(mode, id)| {
+        let name = XDP_MODES.iter().find(|(m, ..)| *m == mode).map_or("", |(.., name)| name);
+        InFront { what: format!("XDP program {}, {name}", named(id)), in_nic: mode == XDP_IN_NIC }
+    });
+    Ok(told.collect())
+}
+
+/// The XDP programs of a netdev: the mode and the id of each.
+pub(crate) fn xdp_of(ifindex: Ifindex) -> Result<Vec<(u8, u32)>, NetlinkError> {
     let mut socket = Socket::open(Family::Route)?;
     let seq = socket.next_seq();
     let mut buf = Vec::with_capacity(32);
@@ -86,11 +96,7 @@ fn xdp(ifindex: Ifindex) -> Result<Vec<InFront>, NetlinkError> {
             programs = xdp_programs(&xdp.nested());
         }
     })?;
-    let told = programs.into_iter().map(|(mode, id)| {
-        let name = XDP_MODES.iter().find(|(m, ..)| *m == mode).map_or("", |(.., name)| name);
-        InFront { what: format!("XDP program {}, {name}", named(id)), in_nic: mode == XDP_IN_NIC }
-    });
-    Ok(told.collect())
+    Ok(programs)
 }
 
 /// The mode and the id of each program.
@@ -192,7 +198,8 @@ impl Filters {
     }
 }
 
-fn filters(ifindex: Ifindex, below: u16) -> Result<Vec<InFront>, NetlinkError> {
+/// The filters of its ingress qdisc with smaller prios than this.
+pub(crate) fn filters(ifindex: Ifindex, below: u16) -> Result<Vec<InFront>, NetlinkError> {
     let mut tries = 4;
     loop {
         let mut socket = Socket::open(Family::Route)?;

@@ -13,6 +13,7 @@ pub(super) const RTM_GETLINK: u16 = 18;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_PARENT_DEV_BUS_NAME: u16 = 57;
 const IFLA_INFO_KIND: u16 = 1;
 /// Size of `struct ifinfomsg`.
 pub(super) const IFINFOMSG_LEN: usize = 16;
@@ -28,6 +29,8 @@ pub struct Link {
     pub hardware_type: u16,
     /// What it is (`bond`, `vlan`, `veth` …); a physical device has no kind.
     pub kind: Option<String>,
+    /// The bus of the device that it belongs to (`pci`, `virtio`, `usb`); one made in software has none.
+    pub bus: Option<String>,
     /// The netdev that it is enslaved to: a bridge, a bond.
     pub controller: Option<Ifindex>,
 }
@@ -68,6 +71,7 @@ impl Links {
                     name: name.to_owned(),
                     hardware_type: u16::from_ne_bytes([b[2], b[3]]),
                     kind: kind.and_then(|a| a.str()).map(str::to_owned),
+                    bus: attr(IFLA_PARENT_DEV_BUS_NAME).and_then(|a| a.str()).map(str::to_owned),
                     controller: attr(IFLA_MASTER).and_then(|a| a.u32()).and_then(Ifindex::new),
                 });
             }

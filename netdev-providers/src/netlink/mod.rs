@@ -1,6 +1,6 @@
 //! What the kernel backends share: bytes of messages ([`wire`]), a blocking socket that checks the
 //! sender, the sequence and every error ([`socket`]), errors that keep the kernel's words
-//! ([`error`]), patience with modules that are being loaded ([`modules`]), what others have at the ingress
+//! ([`error`]), what generic netlink tells of a netdev ([`generic`]), patience with modules that are being loaded ([`modules`]), what others have at the ingress
 //! hooks of netdevs ([`front`]) and what they do there ([`tc`]); and the codecs of nf_tables and conntrack
 //! ([`netfilter`]).
 //!
@@ -9,6 +9,7 @@
 
 pub mod error;
 pub mod front;
+pub mod generic;
 pub mod link;
 pub mod modules;
 pub mod netfilter;

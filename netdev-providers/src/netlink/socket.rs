@@ -22,6 +22,8 @@ pub enum Family {
     Netfilter,
     /// `NETLINK_XFRM`: IPsec policies and states.
     Xfrm,
+    /// `NETLINK_GENERIC`: ethtool, netdevs' XDP.
+    Generic,
 }
 
 /// `libc` has the constants of `struct nlmsghdr` as `int`; the fields have 16 bits.
@@ -109,6 +111,7 @@ impl Socket {
             Family::Route => libc::NETLINK_ROUTE,
             Family::Netfilter => libc::NETLINK_NETFILTER,
             Family::Xfrm => libc::NETLINK_XFRM,
+            Family::Generic => libc::NETLINK_GENERIC,
         };
         let io = |call| move |source| NetlinkError::Io { call, source };
         let mut inner = netlink_sys::Socket::new(protocol as isize).map_err(io("socket"))?;

@@ -28,6 +28,7 @@ fn built(hardware: bool) -> Vec<u8> {
         name: "eth0".to_owned(),
         hardware_type: 1,
         kind: None,
+        bus: None,
         controller: None,
     };
     describe(&mut t, "ctoffload_flow", &port, hardware);
