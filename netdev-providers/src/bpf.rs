@@ -1,4 +1,5 @@
-//! What the kernel tells of the BPF programs of others, by `bpf(2)`: nothing is loaded or changed here.
+//! `bpf(2)`: what the kernel tells of the programs of others, and operations on many entries of a map at once, which
+//! no library has.
 
 use std::ffi::{CStr, c_long};
 use std::io;
@@ -11,6 +12,12 @@ const BPF_PROG_GET_FD_BY_ID: c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: c_long = 15;
 const BPF_PROG_QUERY: c_long = 16;
 const BPF_TCX_INGRESS: u32 = 46;
+#[cfg(feature = "ebpf")]
+const BPF_MAP_LOOKUP_BATCH: c_long = 24;
+#[cfg(feature = "ebpf")]
+const BPF_MAP_UPDATE_BATCH: c_long = 26;
+#[cfg(feature = "ebpf")]
+const BPF_MAP_DELETE_BATCH: c_long = 27;
 /// As many programs of one netdev are asked for.
 const AT_MOST: u8 = 16;
 
@@ -26,6 +33,14 @@ impl Attr {
     fn u32(mut self, at: usize, value: u32) -> Self {
         self.0[at..at + 4].copy_from_slice(&value.to_ne_bytes());
         self
+    }
+
+    /// Reads what the kernel has written there.
+    #[cfg(feature = "ebpf")]
+    fn u32_at(&self, at: usize) -> u32 {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&self.0[at..at + 4]);
+        u32::from_ne_bytes(bytes)
     }
 
     fn pointer<T>(mut self, at: usize, to: *mut T) -> Self {
@@ -68,27 +83,164 @@ pub(crate) fn tcx_ingress(ifindex: Ifindex) -> Vec<u32> {
     ids.into_iter().take_while(|&id| id != 0).collect()
 }
 
-/// The name of a program; `None` where it has none, or is gone.
-#[must_use]
-pub(crate) fn program_name(id: u32) -> Option<String> {
+/// `struct bpf_prog_info`, up to the name.
+const INFO_WORDS: usize = 16;
+const INFO_NR_MAP_IDS: usize = 52;
+const INFO_NAME: usize = 64;
+
+/// What the kernel tells of a program, and the ids of maps that it uses; `None` where it is gone.
+fn program_info(id: u32, maps: &mut [u32]) -> Option<[u8; INFO_WORDS * 8]> {
     // SAFETY: no pointer is in it.
     let fd = unsafe { bpf(BPF_PROG_GET_FD_BY_ID, &mut Attr::new().u32(0, id)) }.ok()?;
     // SAFETY: the system call has just made this descriptor (close-on-exec), and nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).ok()?) };
-    // struct bpf_prog_info: pointers in it that are null are not written to.
-    const NAME: usize = 64;
-    const NAME_LEN: usize = 16;
-    const WORDS: u8 = 16;
-    let mut info = [0_u64; WORDS as usize];
+    // Pointers in it that are null are not written to.
+    let mut info = [0_u64; INFO_WORDS];
+    let count = u64::from(u32::try_from(maps.len()).ok()?);
+    if count > 0 {
+        // `created_by_uid`, which is written, is the other half of the word.
+        info[INFO_NR_MAP_IDS / 8] =
+            if cfg!(target_endian = "little") { count << 32 } else { count };
+        info[INFO_NR_MAP_IDS / 8 + 1] = maps.as_mut_ptr().expose_provenance() as u64;
+    }
     let fd_number = u32::try_from(fd.as_raw_fd()).ok()?;
-    let mut attr =
-        Attr::new().u32(0, fd_number).u32(4, u32::from(WORDS) * 8).pointer(8, info.as_mut_ptr());
-    // SAFETY: `info` points to as many bytes as `info_len` says; all of it is 0, so that no pointer and no length
-    // of an array is in it.
+    let len = u32::try_from(size_of_val(&info)).ok()?;
+    let mut attr = Attr::new().u32(0, fd_number).u32(4, len).pointer(8, info.as_mut_ptr());
+    // SAFETY: `info` points to as many bytes as `info_len` says; the one pointer in it is to as many numbers as the
+    // number before it says.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }.ok()?;
-    let bytes: Vec<u8> = info.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let mut name = [0; NAME_LEN + 1];
-    name[..NAME_LEN].copy_from_slice(bytes.get(NAME..NAME + NAME_LEN)?);
+    let mut bytes = [0; INFO_WORDS * 8];
+    for (to, word) in bytes.chunks_exact_mut(8).zip(info) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    Some(bytes)
+}
+
+/// The name of a program; `None` where it has none, or is gone.
+#[must_use]
+pub(crate) fn program_name(id: u32) -> Option<String> {
+    let info = program_info(id, &mut [])?;
+    let mut name = [0; 17];
+    name[..16].copy_from_slice(info.get(INFO_NAME..INFO_NAME + 16)?);
     let name = CStr::from_bytes_until_nul(&name).ok()?.to_string_lossy().into_owned();
     (!name.is_empty()).then_some(name)
+}
+
+/// The ids of the maps that a program uses: the first 16 of them.
+#[cfg(feature = "ebpf")]
+#[must_use]
+pub(crate) fn program_maps(id: u32) -> Vec<u32> {
+    let mut maps = [0; AT_MOST as usize];
+    if program_info(id, &mut maps).is_none() {
+        return Vec::new();
+    }
+    maps.into_iter().take_while(|&id| id != 0).collect()
+}
+
+/// Entries of a map, many at a time.
+#[cfg(feature = "ebpf")]
+pub(crate) mod batch {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    use super::{
+        Attr, BPF_MAP_DELETE_BATCH, BPF_MAP_LOOKUP_BATCH, BPF_MAP_UPDATE_BATCH, bpf, c_long, io,
+    };
+
+    // `struct { ... } batch` of `union bpf_attr`.
+    const IN_BATCH: usize = 0;
+    const OUT_BATCH: usize = 8;
+    const KEYS: usize = 16;
+    const VALUES: usize = 24;
+    const COUNT: usize = 32;
+    const MAP_FD: usize = 36;
+
+    /// A hash map whose keys are `K` bytes long, and its values `V`. (With other lengths than the map's the kernel
+    /// would read and write beyond: [`of`](Self::of) is where that is decided.)
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Map<'a, const K: usize, const V: usize>(BorrowedFd<'a>);
+
+    /// Where a look-up goes on.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Position(u32);
+
+    impl<'a, const K: usize, const V: usize> Map<'a, K, V> {
+        /// # Safety
+        /// The map is a hash map, and its keys and values are so long.
+        pub(crate) unsafe fn of(fd: BorrowedFd<'a>) -> Self {
+            Self(fd)
+        }
+
+        fn attr(self, keys: *mut [u8; K], values: *mut [u8; V], count: usize) -> Attr {
+            let fd = u32::try_from(self.0.as_raw_fd()).unwrap_or(u32::MAX);
+            let attr = Attr::new().u32(MAP_FD, fd).pointer(KEYS, keys).pointer(VALUES, values);
+            attr.u32(COUNT, u32::try_from(count).unwrap_or(0))
+        }
+
+        /// Adds or replaces entries, up to the first that is refused: how many were written, and why the next was not.
+        pub(crate) fn update(
+            self,
+            keys: &[[u8; K]],
+            values: &[[u8; V]],
+        ) -> (usize, io::Result<()>) {
+            assert_eq!(keys.len(), values.len(), "a value for each key");
+            let attr = self.attr(keys.as_ptr().cast_mut(), values.as_ptr().cast_mut(), keys.len());
+            // SAFETY: the kernel reads as many keys and values as `count` says, which live during the call, and
+            // writes to neither.
+            unsafe { Self::carry_out(BPF_MAP_UPDATE_BATCH, attr, keys.len()) }
+        }
+
+        /// Removes entries, up to the first that is refused (ENOENT: it is not there).
+        pub(crate) fn delete(self, keys: &[[u8; K]]) -> (usize, io::Result<()>) {
+            let attr = self.attr(keys.as_ptr().cast_mut(), std::ptr::null_mut(), keys.len());
+            // SAFETY: as above; no value is looked at.
+            unsafe { Self::carry_out(BPF_MAP_DELETE_BATCH, attr, keys.len()) }
+        }
+
+        /// # Safety
+        /// As [`bpf`].
+        unsafe fn carry_out(command: c_long, mut attr: Attr, of: usize) -> (usize, io::Result<()>) {
+            if of == 0 {
+                return (0, Ok(()));
+            }
+            // SAFETY: the caller's.
+            let done = unsafe { bpf(command, &mut attr) };
+            match done {
+                Ok(_) => (of, Ok(())),
+                // What is refused as a whole has the number as it was.
+                Err(e) => {
+                    (Some(attr.u32_at(COUNT) as usize).filter(|&n| n < of).unwrap_or(0), Err(e))
+                }
+            }
+        }
+
+        /// Reads entries from a position on (`None`: from the beginning), as many as there is room for; returns how many
+        /// there are, and where to go on, if that was not the end. What is added meanwhile may be missed, and what is
+        /// there is read once.
+        ///
+        /// # Errors
+        /// ENOSPC: there is no room for all that have one hash.
+        pub(crate) fn read(
+            self,
+            from: Option<Position>,
+            keys: &mut [[u8; K]],
+            values: &mut [[u8; V]],
+        ) -> io::Result<(usize, Option<Position>)> {
+            let room = keys.len().min(values.len());
+            let (mut begin, mut next) = (from.map_or(0, |p| p.0), 0_u32);
+            let mut attr = self.attr(keys.as_mut_ptr(), values.as_mut_ptr(), room);
+            if from.is_some() {
+                attr = attr.pointer(IN_BATCH, &raw mut begin);
+            }
+            attr = attr.pointer(OUT_BATCH, &raw mut next);
+            // SAFETY: the kernel writes as many keys and values as `count` says at most, and a position of a hash
+            // map, which is 32 bits; all of them live during the call.
+            let read = unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) };
+            let count = (attr.u32_at(COUNT) as usize).min(room);
+            match read {
+                Ok(_) => Ok((count, Some(Position(next)))),
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok((count, None)),
+                Err(e) => Err(e),
+            }
+        }
+    }
 }

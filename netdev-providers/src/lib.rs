@@ -9,23 +9,24 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`contract`] | the traits and values of the contract: start at [`contract::provider`] |
+//! | [`ebpf`] | a BPF program and a table for each port: XDP, tcx |
 //! | [`nf_flowtable`] | the kernel's flowtable of nf_tables, in software or in hardware |
 //! | [`tc_flower`] | rules of the Linux TC flower classifier, in software or in NIC hardware |
 //! | [`dummy`] | in memory, with capacity, latency and failures on demand |
 //! | [`netlink`] | what the kernel backends share: messages, requests, batches, extended ACKs |
 //!
 //! This crate knows nothing of the engine: a vendor can implement a provider against it alone. Each
-//! backend is a feature of its name (`tc-flower`, `nf-flowtable`, `dummy`; all three by default), and
-//! [`netlink`] one that the first two bring: with `default-features = false` the contract is all there
+//! backend is a feature of its name (`tc-flower`, `nf-flowtable`, `ebpf`, `dummy`; all four by default), and
+//! [`netlink`] one that the first three bring: with `default-features = false` the contract is all there
 //! is, and nothing of netlink is built.
 //!
 //! Values of the contract own what they hold, and can be sent to and shared between threads; who
 //! calls what, on which thread, is said in the [traits](contract::provider).
 //!
 //! # Unsafe code
-//! Two files, `tc_flower/bpf.rs` and `bpf.rs`, which call `bpf(2)`: nothing but a pointer handed to the kernel
-//! and a descriptor taken from it, so that there is nothing for Miri to interpret. Everywhere else it is
-//! denied.
+//! Two files, `tc_flower/bpf.rs` and `bpf.rs`, which call `bpf(2)`: nothing but pointers handed to the kernel
+//! and a descriptor taken from it, so that there is nothing for Miri to interpret; and one promise to them in
+//! `ebpf/maps.rs`. Everywhere else it is denied.
 
 #![deny(unsafe_code)]
 
@@ -35,6 +36,8 @@ mod bpf;
 pub mod contract;
 #[cfg(feature = "dummy")]
 pub mod dummy;
+#[cfg(feature = "ebpf")]
+pub mod ebpf;
 #[cfg(feature = "netlink")]
 pub mod netlink;
 #[cfg(feature = "nf-flowtable")]
