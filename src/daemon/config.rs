@@ -41,10 +41,14 @@
 //! [nf-flowtable]
 //! accounting = true          # switch conntrack's accounting on while a port uses it: its counters
 //!
+//! [ebpf]
+//! mode = "tcx"               # or "xdp"; default: what each netdev can have best, native XDP on NICs
+//! max-rules = 262144         # 1..=67108864, of each port
+//!
 //! [[port]]                   # the first that matches a netdev's name counts
 //! match = "eth*"             # *, ?, [abc]
-//! # in order; ["none"]: attach without offload; default: all, tc-flower first
-//! providers = ["tc-flower", "nf-flowtable"]
+//! # in order; ["none"]: attach without offload; default: all, tc-flower first, ebpf last
+//! providers = ["tc-flower", "nf-flowtable", "ebpf"]
 //! offload = "both"           # or "skip-sw" (hardware only), "skip-hw" (software only)
 //! capacity = 100000          # rules at most; default: until the NIC says that it is full
 //!
@@ -143,6 +147,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use netdev_providers::HwFlags;
+use netdev_providers::ebpf::{EbpfConfig, Mode};
 use netdev_providers::tc_flower::QdiscKind;
 use serde::Deserialize;
 use toml::Spanned;
@@ -216,6 +221,10 @@ pub struct Config {
     pub min_packets: u64,
     /// From how many bytes on.
     pub min_bytes: u64,
+    /// How ports of ebpf forward, if not as each can best.
+    pub ebpf_mode: Option<Mode>,
+    /// How many rules a port of ebpf takes.
+    pub ebpf_max_rules: u32,
     /// Whether nf-flowtable switches conntrack's accounting on.
     pub flowtable_accounting: bool,
     ports: Vec<(glob::Pattern, PortSpec)>,
@@ -235,6 +244,7 @@ struct Raw {
     control: RawControl,
     tc_flower: RawTcFlower,
     nf_flowtable: RawNfFlowtable,
+    ebpf: RawEbpf,
     port: Vec<RawPort>,
     admission: RawAdmission,
     admit: Vec<Spanned<RawAdmit>>,
@@ -312,6 +322,20 @@ enum RawQdisc {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 struct RawNfFlowtable {
     accounting: Option<bool>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawEbpf {
+    mode: Option<RawMode>,
+    max_rules: Option<Spanned<u32>>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawMode {
+    Xdp,
+    Tcx,
 }
 
 #[derive(Deserialize)]
@@ -434,6 +458,8 @@ impl Config {
             ("[tc-flower] writers", self.tc_writers != other.tc_writers),
             ("[tc-flower] percpu-stats", self.tc_percpu_stats != other.tc_percpu_stats),
             ("[tc-flower] qdisc", self.tc_qdisc != other.tc_qdisc),
+            ("[ebpf] mode", self.ebpf_mode != other.ebpf_mode),
+            ("[ebpf] max-rules", self.ebpf_max_rules != other.ebpf_max_rules),
             ("[nf-flowtable] accounting", self.flowtable_accounting != other.flowtable_accounting),
             ("[admission] min-packets", self.min_packets != other.min_packets),
             ("[admission] min-bytes", self.min_bytes != other.min_bytes),
@@ -518,6 +544,16 @@ impl Config {
             admission: admit::check(&raw.admission, raw.admit, line)?,
             min_packets: raw.admission.min_packets.unwrap_or(datapath::MIN_PACKETS),
             min_bytes: raw.admission.min_bytes,
+            ebpf_mode: raw.ebpf.mode.map(|mode| match mode {
+                RawMode::Xdp => Mode::Xdp,
+                RawMode::Tcx => Mode::Tcx,
+            }),
+            ebpf_max_rules: ranged(
+                raw.ebpf.max_rules,
+                EbpfConfig::default().max_rules,
+                1..=1 << 26,
+                "max-rules",
+            )?,
             flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
             tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
             tc_writers: writers.transpose()?.and_then(NonZeroUsize::new),
@@ -586,6 +622,8 @@ mod tests {
             ("[tc-flower]\nwriters = 7", "[tc-flower] writers"),
             ("[tc-flower]\npercpu-stats = true", "[tc-flower] percpu-stats"),
             ("[tc-flower]\nqdisc = \"clsact\"", "[tc-flower] qdisc"),
+            ("[ebpf]\nmode = \"xdp\"", "[ebpf] mode"),
+            ("[ebpf]\nmax-rules = 7", "[ebpf] max-rules"),
             ("[nf-flowtable]\naccounting = false", "[nf-flowtable] accounting"),
             ("[admission]\nmin-packets = 7", "[admission] min-packets"),
             ("[admission]\nmin-bytes = 7", "[admission] min-bytes"),
@@ -658,6 +696,8 @@ mod tests {
         assert_eq!(error("[[port]]\nmatch = \"a\"\ncapacity = 0\n").0, 3);
         assert_eq!(error("[tc-flower]\nprio-base = 0\n").0, 2);
         assert_eq!(error("[tc-flower]\nwriters = 65\n").0, 2);
+        assert_eq!(error("[ebpf]\nmax-rules = 0\n").0, 2);
+        assert_eq!(error("[ebpf]\nmode = \"generic\"\n").0, 2);
         assert_eq!(error("[tc-flower]\npercpu-stats = 0\n").0, 2);
         assert_eq!(error("[tc-flower]\n\nqdisc = \"egress\"\n").0, 3);
     }

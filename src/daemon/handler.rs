@@ -256,6 +256,8 @@ fn slot_info(links: &Links, fdb: &Fdb, v: &SlotView) -> SlotInfo {
         rule: v.rule.map(|r| match r.0 >> 32 {
             // nf-flowtable: elements have no name of their own, and are counted.
             0 => format!("element {}", r.0),
+            // ebpf: entries of the port's table, by their number.
+            0xffff_ffff => format!("entry {}", r.0 & 0xffff_ffff),
             // tc-flower: prio and handle, as `tc filter show` has them.
             prio => format!("pref {prio} handle {:#x}", r.0 & 0xffff_ffff),
         }),
@@ -434,6 +436,7 @@ impl ControlHandler for Handler {
                     "nf-flowtable" => {
                         "the flowtable of nf_tables, in NIC hardware where it takes it"
                     }
+                    "ebpf" => "a BPF program and a table for each port: XDP, tcx",
                     _ => "",
                 }
                 .to_owned(),

@@ -19,6 +19,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use clap::Parser;
 use netdev_providers::ProviderClass;
+use netdev_providers::ebpf::{EbpfClass, EbpfConfig};
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
 use netdev_providers::tc_flower::{TcFlowerClass, TcFlowerConfig};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -43,7 +44,7 @@ use crate::engine::{Engine, Limits};
 use crate::one_line::one_line;
 
 /// The provider classes that there are, in order of priority.
-const CLASSES: [&str; 2] = ["tc-flower", "nf-flowtable"];
+const CLASSES: [&str; 3] = ["tc-flower", "nf-flowtable", "ebpf"];
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -273,6 +274,11 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         ..NfFlowtableConfig::default()
     }));
     engine.register(Arc::clone(&flowtable) as Arc<dyn ProviderClass>)?;
+    engine.register(Arc::new(EbpfClass::new(EbpfConfig {
+        mode: config.ebpf_mode,
+        max_rules: config.ebpf_max_rules,
+        ..EbpfConfig::default()
+    })))?;
     backend.set_own_changes(Box::new(move |port_id| flowtable.is_own_change(port_id)));
     backend.set_observer(Box::new(handler::Events(server.publisher())));
 
