@@ -30,14 +30,16 @@ use crate::netns::NetNs;
 use crate::shown::as_shown;
 use crate::submit::{ifindex, netdev, submit};
 
+pub(crate) mod backend;
 mod nat;
 mod occupants;
 mod packets;
 mod slow_path;
 mod tagged;
 
-use self::packets::{Packet, Seen, octets};
-pub(crate) use self::packets::{Wire, parse};
+use self::backend::{Backend, scenarios};
+use self::packets::octets;
+pub(crate) use self::packets::{Packet, Seen, Wire, parse};
 
 const LAN: MacAddr = MacAddr([2, 0, 0, 0, 1, 1]);
 const CLIENT: MacAddr = MacAddr([2, 0, 0, 0, 1, 2]);
@@ -50,14 +52,19 @@ const ARRIVES: Duration = Duration::from_secs(10);
 // --- A network ------------------------------------------------------------------------------------
 
 /// `client c0 --- lan0 [router: the test's thread] wan0 --- s0 server`
-struct Net {
-    client: Host,
-    server: Host,
-    ns: NetNs,
+pub(crate) struct Net {
+    pub(crate) client: Host,
+    pub(crate) server: Host,
+    pub(crate) ns: NetNs,
+    backend: Backend,
 }
 
 impl Net {
     fn new() -> Self {
+        Self::of(Backend::Flower)
+    }
+
+    pub(crate) fn of(backend: Backend) -> Self {
         let ns = NetNs::new();
         let (client, server) = (Host::new(), Host::new());
         ns.run(&format!(
@@ -78,11 +85,18 @@ impl Net {
                  ip -6 route add default via fd0{net}::1"
             ));
         }
-        Self { client, server, ns }
+        backend.prepare(&ns, &client, &server);
+        Self { client, server, ns, backend }
     }
 
     /// A provider on one of the router's netdevs.
     fn bind(&self, name: &str) -> Port {
+        if self.backend != Backend::Flower {
+            let (class, instance) = (self.backend.class(), instance(1));
+            let provider = class.bind(&netdev(name, HwFlags::Both), instance).unwrap();
+            assert!(provider.describe().contains(self.backend.place()), "{}", provider.describe());
+            return Port { provider, instance };
+        }
         self.try_bind(name, HwFlags::Both, 1).unwrap()
     }
 
@@ -102,7 +116,13 @@ impl Net {
 
 impl Net {
     /// Sends a frame from the client, and returns what of `tuple` the server receives.
-    fn pass(&self, bytes: Vec<u8>, vnet_hdr: bool, tuple: Tuple, max: usize) -> Vec<Seen> {
+    pub(crate) fn pass(
+        &self,
+        bytes: Vec<u8>,
+        vnet_hdr: bool,
+        tuple: Tuple,
+        max: usize,
+    ) -> Vec<Seen> {
         let within = if max == 0 { Duration::from_millis(150) } else { ARRIVES };
         let (ready_tx, ready) = mpsc::channel();
         let seen = self.server.start(move || {
@@ -138,60 +158,60 @@ impl Net {
     }
 }
 
-fn instance(n: u32) -> Instance {
+pub(crate) fn instance(n: u32) -> Instance {
     Instance(NonZeroU32::new(n).unwrap())
 }
 
 /// A bound provider, called as the engine calls it.
-struct Port {
-    provider: Arc<dyn Provider>,
-    instance: Instance,
+pub(crate) struct Port {
+    pub(crate) provider: Arc<dyn Provider>,
+    pub(crate) instance: Instance,
 }
 
 impl Port {
-    fn cookie(&self, epoch: u64) -> Cookie {
+    pub(crate) fn cookie(&self, epoch: u64) -> Cookie {
         Cookie { instance: self.instance, epoch: Epoch(epoch), direction: Direction::Original }
     }
 
-    fn submit(&self, requests: Vec<Request>) -> Vec<Outcome> {
+    pub(crate) fn submit(&self, requests: Vec<Request>) -> Vec<Outcome> {
         submit(&*self.provider, requests)
     }
 
-    fn try_add(&self, epoch: u64, flow: Flow) -> Outcome {
+    pub(crate) fn try_add(&self, epoch: u64, flow: Flow) -> Outcome {
         let request = Request::Add { cookie: self.cookie(epoch), flow: Box::new(flow) };
         self.submit(vec![request]).remove(0)
     }
 
-    fn add(&self, epoch: u64, flow: Flow) -> RuleId {
+    pub(crate) fn add(&self, epoch: u64, flow: Flow) -> RuleId {
         match self.try_add(epoch, flow) {
             Ok(Done::Added { rule, .. }) => rule,
             other => panic!("{other:?}"),
         }
     }
 
-    fn delete(&self, epoch: u64, rule: RuleId) -> Outcome {
+    pub(crate) fn delete(&self, epoch: u64, rule: RuleId) -> Outcome {
         self.submit(vec![Request::Delete { rule, cookie: self.cookie(epoch) }]).remove(0)
     }
 
-    fn usage(&self) -> Vec<RuleReport> {
+    pub(crate) fn usage(&self) -> Vec<RuleReport> {
         let mut reports = Vec::new();
         self.provider.usage(&mut |r| reports.push(r)).unwrap();
         reports
     }
 
     /// Packets that the rule of this epoch has carried.
-    fn packets(&self, epoch: u64) -> u64 {
+    pub(crate) fn packets(&self, epoch: u64) -> u64 {
         let cookie = self.cookie(epoch);
         self.usage().iter().find(|r| r.cookie == cookie).expect("a rule").counters.packets
     }
 }
 
-fn tuple(text: &str) -> Tuple {
+pub(crate) fn tuple(text: &str) -> Tuple {
     text.parse().unwrap()
 }
 
 /// From the client to the server, on lan0, routed to wan0.
-fn flow(arrival: Tuple, departure: Tuple) -> Flow {
+pub(crate) fn flow(arrival: Tuple, departure: Tuple) -> Flow {
     Flow {
         zone: Zone(0),
         direction: Direction::Original,
@@ -208,12 +228,18 @@ fn flow(arrival: Tuple, departure: Tuple) -> Flow {
     }
 }
 
-const TCP4: &str = "tcp 10.0.1.2:4000 > 10.0.2.2:80";
-const UDP4: &str = "udp 10.0.1.2:4000 > 10.0.2.2:53";
-const TCP6: &str = "tcp [fd01::2]:4000 > [fd02::2]:80";
-const UDP6: &str = "udp [fd01::2]:4000 > [fd02::2]:53";
+pub(crate) const TCP4: &str = "tcp 10.0.1.2:4000 > 10.0.2.2:80";
+pub(crate) const UDP4: &str = "udp 10.0.1.2:4000 > 10.0.2.2:53";
+pub(crate) const TCP6: &str = "tcp [fd01::2]:4000 > [fd02::2]:80";
+pub(crate) const UDP6: &str = "udp [fd01::2]:4000 > [fd02::2]:53";
 
 // --- Rules ----------------------------------------------------------------------------------------
+
+scenarios! { all:
+    a_routed_packet_is_redirected_with_new_macs_and_one_less_ttl,
+    what_a_rule_must_not_take_goes_up_the_stack,
+    a_bridged_flow_is_left_as_it_is,
+}
 
 #[test]
 fn rules_read_back_as_they_were_meant() {
@@ -292,9 +318,8 @@ fn tc_shows_our_rules_as_it_shows_those_that_are_written_with_it() {
     }
 }
 
-#[test]
-fn a_routed_packet_is_redirected_with_new_macs_and_one_less_ttl() {
-    let net = Net::new();
+fn a_routed_packet_is_redirected_with_new_macs_and_one_less_ttl(backend: Backend) {
+    let net = Net::of(backend);
     let port = net.bind("lan0");
     for (epoch, t) in [TCP4, UDP4, TCP6, UDP6].into_iter().map(tuple).enumerate() {
         let epoch = epoch as u64;
@@ -312,13 +337,8 @@ fn a_routed_packet_is_redirected_with_new_macs_and_one_less_ttl() {
     }
 }
 
-#[test]
-fn what_a_rule_must_not_take_goes_up_the_stack() {
-    let net = Net::new();
-    let port = net.bind("lan0");
-    for (epoch, t) in [TCP4, UDP4, TCP6, UDP6].into_iter().map(tuple).enumerate() {
-        port.add(epoch as u64, flow(t, t));
-    }
+/// What goes up the stack whatever rules there are.
+fn cases_for_the_stack() -> Vec<(String, Packet)> {
     let of = |name: &str| Packet::new(tuple(name));
     let mut cases: Vec<(String, Packet)> = Vec::new();
     for name in [TCP4, UDP4, TCP6, UDP6] {
@@ -346,12 +366,17 @@ fn what_a_rule_must_not_take_goes_up_the_stack() {
             cases.push((format!("extension header {kind}"), of(name).with_extension(kind)));
         }
     }
-    let taken = || {
-        let mut packets = 0;
-        // Fails when the guards have been removed, further down, after it has reported the rules.
-        let _ = port.provider.usage(&mut |r| packets += r.counters.packets);
-        packets
-    };
+    cases
+}
+
+fn what_a_rule_must_not_take_goes_up_the_stack(backend: Backend) {
+    let net = Net::of(backend);
+    let port = net.bind("lan0");
+    for (epoch, t) in [TCP4, UDP4, TCP6, UDP6].into_iter().map(tuple).enumerate() {
+        port.add(epoch as u64, flow(t, t));
+    }
+    let (of, cases) = (|name: &str| Packet::new(tuple(name)), cases_for_the_stack());
+    let taken = || port.usage().iter().map(|r| r.counters.packets).sum::<u64>();
     for (what, packet) in &cases {
         let frame = packet.frame(false);
         net.client.call(move || Wire::open("c0", false).send(&frame));
@@ -363,12 +388,26 @@ fn what_a_rule_must_not_take_goes_up_the_stack() {
     let packet = Packet { ttl: 2, ..of(UDP6) };
     assert_eq!(net.pass(packet.frame(false), false, packet.tuple, 1)[0].ttl, 1);
     assert_eq!(taken(), 2);
-    // Without the guards, all that they are there for would have been taken.
+}
+
+#[test]
+fn without_the_guards_all_that_they_are_there_for_would_be_taken() {
+    let net = Net::new();
+    let port = net.bind("lan0");
+    for (epoch, t) in [TCP4, UDP4, TCP6, UDP6].into_iter().map(tuple).enumerate() {
+        port.add(epoch as u64, flow(t, t));
+    }
+    let taken = || {
+        let mut packets = 0;
+        // Fails, after it has reported the rules.
+        let _ = port.provider.usage(&mut |r| packets += r.counters.packets);
+        packets
+    };
     net.ns.run(
         "tc filter del dev lan0 ingress prio 49410 protocol ip
          tc filter del dev lan0 ingress prio 49411 protocol ipv6",
     );
-    for (what, packet) in &cases {
+    for (what, packet) in &cases_for_the_stack() {
         let guarded = what.starts_with("TTL")
             || what.ends_with("options")
             || (what.starts_with("extension") && !what.ends_with("44"));
@@ -378,9 +417,8 @@ fn what_a_rule_must_not_take_goes_up_the_stack() {
     }
 }
 
-#[test]
-fn a_bridged_flow_is_left_as_it_is() {
-    let net = Net::new();
+fn a_bridged_flow_is_left_as_it_is(backend: Backend) {
+    let net = Net::of(backend);
     let port = net.bind("lan0");
     let t = tuple(TCP4);
     let mut bridged = flow(t, t);

@@ -4,6 +4,7 @@
 //! begin with `alone_` change what all namespaces have in common, or want the machine's whole time, and run when
 //! nothing else does.
 
+mod ebpf;
 mod flower;
 mod flowtable;
 mod hardware;

@@ -2,6 +2,11 @@
 
 use super::*;
 
+scenarios! { all:
+    nat_keeps_every_checksum_right,
+    a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards,
+}
+
 /// Payloads of one word with which the checksum before or after the rewrite is 0xffff, 0, or one
 /// beside them.
 fn special_words(packet: &Packet, to: Tuple) -> Vec<u16> {
@@ -14,9 +19,8 @@ fn special_words(packet: &Packet, to: Tuple) -> Vec<u16> {
 }
 
 /// NAT of every kind, over packets in every state that a checksum can be in.
-#[test]
-fn nat_keeps_every_checksum_right() {
-    let net = Net::new();
+fn nat_keeps_every_checksum_right(backend: Backend) {
+    let net = Net::of(backend);
     // What leaves is completed and segmented in software: what the server captures is what would be
     // on a wire. What arrives is left in the state in which it was sent.
     net.ns.run("ethtool -K wan0 tx off tso off gso off tx-udp-segmentation off");
@@ -94,10 +98,9 @@ fn a_csum_action_would_leave_gso_packets_wrong() {
 }
 
 /// A real connection, translated by the rules alone once it stands: the router stops forwarding.
-#[test]
-fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards() {
+fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards(backend: Backend) {
     const LENGTH: usize = 300_000;
-    let net = Net::new();
+    let net = Net::of(backend);
     net.ns.run(
         "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
          nft add table inet t

@@ -139,7 +139,7 @@ pub(super) fn pseudo_header(src: &[u8], dst: &[u8], proto: u8, len: usize) -> u3
 
 /// How a packet that is sent looks, beyond its tuple.
 #[derive(Clone, Debug)]
-pub(super) struct Packet {
+pub(crate) struct Packet {
     pub(super) tuple: Tuple,
     pub(super) ttl: u8,
     pub(super) tcp_flags: u8,
@@ -159,7 +159,7 @@ pub(super) struct Packet {
 }
 
 impl Packet {
-    pub(super) fn new(tuple: Tuple) -> Self {
+    pub(crate) fn new(tuple: Tuple) -> Self {
         Self {
             tuple,
             ttl: 64,
@@ -212,7 +212,7 @@ impl Packet {
     }
 
     /// The frame; `partial`: with the pseudo-header sum where the L4 checksum belongs.
-    pub(super) fn frame(&self, partial: bool) -> Vec<u8> {
+    pub(crate) fn frame(&self, partial: bool) -> Vec<u8> {
         let t = &self.tuple;
         let mut l4 = [t.sport().to_be_bytes(), t.dport().to_be_bytes()].concat();
         let len = self.l4_header_len() + self.payload.len();

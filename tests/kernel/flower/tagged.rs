@@ -4,6 +4,12 @@ use super::*;
 use crate::wait::wait_until;
 use netdev_providers::{Repaired, VlanId};
 
+scenarios! { all:
+    a_tag_is_taken_off_and_another_is_put_on,
+    nat_of_tagged_frames_keeps_every_checksum_right,
+    frames_of_another_vlan_are_not_taken,
+}
+
 const DOT1Q: u16 = 0x8100;
 const DOT1AD: u16 = 0x88a8;
 
@@ -104,9 +110,8 @@ fn tc_shows_our_rules_with_tags_as_it_shows_those_that_are_written_with_it() {
     }
 }
 
-#[test]
-fn a_tag_is_taken_off_and_another_is_put_on() {
-    let net = Net::new();
+fn a_tag_is_taken_off_and_another_is_put_on(backend: Backend) {
+    let net = Net::of(backend);
     let port = net.bind("lan0");
     let cases = [(Some(10), None), (None, Some(20)), (Some(10), Some(20)), (Some(10), Some(10))];
     for (n, t) in [TCP4, UDP4, TCP6, UDP6].into_iter().map(tuple).enumerate() {
@@ -128,9 +133,8 @@ fn a_tag_is_taken_off_and_another_is_put_on() {
     }
 }
 
-#[test]
-fn nat_of_tagged_frames_keeps_every_checksum_right() {
-    let net = Net::new();
+fn nat_of_tagged_frames_keeps_every_checksum_right(backend: Backend) {
+    let net = Net::of(backend);
     net.ns.run("ethtool -K wan0 tx off tso off gso off tx-udp-segmentation off txvlan off");
     net.server.sh("ethtool -K s0 rx off gro off");
     let port = net.bind("lan0");
@@ -163,9 +167,8 @@ fn nat_of_tagged_frames_keeps_every_checksum_right() {
 }
 
 /// The tag of a frame is as much part of the match as its addresses.
-#[test]
-fn frames_of_another_vlan_are_not_taken() {
-    let net = Net::new();
+fn frames_of_another_vlan_are_not_taken(backend: Backend) {
+    let net = Net::of(backend);
     let port = net.bind("lan0");
     let all = [TCP4, UDP4, TCP6, UDP6].map(tuple);
     for (epoch, t) in all.into_iter().enumerate() {
