@@ -84,7 +84,10 @@ impl EbpfClass {
         let shared = Shared::new(Arc::clone(&flows), around);
         let capacity = self.config.max_rules;
         let parts = Parts { ifindex, object, pins, current, flows, egress, standing, capacity };
-        let writer = Writer::new(parts).map_err(BindError::Failed)?;
+        let writer = Writer::new(parts).inspect_err(|_| {
+            // The program stands by its pin alone now, or as a filter.
+            let _ = self.clear_leftovers(ifindex);
+        })?;
         Ok(Ebpf { ifindex, instance, shared, writer: Mutex::new(writer), about })
     }
 

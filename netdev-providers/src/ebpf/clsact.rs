@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use nix::errno::Errno;
 
 use crate::contract::types::Ifindex;
-use crate::netlink::error::NetlinkError;
+use crate::netlink::error::{KernelError, NetlinkError};
 use crate::netlink::modules::while_modules_come;
 use crate::netlink::socket::{ACK, CREATE, DUMP, EXCL, Family, REQUEST, Socket};
 use crate::netlink::wire::Message;
@@ -36,6 +36,17 @@ pub(super) const PRIO: u16 = 0xc110;
 const HANDLE: u32 = 1;
 /// What it is called: by this it is known to be ours.
 const NAME: &str = "ctoffload_flows";
+/// The same, at a qdisc that we made: whoever comes after us may remove it.
+const NAME_AND_QDISC: &str = "ctoffload_flows_and_qdisc";
+
+/// Our filter, as it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Filter {
+    /// The id of its program.
+    pub(super) program: u32,
+    /// We made the qdisc.
+    pub(super) made_qdisc: bool,
+}
 
 /// The ingress hook of a netdev.
 #[derive(Debug)]
@@ -102,35 +113,46 @@ impl Clsact {
         }
         let tcmsg = self.tcmsg(INGRESS_QDISC_HANDLE, TC_H_CLSACT, 0);
         let kind = |m: &mut Message<'_>| _ = m.str(TCA_KIND, "clsact");
-        self.request(RTM_DELQDISC, 0, tcmsg, kind)
+        match self.request(RTM_DELQDISC, 0, tcmsg, kind) {
+            // Somebody has removed it, or made another kind in its place.
+            Err(e) if matches!(e.errno(), Some(Errno::ENOENT | Errno::EINVAL)) => Ok(()),
+            deleted => deleted,
+        }
     }
 
     /// Puts the program there, in the place of the one that is there.
-    pub(super) fn put(&mut self, program: BorrowedFd<'_>) -> Result<(), NetlinkError> {
+    pub(super) fn put(
+        &mut self,
+        program: BorrowedFd<'_>,
+        made_qdisc: bool,
+    ) -> Result<(), NetlinkError> {
+        let name = if made_qdisc { NAME_AND_QDISC } else { NAME };
         let info = u32::from(PRIO) << 16 | u32::from(ETH_P_ALL.to_be());
         let tcmsg = self.tcmsg(HANDLE, PARENT_INGRESS, info);
         self.request(RTM_NEWTFILTER, CREATE, tcmsg, |m| {
             m.str(TCA_KIND, "bpf");
             m.nested_plain(TCA_OPTIONS, |m| {
                 m.attr(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes());
-                m.str(TCA_BPF_NAME, NAME);
+                m.str(TCA_BPF_NAME, name);
                 m.u32(TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT);
             });
         })
     }
 
-    /// The id of our program there. `None`: there is none.
+    /// Our filter there. `None`: there is none.
     ///
     /// # Errors
     /// Also EEXIST: a filter of somebody else is where it would be.
-    pub(super) fn program(&mut self) -> Result<Option<u32>, NetlinkError> {
+    pub(super) fn filter(&mut self) -> Result<Option<Filter>, NetlinkError> {
         let (mut ours, mut foreign) = (None, false);
         self.filters(PARENT_INGRESS, PRIO, |id, name| match (id, name) {
-            (Some(id), Some(NAME)) => ours = Some(id),
+            (Some(program), Some(NAME | NAME_AND_QDISC)) => {
+                ours = Some(Filter { program, made_qdisc: name == Some(NAME_AND_QDISC) });
+            }
             _ => foreign = true,
         })?;
         if foreign {
-            return Err(NetlinkError::Kernel(crate::netlink::error::KernelError {
+            return Err(NetlinkError::Kernel(KernelError {
                 errno: Errno::EEXIST,
                 extack: Some(format!("somebody else has a filter at prio {PRIO}").into()),
             }));

@@ -5,7 +5,6 @@
 //!   current_flows      the array with the port's table in it
 //!   egress_netdevs     netdevs that rules lead to
 //!   link               XDP or tcx (a filter of cls_bpf stands by itself)
-//!   made_qdisc/        the qdisc that the filter stands at was made by us
 //! ```
 //! An ifindex is reused, and so is the inode of a network namespace: what is found there is the port's if the program
 //! that its netdev has is one that uses these maps.
@@ -57,12 +56,14 @@ impl Pins {
         self.path(name).exists()
     }
 
-    /// Notes something, for whoever comes after this daemon.
-    pub(super) fn note(&self, what: &str) -> io::Result<()> {
-        match fs::create_dir(self.path(what)) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
-            _ => Ok(()),
-        }
+    /// Where the link is pinned.
+    pub(super) fn link(&self) -> PathBuf {
+        self.path("link")
+    }
+
+    /// Removes the pin of a link that does nothing any more.
+    pub(super) fn remove_link(&self) -> io::Result<()> {
+        fs::remove_file(self.link())
     }
 
     /// Removes all that is in it, and itself; what lives by nothing else ends with that.
@@ -105,12 +106,7 @@ fn remove(dir: &Path) -> io::Result<()> {
         entries => entries?,
     };
     for entry in entries {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            fs::remove_dir(entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
-        }
+        fs::remove_file(entry?.path())?;
     }
     fs::remove_dir(dir)
 }

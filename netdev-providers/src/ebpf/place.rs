@@ -10,7 +10,7 @@ use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{LinkOrder, ProgramError, TcAttachType};
 use nix::errno::Errno;
 
-use super::clsact::{Clsact, PRIO};
+use super::clsact::{Clsact, Filter, PRIO};
 use super::object::{Object, fault};
 use super::pins::Pins;
 use crate::bpf::{program_maps, tcx_ingress};
@@ -22,8 +22,6 @@ use crate::netlink::link::Links;
 
 /// `XDP_ATTACHED_DRV` (linux/if_link.h).
 const NATIVE: u8 = 1;
-const LINK: &str = "link";
-const MADE_QDISC: &str = "made_qdisc";
 
 /// Where a program can stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +69,8 @@ pub(super) struct Around {
 impl Standing {
     /// The program of a dead engine, which uses these maps (by the id of one of them). Others' are never taken for it.
     pub(super) fn find(ifindex: Ifindex, pins: &Pins, map: u32) -> Result<Option<Self>, Fault> {
-        let found = if pins.has(LINK) {
-            let link = PinnedLink::from_pin(pins.path(LINK))
+        let found = if pins.link().exists() {
+            let link = PinnedLink::from_pin(pins.link())
                 .map_err(|e| fault("reading the pinned link", &e))?;
             let link = FdLink::from(link);
             let info = link.info().map_err(|e| fault("reading the pinned link", &e))?;
@@ -84,9 +82,8 @@ impl Standing {
             let program = info.program_id();
             Self { place, ifindex, program, link: Some(link), made_qdisc: false }
         } else {
-            let program = Clsact::open(ifindex).and_then(|mut c| c.program());
-            let Ok(Some(program)) = program else { return Ok(None) };
-            let made_qdisc = pins.has(MADE_QDISC);
+            let filter = Clsact::open(ifindex).and_then(|mut c| c.filter());
+            let Ok(Some(Filter { program, made_qdisc })) = filter else { return Ok(None) };
             Self { place: Place::Clsact, ifindex, program, link: None, made_qdisc }
         };
         let stands =
@@ -110,10 +107,10 @@ impl Standing {
                 let mut clsact = Clsact::open(ifindex).map_err(|e| e.into_fault(what))?;
                 made_qdisc =
                     clsact.add_qdisc().map_err(|e| e.into_fault("adding a clsact qdisc"))?;
-                let put = clsact.program().map_err(|e| e.into_fault(what)).and_then(|_| {
+                let put = clsact.filter().map_err(|e| e.into_fault(what)).and_then(|_| {
                     let program = object.tc()?;
                     let fd = program.fd().map_err(|e| fault(what, &e))?;
-                    clsact.put(fd.as_fd()).map_err(|e| e.into_fault(what))?;
+                    clsact.put(fd.as_fd(), made_qdisc).map_err(|e| e.into_fault(what))?;
                     Ok(program.info().map_err(|e| fault(what, &e))?.id())
                 });
                 match put {
@@ -181,11 +178,8 @@ impl Standing {
     fn pin(&mut self, pins: &Pins) -> Result<(), Fault> {
         let what = "pinning the link";
         if let Some(link) = self.link.take() {
-            let pinned = link.pin(pins.path(LINK)).map_err(|e| fault(what, &e))?;
+            let pinned = link.pin(pins.link()).map_err(|e| fault(what, &e))?;
             self.link = Some(pinned.into());
-        }
-        if self.made_qdisc {
-            pins.note(MADE_QDISC).map_err(|e| fault(what, &e))?;
         }
         Ok(())
     }
@@ -215,7 +209,7 @@ impl Standing {
                 let program = object.tc()?;
                 let fd = program.fd().map_err(|e| fault(what, &e))?;
                 Clsact::open(ifindex)
-                    .and_then(|mut c| c.put(fd.as_fd()))
+                    .and_then(|mut c| c.put(fd.as_fd(), made_qdisc))
                     .map_err(|e| e.into_fault(what))?;
                 (program.info().map_err(|e| fault(what, &e))?.id(), None)
             }
@@ -228,7 +222,10 @@ impl Standing {
         Ok(match self.place {
             Place::Xdp => xdp_of(self.ifindex)?.contains(&(NATIVE, self.program)),
             Place::Tcx => tcx_ingress(self.ifindex).contains(&self.program),
-            Place::Clsact => Clsact::open(self.ifindex)?.program()? == Some(self.program),
+            Place::Clsact => {
+                let filter = Clsact::open(self.ifindex)?.filter()?;
+                filter.is_some_and(|f| f.program == self.program)
+            }
         })
     }
 
@@ -266,7 +263,7 @@ impl Standing {
         }
         let remove = || {
             let mut clsact = Clsact::open(self.ifindex)?;
-            if clsact.program()?.is_some() {
+            if clsact.filter()?.is_some() {
                 clsact.delete()?;
             }
             if self.made_qdisc { clsact.delete_unused_qdisc() } else { Ok(()) }
@@ -278,11 +275,14 @@ impl Standing {
     }
 }
 
-/// Removes a filter that a dead engine has left where nothing of it can be found any more.
+/// Removes a filter that a dead engine has left where nothing else of it can be found any more.
 pub(super) fn remove_stray_filter(ifindex: Ifindex) -> Result<(), NetlinkError> {
     let mut clsact = Clsact::open(ifindex)?;
-    match clsact.program() {
-        Ok(Some(_)) => clsact.delete(),
+    match clsact.filter() {
+        Ok(Some(Filter { made_qdisc, .. })) => {
+            clsact.delete()?;
+            if made_qdisc { clsact.delete_unused_qdisc() } else { Ok(()) }
+        }
         Ok(None) => Ok(()),
         // Somebody else's.
         Err(e) if e.errno() == Some(Errno::EEXIST) => Ok(()),

@@ -49,8 +49,10 @@ pub(super) struct Writer {
     egress: Egress,
     table: Table,
     capacity: u32,
-    /// `None` after the end.
+    /// `None`: somebody took it away, or after the end.
     standing: Option<Standing>,
+    /// Where it stood that somebody took away, and that could not be put there again yet.
+    lost: Option<Place>,
     /// What leftovers do, as they were read.
     observed: HashMap<RuleNumber, Entry>,
     /// The engine is to be told that its rules are gone.
@@ -83,6 +85,7 @@ impl Writer {
             table: Table::new(capacity),
             capacity,
             standing: Some(standing),
+            lost: None,
             observed: HashMap::new(),
             rules_gone: false,
         };
@@ -244,10 +247,14 @@ impl Writer {
     }
 
     fn can_add(&self) -> Result<(), Rejection> {
-        if self.standing.is_none() {
-            return Err(Reason::NetdevGone.into());
+        match (&self.standing, self.lost) {
+            (Some(_), _) => Ok(()),
+            (None, Some(_)) => {
+                let why = "somebody took the program of the port away";
+                Err(Rejection::with_detail(Reason::Busy, why))
+            }
+            (None, None) => Err(Reason::NetdevGone.into()),
         }
-        Ok(())
     }
 
     /// Sees to it that the program may lead to a netdev; returns whether frames in several buffers can be sent there.
@@ -320,12 +327,14 @@ impl Writer {
 
     /// Looks whether the program stands, and who else is there; puts it there again where somebody took it away.
     pub(super) fn look(&mut self, shared: &Shared) {
-        let Some(standing) = &self.standing else { return };
         let ifindex = self.ifindex;
-        match standing.stands() {
-            Ok(true) => {}
-            Ok(false) => self.put_again(shared),
-            Err(e) => return warn!(%ifindex, "whether the program stands: {e}"),
+        match self.standing.as_ref().map(Standing::stands) {
+            Some(Ok(true)) | None => {}
+            Some(Ok(false)) => self.note_loss(),
+            Some(Err(e)) => return warn!(%ifindex, "whether the program stands: {e}"),
+        }
+        if let Some(place) = self.lost {
+            self.put_again(shared, place);
         }
         let Some(standing) = &self.standing else { return };
         let around = match standing.around() {
@@ -349,32 +358,35 @@ impl Writer {
         self.look_at_egress();
     }
 
-    fn put_again(&mut self, shared: &Shared) {
+    fn note_loss(&mut self) {
         let Some(standing) = self.standing.take() else { return };
-        let (place, ifindex) = (standing.place, self.ifindex);
-        warn!(%ifindex, "somebody took the program of the port away ({place})");
-        let _ = standing.remove();
-        let mut places = vec![place];
-        if place == Place::Tcx {
-            places.push(Place::Clsact);
-        }
+        warn!(ifindex = %self.ifindex, "somebody took the program of the port away ({})", standing.place);
+        self.lost = Some(standing.place);
         if let Some(pins) = &self.pins {
-            let _ = std::fs::remove_file(pins.path("link"));
+            let _ = pins.remove_link();
         }
-        for place in places {
+        let _ = standing.remove();
+    }
+
+    /// With the table that it had, or, if that cannot be now, without rules until it can.
+    fn put_again(&mut self, shared: &Shared, place: Place) {
+        let ifindex = self.ifindex;
+        let instead = (place == Place::Tcx).then_some(Place::Clsact);
+        for place in [Some(place), instead].into_iter().flatten() {
             match Standing::put(place, ifindex, &mut self.object, self.pins.as_ref()) {
                 Ok(standing) => {
                     info!(%ifindex, "the program of the port stands again ({place})");
                     self.standing = Some(standing);
+                    self.lost = None;
                     return;
                 }
                 Err(e) => warn!(%ifindex, "{e}"),
             }
         }
+        self.rules_gone = self.table.own() > 0;
         if let Err(e) = self.flush(shared) {
             warn!(%ifindex, "{e}");
         }
-        self.rules_gone = true;
     }
 
     /// Netdevs that XDP cannot send to any more are led to no longer: the packets go up the stack.
@@ -394,6 +406,7 @@ impl Writer {
     /// The end.
     pub(super) fn release(&mut self) -> Result<(), Fault> {
         let standing = self.standing.take();
+        self.lost = None;
         let unpinned = self.pins.as_ref().map_or(Ok(()), Pins::remove);
         let removed = standing.map_or(Ok(()), Standing::remove);
         unpinned.map_err(|e| fault("removing the pins", &e))?;
@@ -402,7 +415,7 @@ impl Writer {
 
     /// Whether [`look`](Self::look) would find nothing new.
     pub(super) fn is_as_it_was(&self, shared: &Shared) -> bool {
-        let Some(standing) = &self.standing else { return true };
+        let Some(standing) = &self.standing else { return self.lost.is_none() };
         let around = standing.around();
         matches!(standing.stands(), Ok(true)) && around.is_ok_and(|now| now == shared.around())
     }
