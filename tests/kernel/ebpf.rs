@@ -19,13 +19,21 @@ use netdev_providers::{
 };
 use nix::errno::Errno;
 
-use crate::flower::backend::Backend;
+use crate::flower::backend::{Backend, tells_what_xdp_sends_to};
 use crate::flower::{Net, Packet, Port, TCP4, TCP6, UDP4, UDP6, Wire, flow, instance, tuple};
 use crate::netns::NetNs;
 use crate::submit::{ifindex, netdev};
 use crate::wait::wait_until;
 
-const PLACES: [Backend; 3] = [Backend::Tcx, Backend::Clsact, Backend::Xdp];
+fn places() -> Vec<Backend> {
+    let mut places = vec![Backend::Tcx, Backend::Clsact];
+    if tells_what_xdp_sends_to() {
+        places.push(Backend::Xdp);
+    } else {
+        println!("not checked here: XDP, which on this kernel sends only to ports of its own");
+    }
+    places
+}
 
 /// A bpffs of a test's own.
 struct Bpffs(PathBuf);
@@ -130,7 +138,7 @@ impl Net {
 
 #[test]
 fn nothing_is_left_of_a_port_that_has_gone() {
-    for backend in PLACES {
+    for backend in places() {
         let fs = Bpffs::new("gone");
         let net = Net::of(backend);
         let qdisc = || net.ns.run("tc qdisc show dev lan0").matches("clsact").count();
@@ -176,7 +184,7 @@ fn without_a_bpffs_rules_end_with_the_process_and_it_is_said() {
 /// A process that ends takes its descriptors with it, and no more.
 #[test]
 fn what_a_dead_engine_has_left_goes_on_forwarding_and_is_adopted() {
-    for backend in PLACES {
+    for backend in places() {
         let fs = Bpffs::new("adopted");
         let net = Net::of(backend);
         let class = class(backend, &fs.pins(), 16);
@@ -248,7 +256,7 @@ fn what_a_dead_engine_has_left_goes_on_forwarding_and_is_adopted() {
 /// The program of the next engine comes in the place of that of the former at once.
 #[test]
 fn no_packet_is_lost_while_an_engine_takes_over() {
-    for backend in PLACES {
+    for backend in places() {
         let fs = Bpffs::new("takes-over");
         let net = Net::of(backend);
         let class = class(backend, &fs.pins(), 16);
@@ -317,7 +325,7 @@ fn what_is_of_no_use_any_more_is_removed() {
 /// Pins are of a netdev with this number: they are another's when the number is.
 #[test]
 fn pins_of_a_netdev_that_has_gone_are_not_taken_for_those_of_its_successor() {
-    for backend in PLACES {
+    for backend in places() {
         let fs = Bpffs::new("successor");
         let net = Net::of(backend);
         let class = class(backend, &fs.pins(), 16);
@@ -338,7 +346,7 @@ fn pins_of_a_netdev_that_has_gone_are_not_taken_for_those_of_its_successor() {
 
 #[test]
 fn a_netdev_that_goes_takes_its_rules_and_nothing_hangs() {
-    for backend in PLACES {
+    for backend in places() {
         let fs = Bpffs::new("goes");
         let net = Net::of(backend);
         let port = bind(&class(backend, &fs.pins(), 16), "lan0", 1);
@@ -363,7 +371,7 @@ fn a_netdev_that_goes_takes_its_rules_and_nothing_hangs() {
 
 #[test]
 fn what_there_is_no_room_for_goes_up_the_stack() {
-    for backend in PLACES {
+    for backend in places() {
         let net = Net::of(backend);
         net.watch_stack();
         let port = bind(&class(backend, Path::new("/tmp/none"), 2), "lan0", 1);
@@ -387,7 +395,7 @@ fn what_there_is_no_room_for_goes_up_the_stack() {
 
 #[test]
 fn what_led_to_a_netdev_that_has_gone_goes_up_the_stack() {
-    for backend in PLACES {
+    for backend in places() {
         let net = Net::of(backend);
         net.watch_stack();
         let port = bind(&class(backend, Path::new("/tmp/none"), 16), "lan0", 1);
@@ -407,7 +415,7 @@ fn what_led_to_a_netdev_that_has_gone_goes_up_the_stack() {
 
 #[test]
 fn what_matches_no_rule_or_another_mac_goes_up_the_stack() {
-    for backend in PLACES {
+    for backend in places() {
         let net = Net::of(backend);
         net.watch_stack();
         let port = bind(&class(backend, Path::new("/tmp/none"), 16), "lan0", 1);
@@ -453,8 +461,10 @@ fn a_foreign_program_of_xdp_stays_and_is_named() {
     let why = declined(&ours, "lan0");
     assert!(why.contains("XDP program forward_xdp (id "), "{why}");
     let t = tuple(TCP4);
-    foreign.add(1, flow(t, t));
-    assert!(net.forwards(t), "it forwards as before");
+    if tells_what_xdp_sends_to() {
+        foreign.add(1, flow(t, t));
+        assert!(net.forwards(t), "it forwards as before");
+    }
     // By another mode it can be had, behind that one.
     let mode = Some(Mode::Tcx);
     let class =
@@ -529,7 +539,7 @@ fn others_at_tcx_are_left_where_they_are_and_none_is_passed_by() {
 
 #[test]
 fn filters_that_come_later_are_not_passed_by() {
-    for backend in [Backend::Tcx, Backend::Xdp] {
+    for backend in places().into_iter().filter(|&b| b != Backend::Clsact) {
         let net = Net::of(backend);
         let port = bind(&class(backend, Path::new("/tmp/none"), 16), "lan0", 1);
         if port.provider.describe().contains("cls_bpf") {

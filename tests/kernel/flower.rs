@@ -9,6 +9,7 @@
     reason = "a test: clippy spares the test functions, but not what they call"
 )]
 
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -37,7 +38,7 @@ mod packets;
 mod slow_path;
 mod tagged;
 
-use self::backend::{Backend, scenarios};
+use self::backend::{Backend, scenarios, tells_what_xdp_sends_to};
 use self::packets::octets;
 pub(crate) use self::packets::{Packet, Seen, Wire, parse};
 
@@ -57,6 +58,8 @@ pub(crate) struct Net {
     pub(crate) server: Host,
     pub(crate) ns: NetNs,
     backend: Backend,
+    /// A port that was bound so that XDP can send to it, and not asked for yet.
+    egress: RefCell<Option<Arc<dyn Provider>>>,
 }
 
 impl Net {
@@ -86,14 +89,22 @@ impl Net {
             ));
         }
         backend.prepare(&ns, &client, &server);
-        Self { client, server, ns, backend }
+        Self { client, server, ns, backend, egress: RefCell::default() }
     }
 
     /// A provider on one of the router's netdevs.
     fn bind(&self, name: &str) -> Port {
         if self.backend != Backend::Flower {
             let (class, instance) = (self.backend.class(), instance(1));
-            let provider = class.bind(&netdev(name, HwFlags::Both), instance).unwrap();
+            let bind = |name| class.bind(&netdev(name, HwFlags::Both), instance).unwrap();
+            let mut egress = self.egress.borrow_mut();
+            let provider = match egress.take() {
+                Some(provider) if name == "wan0" => provider,
+                _ => bind(name),
+            };
+            if self.backend == Backend::Xdp && !tells_what_xdp_sends_to() && name == "lan0" {
+                *egress = Some(bind("wan0"));
+            }
             assert!(provider.describe().contains(self.backend.place()), "{}", provider.describe());
             return Port { provider, instance };
         }

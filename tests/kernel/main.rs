@@ -5,6 +5,7 @@
 //! nothing else does.
 
 mod ebpf;
+mod entries;
 mod flower;
 mod flowtable;
 mod hardware;

@@ -13,6 +13,7 @@ use crate::wait::wait_until;
 
 const FLOWER: &str = "tc-flower";
 const FLOWTABLE: &str = "nf-flowtable";
+const EBPF: &str = "ebpf";
 
 /// A router whose forward hook counts, with a second way to the host behind `wan`, by `wan2`.
 fn router(test: &str) -> Router {
@@ -104,9 +105,25 @@ fn ok(r: &Router, args: &[&str]) {
 
 #[test]
 fn mixed_each_netdev_offloads_its_own_direction_with_its_own_provider() {
-    for (test, lan, wan) in
-        [("mix1", FLOWER, FLOWTABLE), ("mix2", FLOWTABLE, FLOWER), ("mix3", FLOWTABLE, FLOWTABLE)]
-    {
+    each_offloads_its_own(&[
+        ("mix1", FLOWER, FLOWTABLE),
+        ("mix2", FLOWTABLE, FLOWER),
+        ("mix3", FLOWTABLE, FLOWTABLE),
+    ]);
+}
+
+#[test]
+fn mixed_ebpf_offloads_its_own_direction_beside_the_others() {
+    each_offloads_its_own(&[("mix4", EBPF, FLOWER), ("mix5", FLOWTABLE, EBPF)]);
+}
+
+#[test]
+fn mixed_ebpf_on_both_offloads_each_by_itself() {
+    each_offloads_its_own(&[("mix6", EBPF, EBPF)]);
+}
+
+fn each_offloads_its_own(cases: &[(&str, &str, &str)]) {
+    for &(test, lan, wan) in cases {
         let mut r = router(test);
         start(&mut r, &[("lan", &[lan]), ("wan", &[wan])]);
         assert_eq!((provider(&r, "lan"), provider(&r, "wan")), (lan.into(), wan.into()));
@@ -117,10 +134,11 @@ fn mixed_each_netdev_offloads_its_own_direction_with_its_own_provider() {
             wait_crossing(r, c, [!on_lan, !on_wan, false]);
         };
         both(&r, &mut c);
-        let rules = |provider: &str| usize::from(provider == FLOWER);
+        let rules = |provider: &str| usize::from(provider != FLOWTABLE);
         assert_eq!((r.rules("lan"), r.rules("wan")), (rules(lan), rules(wan)));
         let entry = r.run("conntrack -L -p tcp --dport 5001 2>/dev/null");
-        assert_eq!(entry.contains("OFFLOAD"), on_lan && on_wan, "{entry}");
+        let in_flowtable = [lan, wan].contains(&FLOWTABLE) && on_lan && on_wan;
+        assert_eq!(entry.contains("OFFLOAD"), in_flowtable, "{entry}");
 
         // Either port goes, and comes back. The other's direction stays where it is, if it can alone.
         ok(&r, &["port", "del", "wan"]);
@@ -136,8 +154,10 @@ fn mixed_each_netdev_offloads_its_own_direction_with_its_own_provider() {
 
         c.close();
         wait_until("nothing is left of the connection", || r.slots().is_empty());
-        let sets = r.run("nft list table inet ctoffload_flow");
-        assert!(!sets.contains("elements = { 0x"), "{sets}");
+        if [lan, wan].contains(&FLOWTABLE) {
+            let sets = r.run("nft list table inet ctoffload_flow");
+            assert!(!sets.contains("elements = { 0x"), "{sets}");
+        }
         assert_eq!(r.signal(Signal::SIGTERM), Some(0));
         assert_eq!(r.run("nft list tables"), "table inet watch\n");
     }

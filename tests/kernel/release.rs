@@ -1,4 +1,4 @@
-//! Which kernel this is: what the kernel's flowtable does differs, and nothing but its version tells.
+//! Which kernel this is: what it does differs, and nothing but its version tells.
 
 /// From 6.14 on a FIN or a RST goes through the flowtable as everything else does, and conntrack is not
 /// told: the connection has ended when nothing has come for `nf_flowtable_tcp_timeout`, and then for
@@ -9,7 +9,10 @@ fn flowtable_keeps_fin() -> bool {
 
 /// Where the flowtable keeps FIN and RST to itself, the ends of connections are heard of soon all the same.
 pub(crate) fn hear_of_ends_soon(run: impl FnOnce(&str) -> String) {
-    if flowtable_keeps_fin() {
+    // A kernel without flowtables has no such thing.
+    let has_flowtables =
+        std::path::Path::new("/proc/sys/net/netfilter/nf_flowtable_tcp_timeout").exists();
+    if flowtable_keeps_fin() && has_flowtables {
         run(
             "sysctl -qw net.netfilter.nf_flowtable_tcp_timeout=4 net.netfilter.nf_conntrack_tcp_timeout_close=2",
         );
@@ -28,7 +31,7 @@ pub(crate) fn rules_know_flow_labels() -> bool {
 
 /// # Panics
 /// When the kernel does not say which it is.
-fn is_at_least(version: (u32, u32)) -> bool {
+pub(crate) fn is_at_least(version: (u32, u32)) -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("osrelease");
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     let (major, minor) = (numbers.next().expect("a major"), numbers.next().expect("a minor"));

@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::entries::entries;
 use crate::netns::NetNs;
 use crate::wait::{PATIENCE, wait_until};
 
@@ -24,6 +25,7 @@ mod admission;
 mod beside;
 mod blind;
 mod bridge;
+mod ebpf;
 mod ecmp;
 mod ends;
 mod firewall;
@@ -105,6 +107,13 @@ impl Router {
     pub(crate) fn start_with(&mut self, config: &str) {
         let file = self.configure(config);
         self.start(&["--config", &file]);
+    }
+
+    /// Two ports of this provider alone.
+    pub(crate) fn start_by(&mut self, provider: &str) {
+        self.start_with(&format!(
+            "[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"?an\"\nproviders = [\"{provider}\"]\n"
+        ));
     }
 
     /// The name of a file with this configuration. Where it does not say from how many packets on, from the first
@@ -189,10 +198,11 @@ impl Router {
         });
     }
 
-    /// Flow rules of ours on a netdev, as `tc` sees them.
+    /// Flow rules of ours on a netdev: as `tc` sees them, and in the tables of BPF programs.
     pub(crate) fn rules(&self, dev: &str) -> usize {
         let out = self.run(&format!("tc filter show dev {dev} ingress"));
-        out.lines().filter(|l| l.contains(" flower ") && l.contains("handle 0x")).count()
+        let flower = out.lines().filter(|l| l.contains(" flower ") && l.contains("handle 0x"));
+        flower.count() + entries(dev)
     }
 
     /// Exchanges data until all of it goes by rules: a netdev that has just come up is heard of late,

@@ -8,6 +8,7 @@ use netdev_providers::{HwFlags, Instance, Provider, ProviderClass};
 
 use crate::host::Host;
 use crate::netns::NetNs;
+use crate::release::is_at_least;
 use crate::submit::netdev;
 
 /// Whose rules the router has.
@@ -68,11 +69,13 @@ impl Backend {
     }
 }
 
-/// Linux 6.6.
 fn has_tcx() -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
-    let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(6), Some(6))
+    is_at_least((6, 6))
+}
+
+/// The kernel tells which netdevs XDP can send to. Where it does not, they have to have a program themselves.
+pub(crate) fn tells_what_xdp_sends_to() -> bool {
+    is_at_least((6, 3))
 }
 
 /// Ours with an empty table.
