@@ -80,6 +80,15 @@ impl Ours {
         }))
     }
 
+    /// Adds of other rules than those that all contestants write.
+    #[allow(dead_code, reason = "not in every suite that has this file")]
+    pub(crate) fn prepare_adds_of(&self, count: u32, flow: fn(u32, Ifindex) -> Flow) -> Prepared {
+        self.prepare((0..count).map(|n| Request::Add {
+            cookie: rules::cookie(n, self.instance),
+            flow: Box::new(flow(n, self.egress)),
+        }))
+    }
+
     pub(crate) fn prepare_deletes(&self, rules: &[RuleId]) -> Prepared {
         let cookies = (0..).map(|n| rules::cookie(n, self.instance));
         let requests: Vec<_> = rules
