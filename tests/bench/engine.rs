@@ -4,11 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
 
 mod capi;
+mod dump;
 mod flush;
 mod heap;
 mod measure;
 mod packets;
 mod peers;
+mod ports;
 mod report;
 mod table;
 mod world;
@@ -25,10 +27,21 @@ const USAGE: &str = "engine [--quick] [--out FILE] [PART...]
 
   --quick     fewer rounds: to see that it runs, not to believe the figures
   --out FILE  write the figures there as JSON
-  PART        only these of: decided, capi, counted, sight, strangers, table, memory, flush";
+  PART        only these of: decided, capi, counted, sight, strangers, table, memory, flush,
+              ports, dump";
 
-const PARTS: [&str; 8] =
-    ["decided", "capi", "counted", "sight", "strangers", "table", "memory", "flush"];
+const PARTS: [&str; 10] = [
+    "decided",
+    "capi",
+    "counted",
+    "sight",
+    "strangers",
+    "table",
+    "memory",
+    "flush",
+    "ports",
+    "dump",
+];
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -81,6 +94,14 @@ fn main() -> ExitCode {
     }
     if wanted("flush") {
         flush::flushes(&mut report, rounds(40), million);
+    }
+    if wanted("ports") {
+        ports::ports(&mut report, rounds(20));
+    }
+    if wanted("dump") {
+        // On a thread of its own: it is kept on one CPU.
+        std::thread::scope(|s| s.spawn(|| dump::dump(&mut report, rounds(10), million)).join())
+            .expect("connections are listed");
     }
     report::finish(&report, out.as_deref())
 }

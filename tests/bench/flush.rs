@@ -1,30 +1,54 @@
-//! A port's flush: it costs what the port holds, whatever others hold.
+//! What takes rules away costs what it takes, whatever else there is: the flush of a port, one by zone or tuple,
+//! a port's delete.
 
 use std::time::Instant;
 
+use ctoffload::engine::FlushFilter;
 use ctoffload::engine::conn::ConnHandle;
-use netdev_providers::Direction;
+use netdev_providers::{Direction, Zone};
 
 use crate::measure::{Samples, nanos};
 use crate::packets;
 use crate::report::{Bar, Figure, Report};
-use crate::world::World;
+use crate::world::{World, key};
 
 /// The port that is flushed, and the one that holds the rest.
 const FLUSHED: u32 = 1;
 const REST: u32 = 2;
 const ONE: [Direction; 1] = [Direction::Original];
+/// The zone of the connections that are flushed by it.
+const ZONE: Zone = Zone(7);
 
-/// Time of one flush of a port that holds these, in nanoseconds.
-fn flush(world: &World, held: &[ConnHandle]) -> f64 {
+/// Time of what takes these away from the port, in nanoseconds.
+fn taking(world: &World, held: &[ConnHandle], take: impl FnOnce() -> u64) -> f64 {
     world.install(FLUSHED, held, &ONE);
     // Until the port's thread is asleep, as it is when nothing happens.
     std::thread::sleep(std::time::Duration::from_millis(2));
     let started = Instant::now();
-    let flushed = world.flush(FLUSHED);
+    let flushed = take();
     let took = started.elapsed();
     assert_eq!(flushed, held.len() as u64);
     nanos(took)
+}
+
+/// Time of one flush of a port that holds these, in nanoseconds.
+fn flush(world: &World, held: &[ConnHandle]) -> f64 {
+    taking(world, held, || world.flush(FLUSHED))
+}
+
+/// By zone; by one connection's original tuple, without the zone; by its reply tuple, behind NAT; a port's delete.
+fn takes(world: &World, zoned: &[ConnHandle]) -> [f64; 4] {
+    let by = |filter: FlushFilter| world.flush_by(&filter);
+    let tuple = |tuple| FlushFilter { tuple: Some(tuple), ..FlushFilter::default() };
+    let zone = FlushFilter { zone: Some(ZONE), ..FlushFilter::default() };
+    let took = [
+        taking(world, zoned, || by(zone)),
+        taking(world, &zoned[..1], || by(tuple(zoned[0].key().original))),
+        taking(world, &zoned[..1], || by(tuple(*zoned[0].reply()))),
+        taking(world, zoned, || world.del_port(FLUSHED)),
+    ];
+    world.add_port(FLUSHED);
+    took
 }
 
 /// Time of one flush of an empty port, from many.
@@ -45,6 +69,10 @@ pub(crate) fn flushes(report: &mut Report, rounds: usize, rest: u32) {
     let [conns, same] = [&quiet, &crowded].map(|w| w.conns(0..few));
     let others = crowded.conns(many_more);
     crowded.install(REST, &others, &ONE);
+    // A tuple of these is no other's: the zone is another.
+    let zoned = [&quiet, &crowded].map(|w| w.conns_in(ZONE, rest + 1..rest + 1001));
+    assert!(crowded.engine.conn(&key(rest + 1)).is_none());
+    let mut taken: [[Samples; 2]; 4] = Default::default();
     let mut empty: [Samples; 2] = Default::default();
     let mut thousand: [Samples; 2] = Default::default();
     let mut many: [Samples; 2] = Default::default();
@@ -54,6 +82,8 @@ pub(crate) fn flushes(report: &mut Report, rounds: usize, rest: u32) {
             thousand[n].push(flush(world, &conns[..1000]));
             if round % 4 == 0 {
                 many[n].push(flush(world, conns));
+                let took = takes(world, &zoned[n]);
+                taken.iter_mut().zip(took).for_each(|(samples, took)| samples[n].push(took));
             }
         }
     }
@@ -85,6 +115,28 @@ pub(crate) fn flushes(report: &mut Report, rounds: usize, rest: u32) {
         many[1].over(&many[0]).median(),
         "x",
     ));
+    let what = [
+        "flush of 1,000 by their zone",
+        "flush of one by its original tuple, in any zone",
+        "flush of one by its reply tuple behind NAT, in any zone",
+        "delete of a port with 1,000",
+    ];
+    for (what, samples) in what.into_iter().zip(&taken) {
+        let name = format!("{what}, beside {rest}");
+        report.add(
+            Figure::new(name.clone(), micros(&samples[1]), "us")
+                .peer("beside a tenth", micros(&samples[0])),
+        );
+        report.add(
+            Figure::new(
+                format!("{name}, over beside a tenth"),
+                samples[1].over(&samples[0]).median(),
+                "x",
+            )
+            .bar(Bar::AtMost(1.2)),
+        );
+    }
+    drop(zoned);
     drop(quiet);
     // The crowd is of use once more: port 2 holds one slot of each.
     packets::decided_in_memory(report, &crowded, REST, &others);

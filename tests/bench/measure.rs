@@ -59,7 +59,7 @@ pub(crate) fn nanos(d: Duration) -> f64 {
 }
 
 /// How often the kernel took the CPU away from this thread for somebody else.
-fn preemptions() -> i64 {
+pub(crate) fn preemptions() -> i64 {
     // SAFETY: all zeroes is a value of this plain C structure.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is to a structure that lives through the call.

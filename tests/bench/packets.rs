@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ctoffload::engine::conn::ConnHandle;
 use ctoffload::engine::datapath::{PathHint, PathSpec};
-use ctoffload::engine::worker::{Offer, Worker};
+use ctoffload::engine::worker::{Offer, PortRef, Worker};
 use netdev_providers::Direction;
 
 use crate::capi::{CApi, Hired};
@@ -373,6 +373,7 @@ pub(crate) fn first_sight(report: &mut Report, rounds: usize) {
     let cpus = cpus();
     pin(cpus[0]);
     let mut busy = Samples::default();
+    let mut batched = Samples::default();
     let mut running = Samples::default();
     let mut asleep = Samples::default();
     let mut peers: [Samples; 2] = Default::default();
@@ -384,6 +385,7 @@ pub(crate) fn first_sight(report: &mut Report, rounds: usize) {
         // The writer is with its provider: what it does is not measured, nor does it disturb.
         world.provider(PORT).close();
         fresh(&world, &mut first, 16, BATCH, &mut busy);
+        fresh_batched(&world, &mut first, 16, &mut batched);
         world.provider(PORT).open();
         settle(&world, first);
         // The writer takes what is queued, on another CPU where there is one.
@@ -398,7 +400,7 @@ pub(crate) fn first_sight(report: &mut Report, rounds: usize) {
         fresh_listed(&rwlock, 16, &mut peers[1]);
     }
     drop(world);
-    let both = first_sight_together(&cpus, rounds);
+    let [ours, batches, mutex, rwlock] = first_sight_together(&cpus, rounds);
     let figure = |name: &str, samples: &Samples| {
         Figure::new(format!("first sight to queued, {name}"), samples.median(), "ns")
             .bar(Bar::AtMost(150.0))
@@ -408,60 +410,87 @@ pub(crate) fn first_sight(report: &mut Report, rounds: usize) {
             .peer(OneMutex::NAME, peers[0].median())
             .peer(OneRwLock::NAME, peers[1].median()),
     );
+    report.add(figure("writer busy, in batches of 32", &batched));
     report.add(figure("writer running", &running));
-    let [ours, mutex, rwlock] = both;
     report.add(
         figure("two workers on one port, each with its own connections", &ours)
             .peer(OneMutex::NAME, mutex.median())
             .peer(OneRwLock::NAME, rwlock.median())
             .note("one worker's time for one of its sights, while the other has its own"),
     );
+    report.add(figure("two workers on one port, each in batches of 32", &batches));
     report.add(figure("writer asleep", &asleep).note(
         "a single sight after silence wakes the port's thread: one futex call of the kernel; in a \
          batch it is paid once",
     ));
 }
 
-/// What a first sight takes while another worker has first sights on the same port: ours, mutex,
-/// rwlock.
-fn first_sight_together(cpus: &[usize], rounds: usize) -> [Samples; 3] {
-    const SIGHTS: usize = 512;
-    let mut samples: [Samples; 3] = Default::default();
+/// Sights of each of two workers in a measurement.
+const SIGHTS: usize = 512;
+
+/// What a first sight takes while another worker has first sights on the same port: ours, ours in batches,
+/// mutex, rwlock.
+fn first_sight_together(cpus: &[usize], rounds: usize) -> [Samples; 4] {
+    let mut samples: [Samples; 4] = Default::default();
     let [Some(&a), Some(&b)] = [cpus.first(), cpus.get(1)] else { return samples };
     let world = World::new(1);
     let next = AtomicU32::new(0);
-    let fresh = || next.fetch_add(SIGHTS as u32, Ordering::Relaxed);
     for _ in 0..rounds {
-        world.provider(PORT).close();
-        let ours = until_clean(|| {
-            together(
-                &[a, b],
-                || {
-                    let trains = [fresh(), fresh()];
-                    (
-                        world.engine.worker(),
-                        trains.map(|n| world.conns(n..n + SIGHTS as u32)).to_vec(),
-                    )
-                },
-                |(worker, trains)| {
-                    let conns = trains.pop().expect("one to warm up, one to measure");
-                    let port = worker.port(ifindex(PORT)).expect("a port");
-                    for conn in &conns {
-                        let spec = PathSpec::Resolve(PathHint::default());
-                        assert_eq!(port.conn_add(conn, Direction::Original, spec), Offer::Queued);
-                    }
-                },
-            )
-        });
-        world.provider(PORT).open();
-        settle(&world, next.load(Ordering::Relaxed));
-        let listed =
-            [listed_together::<OneMutex>(a, b, SIGHTS), listed_together::<OneRwLock>(a, b, SIGHTS)];
-        for (samples, took) in samples.iter_mut().zip([ours, listed[0], listed[1]]) {
+        let took = [
+            ours_together(&world, [a, b], &next, |port, conns| {
+                for conn in conns {
+                    let spec = PathSpec::Resolve(PathHint::default());
+                    assert_eq!(port.conn_add(conn, Direction::Original, spec), Offer::Queued);
+                }
+            }),
+            ours_together(&world, [a, b], &next, |port, conns| {
+                for batch in conns.chunks(BATCH) {
+                    assert_eq!(offer_batch(port, batch), batch.len());
+                }
+            }),
+            listed_together::<OneMutex>(a, b, SIGHTS),
+            listed_together::<OneRwLock>(a, b, SIGHTS),
+        ];
+        for (samples, took) in samples.iter_mut().zip(took) {
             samples.push(took.map_or(f64::NAN, |t| nanos(t) / SIGHTS as f64));
         }
     }
     samples
+}
+
+fn ours_together(
+    world: &World,
+    cpus: [usize; 2],
+    next: &AtomicU32,
+    offer: impl Fn(&PortRef<'_>, &[ConnHandle]) + Sync,
+) -> Option<Duration> {
+    let fresh = || {
+        let n = next.fetch_add(SIGHTS as u32, Ordering::Relaxed);
+        world.conns(n..n + SIGHTS as u32)
+    };
+    world.provider(PORT).close();
+    let took = until_clean(|| {
+        together(
+            &cpus,
+            || (world.engine.worker(), vec![fresh(), fresh()]),
+            |(worker, trains)| {
+                let conns = trains.pop().expect("one to warm up, one to measure");
+                offer(&worker.port(ifindex(PORT)).expect("a port"), &conns);
+            },
+        )
+    });
+    world.provider(PORT).open();
+    settle(world, next.load(Ordering::Relaxed));
+    took
+}
+
+/// Returns how many were queued.
+fn offer_batch(port: &PortRef<'_>, conns: &[ConnHandle]) -> usize {
+    let mut queued = 0;
+    let offers =
+        conns.iter().map(|c| (c, Direction::Original, PathSpec::Resolve(PathHint::default())));
+    port.offer_batch(offers, |offer| queued += usize::from(offer == Offer::Queued));
+    queued
 }
 
 fn listed_together<L: Locked>(a: usize, b: usize, sights: usize) -> Option<Duration> {
@@ -504,6 +533,21 @@ fn fresh(world: &World, first: &mut u32, batches: usize, size: usize, samples: &
         let took = started.elapsed();
         assert_eq!(queued, size);
         samples.push(nanos(took) / size as f64);
+    }
+}
+
+/// The same, the offers of a batch at once.
+fn fresh_batched(world: &World, first: &mut u32, batches: usize, samples: &mut Samples) {
+    let mut worker = world.engine.worker();
+    for _ in 0..batches {
+        let conns = world.conns(*first..*first + BATCH as u32);
+        *first += BATCH as u32;
+        let started = Instant::now();
+        worker.quiescent();
+        let queued = offer_batch(&worker.port(ifindex(PORT)).expect("a port"), &conns);
+        let took = started.elapsed();
+        assert_eq!(queued, BATCH);
+        samples.push(nanos(took) / BATCH as f64);
     }
 }
 

@@ -9,7 +9,7 @@ use netdev_providers::{Direction, Tuple};
 use crate::heap;
 use crate::measure::{Samples, Shuffle, cpu_ns};
 use crate::report::{Bar, Figure, Report};
-use crate::world::{World, key};
+use crate::world::{World, key, key6, natted};
 
 /// The table that one would write first: a mutex, the standard map, an object per connection.
 #[derive(Default)]
@@ -94,16 +94,32 @@ pub(crate) fn create_and_find(report: &mut Report, rounds: usize, population: u3
     } else {
         ""
     };
-    let figure = |what: String, samples: &[Samples; 3], bar| {
+    let figure = |what: String, samples: &[Samples; 3]| {
         let [ours, mutex, bare] = samples.each_ref().map(|s| s.median().map(|ns| 1e3 / ns));
         Figure::new(what, ours, "M/s/core")
-            .bar(Bar::AtLeast(bar))
             .peer("a mutex over std's HashMap", mutex)
             .peer("the same hash, one owner, no object", bare)
             .note(note)
     };
-    report.add(figure(format!("create, {population} connections"), &create, 4.0));
-    report.add(figure(format!("look up, {population} connections in random order"), &find, 14.0));
+    let over_bare = |what: String, samples: &[Samples; 3], bar| {
+        Figure::new(
+            format!("{what}, over the same hash with nothing around it"),
+            samples[2].over(&samples[0]).median(),
+            "x",
+        )
+        .bar(Bar::AtLeast(bar))
+    };
+    let names = [
+        format!("create, {population} connections"),
+        format!("look up, {population} connections in random order"),
+    ];
+    let [created, found] = names;
+    report.add(figure(created.clone(), &create));
+    report.add(figure(found.clone(), &find));
+    if population >= 100_000 {
+        report.add(over_bare(created, &create, 0.75));
+        report.add(over_bare(found, &find, 0.6));
+    }
 }
 
 /// What slots weigh, with everything that stands for them: in the connection, in the port's list,
@@ -135,9 +151,37 @@ pub(crate) fn memory(report: &mut Report, population: u32) {
         Some(per_slot(first)),
         "bytes",
     ));
-    report.add(Figure::new(
-        "memory per connection with both slots installed on one port",
-        Some((bare.bytes + first.bytes) as f64 / n),
-        "bytes",
-    ));
+    report.add(
+        Figure::new(
+            "memory per connection with both slots installed on one port",
+            Some((bare.bytes + first.bytes) as f64 / n),
+            "bytes",
+        )
+        .bar(Bar::AtMost(320.0)),
+    );
+    drop((conns, world));
+    let natted = |key: ConnKey| natted(&key.original);
+    memory_of(report, "IPv4 behind NAT", population, |n| (key(n), natted(key(n))));
+    memory_of(report, "IPv6", population, |n| (key6(n), key6(n).original.inverted()));
+}
+
+/// The same of another kind of connections.
+fn memory_of(
+    report: &mut Report,
+    kind: &str,
+    population: u32,
+    of: impl Fn(u32) -> (ConnKey, Tuple),
+) {
+    let world = World::new(1);
+    let mut conns: Vec<ConnHandle> = Vec::with_capacity(population as usize);
+    let heap = heap::counted(|| {
+        conns.extend((0..population).map(|n| {
+            let (key, reply) = of(n);
+            world.engine.conn_create(key, reply, 0).expect("room for it")
+        }));
+        world.install(1, &conns, &Direction::BOTH);
+    });
+    let name = format!("memory per connection with both slots installed on one port, {kind}");
+    let bytes = heap.bytes as f64 / f64::from(population);
+    report.add(Figure::new(name, Some(bytes), "bytes").bar(Bar::AtMost(320.0)));
 }

@@ -155,17 +155,26 @@ impl World {
         let engine = Engine::new(NonZeroU32::MIN, Arc::new(OneWay), limits, Clock::default());
         let providers: Vec<_> = (0..ports).map(|_| Arc::new(Null::default())).collect();
         engine.register(Arc::new(NullClass(providers.clone()))).expect("the first class");
-        for n in 1..=ports {
-            let port = NewPort {
-                ifindex: ifindex(n),
-                name: format!("p{n}"),
-                hw_flags: HwFlags::Both,
-                providers: None,
-                capacity: None,
-            };
-            engine.port_add(port).expect("the first port of this ifindex");
-        }
-        Self { engine, providers }
+        let world = Self { engine, providers };
+        (1..=ports).for_each(|n| world.add_port(n));
+        world
+    }
+
+    /// Adds one of the ports that it was made for (again).
+    pub(crate) fn add_port(&self, n: u32) {
+        let port = NewPort {
+            ifindex: ifindex(n),
+            name: format!("p{n}"),
+            hw_flags: HwFlags::Both,
+            providers: None,
+            capacity: None,
+        };
+        self.engine.port_add(port).expect("the only port of this ifindex");
+    }
+
+    /// Deletes a port, and says how many rules it had.
+    pub(crate) fn del_port(&self, n: u32) -> u64 {
+        self.engine.port_del(ifindex(n)).expect("a port of this ifindex").flushed
     }
 
     pub(crate) fn provider(&self, port: u32) -> &Null {
@@ -175,6 +184,16 @@ impl World {
     /// The connections with these numbers, made if need be.
     pub(crate) fn conns(&self, numbers: std::ops::Range<u32>) -> Vec<ConnHandle> {
         numbers.map(|n| self.conn(key(n))).collect()
+    }
+
+    /// The same, in another zone and behind NAT.
+    pub(crate) fn conns_in(&self, zone: Zone, numbers: std::ops::Range<u32>) -> Vec<ConnHandle> {
+        numbers
+            .map(|n| {
+                let key = ConnKey { zone, ..key(n) };
+                self.engine.conn_create(key, natted(&key.original), 0).expect("room for it")
+            })
+            .collect()
     }
 
     pub(crate) fn conn(&self, key: ConnKey) -> ConnHandle {
@@ -199,8 +218,12 @@ impl World {
 
     /// Empties a port, and says how many rules it had.
     pub(crate) fn flush(&self, port: u32) -> u64 {
-        let filter = FlushFilter { port: Some(ifindex(port)), ..FlushFilter::default() };
-        let flushed = self.engine.flush(&filter).expect("a port of this ifindex");
+        self.flush_by(&FlushFilter { port: Some(ifindex(port)), ..FlushFilter::default() })
+    }
+
+    /// Takes rules back, and says how many there were.
+    pub(crate) fn flush_by(&self, filter: &FlushFilter) -> u64 {
+        let flushed = self.engine.flush(filter).expect("a port of this ifindex");
         flushed.iter().map(|(_, n)| n).sum()
     }
 }
@@ -224,6 +247,24 @@ pub(crate) fn key(n: u32) -> ConnKey {
     let sport = 1024 | (n.wrapping_mul(40503) >> 8) as u16;
     let original = Tuple::new(L4Proto::Tcp, client, sport, server, 443).expect("both are IPv4");
     ConnKey { zone: Zone(0), original }
+}
+
+/// The same over IPv6.
+pub(crate) fn key6(n: u32) -> ConnKey {
+    let ConnKey { zone, original: t } = key(n);
+    let [client, server] = [t.src(), t.dst()].map(|address| match address {
+        IpAddr::V4(a) => IpAddr::V6(a.to_ipv6_mapped()),
+        v6 => v6,
+    });
+    let original = Tuple::new(t.proto(), client, t.sport(), server, t.dport());
+    ConnKey { zone, original: original.expect("both are IPv6") }
+}
+
+/// The tuple of the answers behind a router that gives its own address to what leaves by it.
+pub(crate) fn natted(original: &Tuple) -> Tuple {
+    let own = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1));
+    Tuple::new(original.proto(), original.dst(), original.dport(), own, original.sport())
+        .expect("both are IPv4")
 }
 
 pub(crate) fn wait_for(mut done: impl FnMut() -> bool) {
