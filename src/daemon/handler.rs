@@ -84,6 +84,9 @@ impl Observer for Events {
     }
 }
 
+/// How many connections are listed in order.
+const SORTED: usize = 1 << 12;
+
 impl Handler {
     pub(super) fn new(
         engine: Engine,
@@ -275,7 +278,7 @@ fn conn_info(engine: &Engine, links: &Links, fdb: &Fdb, conn: &ConnHandle) -> Co
         zone: conn.key().zone.0,
         ct_id: u32::try_from(conn.tag()).ok(),
         original: conn.key().original,
-        reply: *conn.reply(),
+        reply: conn.reply(),
         age_ms: now.saturating_sub(conn.created_ms()),
         idle_ms: match engine.conn_update(conn) {
             Usage::LastUsed { at_ms, .. } => Some(now.saturating_sub(at_ms)),
@@ -412,11 +415,21 @@ impl ControlHandler for Handler {
         let (engine, links) = (self.engine.clone(), self.links().clone());
         let fdb = self.backend.fdb().clone();
         let filter = filter.clone();
-        let mut conns = self.engine.conns();
-        conns.sort_by_key(|c| c.epoch());
-        Ok(Box::new(conns.into_iter().filter_map(move |conn| {
+        let conns: Box<dyn Iterator<Item = ConnHandle> + Send> = match filter.tuple {
+            Some(tuple) => {
+                Box::new(self.engine.conns_of(Some(&tuple), filter.zone.map(Zone)).into_iter())
+            }
+            // The oldest first. Of many, whoever asks would have to wait for all to be put in order.
+            None if self.engine.conn_count() <= SORTED => {
+                let mut conns: Vec<_> = self.engine.conns().collect();
+                conns.sort_by_key(|c| c.epoch());
+                Box::new(conns.into_iter())
+            }
+            None => Box::new(self.engine.conns()),
+        };
+        Ok(Box::new(conns.filter_map(move |conn| {
             let wanted = filter.zone.is_none_or(|z| z == conn.key().zone.0)
-                && filter.tuple.is_none_or(|t| t == conn.key().original || t == *conn.reply())
+                && filter.tuple.is_none_or(|t| t == conn.key().original || t == conn.reply())
                 && port
                     .is_none_or(|g| engine.slots(&conn).iter().any(|s| s.netdev.generation == g));
             wanted.then(|| conn_info(&engine, &links, &fdb, &conn))

@@ -350,7 +350,7 @@ impl Backend {
     }
     /// What is known of a connection, unless its place was taken by another.
     pub(super) fn known_of(&self, conn: &ConnHandle) -> Option<Ref<'_, ConnKey, Known>> {
-        let known = self.known.get(conn.key())?;
+        let known = self.known.get(&conn.key())?;
         (Some(known.id) == ct_id(conn)).then_some(known)
     }
     pub(super) fn conntrack(&self) -> MutexGuard<'_, Conntrack> {
@@ -435,7 +435,7 @@ impl Backend {
             bridged: true,
             ..PathHint::default()
         };
-        let tuples = (*conn.arriving(slot.direction), conn.leaving(slot.direction));
+        let tuples = (conn.arriving(slot.direction), conn.leaving(slot.direction));
         bridged::resolve(&self.links, &self.fdb, slot.netdev.ifindex, tuples, &hint)
             .is_ok_and(|p| (p.forward.egress, p.oif) == (taken.egress, taken.oif))
     }
@@ -654,7 +654,7 @@ impl Datapath for Backend {
                 let sport = sight.conn.key().original.sport();
                 keys.push(LedgerKey { hook, iif, ct_id: id, sport, direction });
             }
-            let known = self.known.get_mut(sight.conn.key());
+            let known = self.known.get_mut(&sight.conn.key());
             if let Some(mut known) = known.filter(|k| k.id == id) {
                 known.sighted.retain(|s| {
                     let same = (s.port, s.direction) == (sight.ifindex, sight.direction);

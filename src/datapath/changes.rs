@@ -319,7 +319,7 @@ impl Changes {
             }
             let (arriving, leaving) = (conn.arriving(slot.direction), conn.leaving(slot.direction));
             // What cannot be read concerns everything.
-            let concerned = known.is_err() || ipsec.concerns(arriving, &leaving);
+            let concerned = known.is_err() || ipsec.concerns(&arriving, &leaving);
             match slot.state {
                 SlotState::Rejected => {
                     let by_policy = |r: &Rejection| r.reason == Reason::IpsecPolicy;

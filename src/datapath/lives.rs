@@ -185,7 +185,7 @@ impl Lives {
                 }
                 (Verdict::Gone, _) | (_, None) => {
                     if let Some(id) = ct_id(conn) {
-                        ends::destroyed(backend, engine, conn.key(), id);
+                        ends::destroyed(backend, engine, &conn.key(), id);
                     }
                     self.by_epoch.remove(&asked.epoch);
                 }

@@ -241,7 +241,7 @@ impl Watch {
                 tracing::info!(rules, "the ruleset changed: connections go back to the slow path");
             }
             (Concerns::All, Some(rate)) => {
-                let conns = engine.conns();
+                let conns: Vec<_> = engine.conns().collect();
                 let count = conns.len();
                 tracing::info!(
                     connections = count,
@@ -253,7 +253,7 @@ impl Watch {
             (concerns, _) => {
                 let mut connections = 0;
                 for conn in engine.conns() {
-                    let [o, r] = Direction::BOTH.map(|d| *conn.arriving(d));
+                    let [o, r] = Direction::BOTH.map(|d| conn.arriving(d));
                     if [o.src(), o.dst(), r.src(), r.dst()].iter().any(|a| concerns.address(*a)) {
                         connections += 1;
                         engine.conn_retract(&conn);
@@ -292,7 +292,7 @@ impl Watch {
             // Twice in the time: what was sighted just after a round has begun is in the next.
             let has_rule =
                 |c: &ConnHandle| engine.slots(c).iter().any(|s| s.state == SlotState::Installed);
-            let conns: Vec<_> = engine.conns().into_iter().filter(has_rule).collect();
+            let conns: Vec<_> = engine.conns().filter(has_rule).collect();
             #[expect(clippy::cast_precision_loss, reason = "a rate")]
             let per_second = conns.len() as f64 / (every / 2).as_secs_f64();
             self.round = Paced::new(conns, per_second);

@@ -181,7 +181,7 @@ impl Reader {
         };
         // Rules of admission are about ports, whatever stands above them.
         let name = self.backend.links().name(real);
-        let admitted = self.backend.tunables().admission.admit(&name, conn.key());
+        let admitted = self.backend.tunables().admission.admit(&name, &conn.key());
         let ipv6 = entry.original.is_ipv6();
         let firewall_says = || {
             self.backend.firewall().is_last(sight.hook, ipv6)?;

@@ -63,7 +63,7 @@ pub(super) fn flow(conn: &ConnHandle, direction: Direction, path: &Path) -> Flow
         matches: FlowMatch {
             eth_dst: path.eth_dst,
             vlan: path.vlan,
-            tuple: *conn.arriving(direction),
+            tuple: conn.arriving(direction),
         },
         forward: path.forward,
         above: Above { iif: path.iif, oif: path.oif },
@@ -85,7 +85,7 @@ pub(super) fn tracked(conn: &ConnHandle, direction: Direction, arrival: Arrival)
     Tracked {
         zone: conn.key().zone,
         direction,
-        matches: FlowMatch { eth_dst, vlan, tuple: *conn.arriving(direction) },
+        matches: FlowMatch { eth_dst, vlan, tuple: conn.arriving(direction) },
         tuple: conn.leaving(direction),
     }
 }

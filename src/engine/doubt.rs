@@ -200,7 +200,7 @@ mod tests {
 
     fn sight(n: u64) -> Sight {
         let known = crate::engine::conn::tests::conn();
-        let conn = ConnHandle::new(*known.key(), *known.reply(), Epoch(n), n, 0);
+        let conn = ConnHandle::new(known.key(), known.reply(), Epoch(n), n, 0);
         let generation = Generation::new(1).unwrap();
         let ifindex = netdev_providers::Ifindex::new(1).unwrap();
         Sight { ifindex, generation, conn, direction: Direction::Original }

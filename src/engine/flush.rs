@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use netdev_providers::{Fault, Ifindex, Netdev, Tuple, Zone};
+use netdev_providers::{Fault, Ifindex, Netdev};
 
 use super::ask::{Asked, NoAnswer};
-use super::conn::{ConnHandle, ConnKey};
+use super::conn::ConnHandle;
 use super::port::Port;
 use super::queue::Command;
 use super::reconcile::Reconciled;
@@ -82,22 +82,6 @@ impl Engine {
             .into_iter()
             .map(|asked| (asked.port.netdev.clone(), asked.wait(at_most).unwrap_or(0)))
             .collect()
-    }
-
-    /// The living connections with this tuple, in either direction, and of this zone. One look-up for
-    /// each zone that is asked for, where the tuple is the original one.
-    #[must_use]
-    pub fn conns_of(&self, tuple: Option<&Tuple>, zone: Option<Zone>) -> Vec<ConnHandle> {
-        if let (Some(&original), Some(zone)) = (tuple, zone)
-            && let Some(conn) = self.conn(&ConnKey { zone, original })
-        {
-            return vec![conn];
-        }
-        let fits = |c: &ConnHandle| {
-            zone.is_none_or(|z| z == c.key().zone)
-                && tuple.is_none_or(|t| *t == c.key().original || t == c.reply())
-        };
-        self.0.by_key.iter().filter(|c| fits(c)).map(|c| c.clone()).collect()
     }
 
     /// Reconciles one port, or all, and returns what was done. Blocks until it is, as long as the port

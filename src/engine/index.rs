@@ -1,14 +1,38 @@
-//! The cold index of connections: they are found by key, made, and ended here. Never on the packet path.
+//! Connections are found by key, made, and ended here: in the cold index ([`zones`](super::zones)), never on
+//! the packet path.
 
 use std::sync::atomic::Ordering;
 
-use dashmap::mapref::entry::Entry;
-use netdev_providers::{Direction, Epoch, Generation, Tuple};
+use netdev_providers::{Direction, Epoch, Generation, Tuple, Zone};
 
 use super::Engine;
 use super::conn::{ConnHandle, ConnKey};
 use super::state::PortSlot;
 use super::table::PortTable;
+use super::zones::{Entered, Walk};
+
+/// Connections, one after the other: those that live all the time, each once, and some of those that are made
+/// or end meanwhile. Whoever makes or ends one meanwhile waits for some thousands of them at most to be
+/// looked at, and for none between two calls of `next`.
+#[derive(Debug)]
+pub struct Conns {
+    engine: Engine,
+    walk: Walk,
+    part: std::vec::IntoIter<ConnHandle>,
+}
+
+impl Iterator for Conns {
+    type Item = ConnHandle;
+
+    fn next(&mut self) -> Option<ConnHandle> {
+        loop {
+            if let Some(conn) = self.part.next() {
+                return Some(conn);
+            }
+            self.part = self.engine.0.conns.next_part(&mut self.walk)?.into_iter();
+        }
+    }
+}
 
 impl Engine {
     /// The connection of this key; made when there is none. `None` when as many are kept as may be.
@@ -17,29 +41,25 @@ impl Engine {
     /// predecessor whose end was missed: it is ended now, and a new one, with a new epoch, made.
     #[must_use]
     pub fn conn_create(&self, key: ConnKey, reply: Tuple, tag: u64) -> Option<ConnHandle> {
-        let (conn, old) = match self.0.by_key.entry(key) {
-            Entry::Occupied(e) if e.get().tag() == tag && !e.get().is_dead() => {
-                return Some(e.get().clone());
+        let is_as_good = |there: &ConnHandle| there.tag() == tag && !there.is_dead();
+        let make = |instead: bool| {
+            // One that stands in another's place is counted already.
+            if !instead
+                && self.0.conn_count.fetch_add(1, Ordering::Relaxed) >= self.0.limits.connections
+            {
+                self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
+                return None;
             }
-            Entry::Occupied(mut e) => {
-                let conn = self.new_conn(key, reply, tag);
-                let old = e.insert(conn.clone());
-                (conn, Some(old))
-            }
-            Entry::Vacant(e) => {
-                if self.0.conn_count.fetch_add(1, Ordering::Relaxed) >= self.0.limits.connections {
-                    self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
-                    return None;
-                }
-                let conn = self.new_conn(key, reply, tag);
-                e.insert(conn.clone());
-                (conn, None)
-            }
+            Some(self.new_conn(key, reply, tag))
         };
-        if let Some(old) = old {
-            self.conn_del(&old);
+        match self.0.conns.enter(&key, is_as_good, make) {
+            Entered::Found(conn) | Entered::New(conn) => Some(conn),
+            Entered::Instead(conn, old) => {
+                self.conn_del(&old);
+                Some(conn)
+            }
+            Entered::None => None,
         }
-        Some(conn)
     }
 
     fn new_conn(&self, key: ConnKey, reply: Tuple, tag: u64) -> ConnHandle {
@@ -50,13 +70,28 @@ impl Engine {
     /// The living connection of this key.
     #[must_use]
     pub fn conn(&self, key: &ConnKey) -> Option<ConnHandle> {
-        self.0.by_key.get(key).map(|c| c.clone())
+        self.0.conns.find(key)
     }
 
-    /// All living connections, as of some moment during the call.
+    /// All connections, in no order.
     #[must_use]
-    pub fn conns(&self) -> Vec<ConnHandle> {
-        self.0.by_key.iter().map(|c| c.clone()).collect()
+    pub fn conns(&self) -> Conns {
+        self.conns_in(None)
+    }
+
+    /// Those of one zone, or of all.
+    fn conns_in(&self, zone: Option<Zone>) -> Conns {
+        Conns { engine: self.clone(), walk: Walk::of(zone), part: Vec::new().into_iter() }
+    }
+
+    /// The living connections with this tuple, in either direction, and of this zone. It costs what is found,
+    /// and a look into each zone where none is named.
+    #[must_use]
+    pub fn conns_of(&self, tuple: Option<&Tuple>, zone: Option<Zone>) -> Vec<ConnHandle> {
+        match tuple {
+            Some(tuple) => self.0.conns.of_tuple(tuple, zone),
+            None => self.conns_in(zone).collect(),
+        }
     }
 
     /// How many connections live.
@@ -68,10 +103,9 @@ impl Engine {
     /// Ends all connections.
     pub(super) fn end_all(&self) {
         let mut ended = 0;
-        self.0.by_key.retain(|_, c| {
+        self.0.conns.take_all(|c| {
             c.end();
             ended += 1;
-            false
         });
         // Each is counted down by whoever took it out.
         self.0.conn_count.fetch_sub(ended, Ordering::Relaxed);
@@ -83,7 +117,7 @@ impl Engine {
         if !conn.end() {
             return 0;
         }
-        if self.0.by_key.remove_if(conn.key(), |_, c| c.is_same(conn)).is_some() {
+        if self.0.conns.remove(conn) {
             self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
         }
         let table = self.0.publication.table();

@@ -8,11 +8,12 @@
 //! ```
 //!
 //! * [`slot`]: the state of (connection, port, direction), one atomic word;
-//! * [`conn`], `index`: connections, and the slots on them; how they are found by key;
+//! * [`conn`], `tuples`, `detail`: connections, and the slots on them;
+//! * [`index`], `zones`: how they are found by zone and tuple;
 //! * `state`: the transaction of a slot, which nobody else changes but by it;
 //! * [`worker`]: packet threads and their view of the ports (`table`);
 //! * `port`, `queue`, `writer`: a port, what is asked of it, the thread that does it;
-//! * `held`, `shapes`, `counters`: what a port holds, does not take, has done;
+//! * `held`, `paths`, `shapes`, `counters`: what a port holds, where that leads, what it does not take, has done;
 //! * `ports`, `flush`: ports that come and go, and what takes rules away from them;
 //! * [`progress`]: whether a port's provider goes on;
 //! * [`registry`]: provider classes;
@@ -62,12 +63,14 @@ pub mod conn;
 pub(crate) mod contain;
 mod counters;
 pub mod datapath;
+mod detail;
 mod doubt;
 mod flush;
 mod held;
-mod index;
+pub mod index;
 pub mod latency;
 mod pace;
+mod paths;
 mod port;
 mod ports;
 pub mod progress;
@@ -79,10 +82,12 @@ pub mod slot;
 mod state;
 mod sync;
 mod table;
+mod tuples;
 pub mod usage;
 pub mod view;
 pub mod worker;
 mod writer;
+mod zones;
 
 #[cfg(test)]
 #[cfg(ctoffload_loom)]
@@ -99,17 +104,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use dashmap::DashMap;
 use netdev_providers::{
     Cookie, Direction, Fault, Generation, HwFlags, Ifindex, Instance, ProviderClass, Tuple, Zone,
 };
 
 use self::clock::Clock;
-use self::conn::{ConnHandle, ConnKey};
+use self::conn::ConnHandle;
 use self::datapath::Datapath;
 use self::port::Port;
 use self::registry::{Registry, RegistryError};
 use self::worker::{Publication, Worker};
+use self::zones::Zones;
 
 /// The name that stands for "no provider" in a list of classes.
 pub const NO_PROVIDER: &str = "none";
@@ -213,7 +218,7 @@ pub(crate) struct Shared {
     datapath: Arc<dyn Datapath>,
     publication: Arc<Publication>,
     /// The cold index: first packets and administration, never the packet path.
-    by_key: DashMap<ConnKey, ConnHandle, ahash::RandomState>,
+    conns: Zones,
     conn_count: AtomicUsize,
     next_epoch: AtomicU64,
     next_generation: AtomicU32,
@@ -275,10 +280,10 @@ impl Engine {
         Self(Arc::new(Shared {
             instance: Instance(instance),
             clock,
+            conns: Zones::new(limits.connections),
             limits,
             datapath,
             publication: Arc::default(),
-            by_key: DashMap::with_hasher(ahash::RandomState::new()),
             conn_count: AtomicUsize::new(0),
             next_epoch: AtomicU64::new(1),
             next_generation: AtomicU32::new(1),

@@ -6,15 +6,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use netdev_providers::{
-    Cookie, Fault, Generation, Ifindex, Netdev, Provider, Reason, Rejection, RuleId, RuleReport,
+    Cookie, Direction, Fault, Generation, Ifindex, Netdev, Provider, Reason, Rejection, RuleId,
+    RuleReport,
 };
 
 use super::Limits;
 use super::capacity::Capacity;
+use super::conn::ConnHandle;
 use super::contain::contained;
 use super::counters::PortCounters;
 use super::datapath::Work;
 use super::held::Held;
+use super::paths::Paths;
 use super::progress::{Progress, Slow};
 use super::queue::Queue;
 use super::shapes::{Shape, Shapes};
@@ -70,6 +73,7 @@ pub(super) struct Port {
     fault: Mutex<Option<String>>,
     /// The marks that adopted rules have in the backend.
     adopted: Mutex<HashMap<RuleId, Cookie>>,
+    paths: Mutex<Paths>,
     shapes: Mutex<Shapes>,
 }
 
@@ -84,6 +88,7 @@ impl Port {
     ) -> Self {
         let mut contemporaries: Box<[_]> = contemporaries.collect();
         contemporaries.sort_unstable();
+        let generation = netdev.generation;
         Self {
             netdev,
             binding,
@@ -99,9 +104,10 @@ impl Port {
             late_dump: Mutex::default(),
             guests: AtomicUsize::new(0),
             contemporaries,
-            held: Mutex::default(),
+            held: Mutex::new(Held::new(generation)),
             fault: Mutex::default(),
             adopted: Mutex::default(),
+            paths: Mutex::default(),
             shapes: Mutex::default(),
         }
     }
@@ -181,6 +187,32 @@ impl Port {
 
     pub(super) fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that it holds. Whoever is not through waits for a part of it at most to be copied.
+    pub(super) fn all_held(&self) -> Vec<(ConnHandle, Direction)> {
+        let mut all = Vec::new();
+        self.walk_held(|part| all.extend(part));
+        all
+    }
+
+    /// Shows all that it holds, in parts, behind no lock. What is held all the time is shown; it may be shown
+    /// twice.
+    pub(super) fn walk_held(&self, mut show: impl FnMut(Vec<(ConnHandle, Direction)>)) {
+        let mut walk = self.held().walk();
+        loop {
+            // The lock is not held behind this.
+            let part = self.held().next_part(&mut walk);
+            match part {
+                Some(part) => show(part),
+                None => return,
+            }
+        }
+    }
+
+    /// The paths that its rules were made for.
+    pub(super) fn paths(&self) -> MutexGuard<'_, Paths> {
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// True when a flush would find nothing: no slot, nothing on the way to the provider or with it.

@@ -21,8 +21,9 @@ use netdev_providers::{
 };
 
 use super::Shared;
-use super::conn::{ConnHandle, Detail, Moment, PathTaken, Said, Slot};
+use super::conn::{ConnHandle, PathTaken, Slot};
 use super::datapath::SlotChange;
+use super::detail::{Detail, Moment, Said};
 use super::pace::Pace;
 use super::port::Port;
 use super::queue::Command;
@@ -99,14 +100,17 @@ impl<'a> PortSlot<'a> {
     /// connection's.
     fn forget(&self, detail: &mut Detail) {
         self.leave(detail);
-        self.port.held().remove(self.conn, self.d, detail.path.map(|p| p.egress));
+        if detail.is_held() {
+            let egress = detail.path.as_ref().map(|p| p.egress);
+            self.port.held().remove(self.conn, self.slot, self.d, egress);
+        }
         *detail = Detail::default();
     }
 
     /// The rule is gone: its traffic is the port's past and the connection's.
     fn leave(&self, detail: &Detail) {
         self.past(detail);
-        if let Some(rule) = detail.rule {
+        if let Some(rule) = detail.rule() {
             self.port.adopted().remove(&rule);
         }
     }
@@ -123,33 +127,32 @@ impl<'a> PortSlot<'a> {
         let mut detail = self.slot.detail();
         let op = self.slot.word.dispatch_add(self.port.generation())?;
         // Of a port whose provider never came back: the slot was taken over, and this was not.
-        if detail.rule.is_some() || detail.said.is_some() || detail.path.is_some() {
+        if detail.rule().is_some() || detail.is_held() {
             self.conn.past_traffic(detail.packets, detail.bytes);
             *detail = Detail::default();
         }
-        self.port.held().insert(self.conn.clone(), self.d);
+        self.port.held().insert(self.conn, self.slot, self.d);
+        detail.set_held();
         Some(op)
     }
 
     /// The path that its rule is to be made for (`None`: none after all), for those who look for the rules that
     /// a change concerns.
     pub(super) fn note_path(&self, path: Option<PathTaken>) {
+        let path = path.map(|path| self.port.paths().kept(path));
         let mut detail = self.slot.detail();
-        let before = std::mem::replace(&mut detail.path, path);
-        let mut held = self.port.held();
-        if let Some(before) = before {
-            held.clear_egress(self.conn, self.d, before.egress);
+        let [before, now] = [&detail.path, &path].map(|p| p.as_ref().map(|p| p.egress));
+        if detail.is_held() {
+            self.port.held().lead(self.conn, self.slot, self.d, [before, now]);
         }
-        if let Some(path) = path {
-            held.set_egress(self.conn, self.d, path.egress);
-        }
+        detail.path = path;
     }
 
     /// How fast the connection is, as far as its sights tell: the time since its sight was armed, twice.
     pub(super) fn pace_of_newcomer(&self, now_ms: u64) -> Pace {
         let mut detail = self.slot.detail();
         let pace = Pace::of(1, now_ms.saturating_sub(detail.used_ms));
-        match detail.attempts {
+        match detail.attempts() {
             // Never refused: nothing is known of it.
             0 => Pace::UNKNOWN,
             1 => {
@@ -180,17 +183,11 @@ impl<'a> PortSlot<'a> {
     }
 
     /// The add has come back.
-    pub(super) fn added(
-        &self,
-        op: OpNumber,
-        path: Option<PathTaken>,
-        shape: Shape,
-        outcome: Outcome,
-    ) {
+    pub(super) fn added(&self, op: OpNumber, shape: Shape, outcome: Outcome) {
         match outcome {
             Ok(Done::Added { rule, in_hw, nic_said }) => {
                 self.port.capacity.took(self.port.rules.load(Ordering::SeqCst));
-                self.installed(op, path, rule, in_hw, nic_said);
+                self.installed(op, rule, in_hw, nic_said);
             }
             Ok(_) => {
                 let why = "the provider answered an add with the result of another operation";
@@ -212,7 +209,6 @@ impl<'a> PortSlot<'a> {
     fn installed(
         &self,
         op: OpNumber,
-        path: Option<PathTaken>,
         rule: RuleId,
         in_hw: Option<bool>,
         nic_said: Option<Box<str>>,
@@ -228,12 +224,13 @@ impl<'a> PortSlot<'a> {
         self.port.counters.adds.fetch_add(1, Ordering::Relaxed);
         tracing::debug!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "installed");
         self.tell(SlotChange::Installed);
-        detail.rule = Some(rule);
-        detail.in_hw = in_hw;
-        detail.said = nic_said.map(|words| Box::new(Said::ByNic(words)));
-        detail.path = path;
+        detail.set_rule(Some(rule));
+        detail.set_in_hw(in_hw);
+        detail.forget_trouble();
+        if let Some(words) = nic_said {
+            detail.say(Said::ByNic(words));
+        }
         detail.used_ms = self.shared.clock.now_ms();
-        detail.attempts = 0;
         detail.pace = Pace::UNKNOWN;
         if after == AfterAdd::Delete {
             self.follow_up(Command::Delete);
@@ -249,11 +246,11 @@ impl<'a> PortSlot<'a> {
             tracing::debug!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "refused: {rejection}");
             self.port.counters.count(rejection.reason);
             self.tell(SlotChange::Rejected(&rejection));
-            detail.attempts = detail.attempts.saturating_add(1);
+            detail.count_attempt();
             if rejection.reason.permanence() == Permanence::Transient {
                 self.pause(&mut detail);
             }
-            detail.said = Some(Box::new(Said::Rejected(rejection)));
+            detail.say(Said::Rejected(rejection));
         } else if self.slot.word.load().state() == SlotState::Empty {
             self.forget(&mut detail);
             self.follow_up(Command::Rearm);
@@ -262,24 +259,18 @@ impl<'a> PortSlot<'a> {
 
     /// It is looked at again after a while, the longer the more often that did not help.
     fn pause(&self, detail: &mut Detail) {
-        let at = self.shared.clock.now_ms() + backoff_ms(detail.attempts);
-        detail.retry_at = Moment::at(at);
+        let at = self.shared.clock.now_ms() + backoff_ms(detail.attempts());
+        detail.set_retry_at(Moment::at(at));
         self.follow_up(Command::Rejected);
     }
 
     // ---- a rule that was there already ----
 
     /// The adoption has come back. False: the rule is another than it would be now, and gone.
-    pub(super) fn adopted(
-        &self,
-        op: OpNumber,
-        path: Option<PathTaken>,
-        found: &Leftover,
-        outcome: Outcome,
-    ) -> bool {
+    pub(super) fn adopted(&self, op: OpNumber, found: &Leftover, outcome: Outcome) -> bool {
         match as_adopted(outcome, found.rule) {
             Ok((in_hw, nic_said)) => {
-                self.installed(op, path, found.rule, in_hw, nic_said);
+                self.installed(op, found.rule, in_hw, nic_said);
                 self.count_on_from(found);
                 true
             }
@@ -292,7 +283,7 @@ impl<'a> PortSlot<'a> {
 
     fn count_on_from(&self, found: &Leftover) {
         let mut detail = self.slot.detail();
-        if detail.rule == Some(found.rule) {
+        if detail.rule() == Some(found.rule) {
             self.port.adopted().insert(found.rule, found.cookie);
             // It counts on from where it is: what it carried before is not news to a sweep.
             detail.packets = found.counters.packets;
@@ -321,7 +312,7 @@ impl<'a> PortSlot<'a> {
     /// The provider is to be told of the first reply; of which rule.
     pub(super) fn dispatch_established(&self) -> Option<(OpNumber, RuleId)> {
         let detail = self.slot.detail();
-        let rule = detail.rule?;
+        let rule = detail.rule()?;
         Some((self.slot.word.dispatch_established(self.port.generation())?, rule))
     }
 
@@ -371,8 +362,8 @@ impl<'a> PortSlot<'a> {
         {
             return false;
         }
-        detail.said = Some(Box::new(Said::Rejected(rejection)));
-        detail.retry_at = Moment::at(retry_at_ms);
+        detail.say(Said::Rejected(rejection));
+        detail.set_retry_at(Moment::at(retry_at_ms));
         self.follow_up(Command::Delete);
         true
     }
@@ -394,7 +385,7 @@ impl<'a> PortSlot<'a> {
     pub(super) fn dispatch_delete(&self) -> Option<(OpNumber, RuleId)> {
         let (op, rule) = {
             let detail = self.slot.detail();
-            (self.slot.word.dispatch_delete(self.port.generation())?, detail.rule)
+            (self.slot.word.dispatch_delete(self.port.generation())?, detail.rule())
         };
         let Some(rule) = rule else {
             self.deleted(op);
@@ -408,7 +399,7 @@ impl<'a> PortSlot<'a> {
     /// The rule is gone.
     pub(super) fn deleted(&self, op: OpNumber) {
         let mut detail = self.slot.detail();
-        if let Some(Said::Rejected(rejection)) = detail.said.take().map(|said| *said)
+        if let Some(Said::Rejected(rejection)) = detail.take_said()
             && !self.conn.is_dead()
         {
             if self.slot.word.deleted_because(op, rejection.reason) {
@@ -435,14 +426,14 @@ impl<'a> PortSlot<'a> {
         tracing::warn!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "{rejection}");
         self.port.counters.count(rejection.reason);
         self.tell(SlotChange::Rejected(&rejection));
-        let retry_at = detail.retry_at.ms().unwrap_or_else(|| self.shared.clock.now_ms());
+        let retry_at = detail.retry_at().ms().unwrap_or_else(|| self.shared.clock.now_ms());
         self.leave(detail);
-        *detail = Detail {
-            path: detail.path,
-            said: Some(Box::new(Said::Rejected(rejection))),
-            retry_at: Moment::at(retry_at),
-            ..Detail::default()
-        };
+        let path = detail.path.take();
+        *detail = Detail::default();
+        detail.path = path;
+        detail.set_held();
+        detail.set_retry_at(Moment::at(retry_at));
+        detail.say(Said::Rejected(rejection));
         self.follow_up(Command::Rejected);
     }
 
@@ -453,15 +444,14 @@ impl<'a> PortSlot<'a> {
         if !self.slot.word.delete_failed(op) {
             return;
         }
-        detail.attempts = detail.attempts.saturating_add(1);
+        let attempts = detail.count_attempt();
         // It is tried until the port goes. Not every time is news.
-        if detail.attempts.is_power_of_two() {
-            let attempts = detail.attempts;
+        if attempts.is_power_of_two() {
             tracing::warn!(port = %self.port.netdev, conn = %self.conn, d = %self.d, attempts, "a rule is not deleted: {rejection}");
         }
         // Of one that did nothing, the reason of that stays.
-        if !matches!(detail.said.as_deref(), Some(Said::Rejected(_))) {
-            detail.said = Some(Box::new(Said::Undeleted(rejection.clone())));
+        if !matches!(detail.said(), Some(Said::Rejected(_))) {
+            detail.say(Said::Undeleted(rejection.clone()));
         }
         self.pause(&mut detail);
     }
@@ -469,7 +459,7 @@ impl<'a> PortSlot<'a> {
     /// Whether its rule is to go, and was not deleted though the provider was asked to.
     fn is_undeleted(&self) -> bool {
         let (detail, now) = (self.slot.detail(), self.slot.word.load());
-        now.state() == SlotState::Deleting && !now.in_flight() && detail.attempts > 0
+        now.state() == SlotState::Deleting && !now.in_flight() && detail.attempts() > 0
     }
 
     /// The slot is empty, whatever it was: the provider has no rule of it, and gets none.
@@ -484,16 +474,16 @@ impl<'a> PortSlot<'a> {
 
     /// When its pause is over.
     pub(super) fn retry_at_ms(&self) -> Option<u64> {
-        self.slot.detail().retry_at.ms()
+        self.slot.detail().retry_at().ms()
     }
 
     /// What is due by now. A rejected slot is empty afterwards.
     pub(super) fn retry(&self, now_ms: u64) -> Due {
         let mut detail = self.slot.detail();
-        if detail.retry_at.ms().is_none_or(|at| at > now_ms) {
+        if detail.retry_at().ms().is_none_or(|at| at > now_ms) {
             return Due::Nothing;
         }
-        detail.retry_at = Moment::default();
+        detail.set_retry_at(Moment::default());
         if self.slot.word.load().state() == SlotState::Deleting {
             return Due::Delete;
         }
@@ -502,9 +492,9 @@ impl<'a> PortSlot<'a> {
         }
         // The number of attempts stays: the next pause is longer. How long the next packet
         // takes from now on tells the connection's pace.
-        let (attempts, pace) = (detail.attempts, detail.pace);
+        let (attempts, pace) = (detail.attempts(), detail.pace);
         self.forget(&mut detail);
-        (detail.attempts, detail.pace, detail.used_ms) = (attempts, pace, now_ms);
+        *detail = Detail::of_refused(attempts, pace, now_ms);
         Due::Rearm
     }
 
@@ -514,7 +504,7 @@ impl<'a> PortSlot<'a> {
     /// `before_ms`.
     pub(super) fn reported(&self, report: &RuleReport, sweep: u32, before_ms: u64) -> Reported {
         let mut detail = self.slot.detail();
-        if detail.rule != Some(report.rule) {
+        if detail.rule() != Some(report.rule) {
             return match self.slot.word.load().state() {
                 SlotState::Empty => Reported::Stray,
                 _ => Reported::Underway,
@@ -523,7 +513,8 @@ impl<'a> PortSlot<'a> {
         let counters = report.counters;
         let seen_before = detail.sweep != 0;
         detail.sweep = sweep;
-        detail.in_hw = report.in_hw.or(detail.in_hw);
+        let in_hw = report.in_hw.or(detail.in_hw());
+        detail.set_in_hw(in_hw);
         let now = self.shared.clock.now_ms();
         // Somebody replaced the rule, or the NIC was reset: they count from 0 again.
         if counters.packets < detail.packets || counters.bytes < detail.bytes {
@@ -540,7 +531,7 @@ impl<'a> PortSlot<'a> {
             detail.used_ms = now;
         }
         (detail.packets, detail.bytes) = (counters.packets, counters.bytes);
-        Reported::Its { moved: carried > 0, in_hw: detail.in_hw }
+        Reported::Its { moved: carried > 0, in_hw }
     }
 
     /// A sweep, by its number, that began at `started_ms`, has heard of all rules.

@@ -1,7 +1,7 @@
 //! What the concurrent parts of the engine are made of, in one place, so that a model checker can
 //! take the place of the machine.
 //!
-//! Everywhere but in the models these are the types of `std`, `arc-swap` and `crossbeam-queue`,
+//! Everywhere but in the models these are the types of `std`, `arc-swap`, `crossbeam-queue` and `once_cell`,
 //! under their own names. Under `--cfg ctoffload_loom` the unit tests are built on [loom]'s, which
 //! run every thread under a scheduler that tries the interleavings one after the other, and lets a
 //! load return every value that the memory model allows. See `models.rs`.
@@ -13,7 +13,7 @@
 //! |---|---|
 //! | `ArcSwap` | the number of the present value: `store` releases, `load_full` acquires and may be stale |
 //! | `SegQueue` | an atomic length: `push` releases, `pop` acquires, `is_empty` orders nothing |
-//! | `OnceLock` | an atomic flag: a value that was set is seen by who sees the flag |
+//! | `OnceLock`, `OnceBox` | an atomic flag: a value that was set is seen by who sees the flag |
 //! | `park_timeout` | `park`: no time is ever over, so a lost wake-up is a deadlock, which loom reports |
 //! | [`Patience`] | yields, and never ends |
 //!
@@ -30,6 +30,7 @@ mod machine {
 
     pub(in crate::engine) use arc_swap::ArcSwap;
     pub(in crate::engine) use crossbeam_queue::SegQueue;
+    pub(in crate::engine) use once_cell::race::OnceBox;
     pub(in crate::engine) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
     pub(in crate::engine) use std::sync::{Mutex, MutexGuard, OnceLock};
     pub(in crate::engine) use std::thread::{Thread, current, park_timeout};
@@ -171,13 +172,27 @@ mod model {
                 self.value.set(value)
             }
         }
-        /// Where two threads make a value at once, that of the second is dropped; the real one lets
-        /// the second wait.
-        pub(in crate::engine) fn get_or_init(&self, make: impl FnOnce() -> T) -> &T {
-            if self.get().is_none() {
-                let _ = self.set(make());
+    }
+
+    #[derive(Debug)]
+    pub(in crate::engine) struct OnceBox<T>(OnceLock<Box<T>>);
+
+    impl<T> Default for OnceBox<T> {
+        fn default() -> Self {
+            Self(OnceLock::new())
+        }
+    }
+
+    impl<T> OnceBox<T> {
+        pub(in crate::engine) fn get(&self) -> Option<&T> {
+            self.0.get().map(|value| &**value)
+        }
+        /// Where two threads make a value at once, that of the second is dropped.
+        pub(in crate::engine) fn get_or_init(&self, make: impl FnOnce() -> Box<T>) -> &T {
+            if self.0.get().is_none() {
+                let _ = self.0.set(make());
             }
-            self.value.get().unwrap()
+            self.0.value.get().unwrap()
         }
     }
 }

@@ -25,6 +25,7 @@ use netdev_providers::{
 };
 
 use super::ask::Asked;
+use super::conn::ConnKey;
 use super::datapath::{Path, PathHint, PathSpec, Recognised, Sight, SlotChange};
 use super::queue::Command;
 use super::reconcile::Reconciled;
@@ -323,7 +324,7 @@ fn a_tuple_that_comes_back_is_another_connection() {
     let old = b.conn(1);
     b.install(1, &old, Original);
     // The same tuple, with another id of the datapath: the end of the old one was missed.
-    let new = b.engine.conn_create(*old.key(), *old.reply(), 4711).unwrap();
+    let new = b.engine.conn_create(old.key(), old.reply(), 4711).unwrap();
     assert!(!new.is_same(&old));
     assert!(old.is_dead());
     assert!(new.epoch() > old.epoch());
@@ -345,7 +346,7 @@ fn operations_of_one_match_are_carried_out_in_the_order_they_were_asked_for() {
     dummy.hang(Call::Submit);
     assert_eq!(b.offer(1, &b.conn(2), Original), Offer::Queued);
     for tag in 100..104 {
-        present = b.engine.conn_create(*present.key(), *present.reply(), tag).unwrap();
+        present = b.engine.conn_create(present.key(), present.reply(), tag).unwrap();
         assert_eq!(b.offer(1, &present, Original), Offer::Queued);
     }
     dummy.let_go();

@@ -9,13 +9,13 @@
 //! emptied, so that the next packet offers it again), and a rule that the NIC says it has and that
 //! does nothing (see `doubt`).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError, SendError, Sender};
 use std::time::Duration;
 
-use netdev_providers::{Cookie, Direction, Fault, Generation, Provider, RuleId, RuleReport};
+use netdev_providers::{Cookie, Direction, Epoch, Fault, Generation, Provider, RuleId, RuleReport};
 
 use super::Engine;
 use super::capacity::{Candidate, Slowest};
@@ -105,6 +105,12 @@ impl Engine {
             };
             let Dump { started_ms, reports, result } = dump;
             sweep.rules += reports.len() as u64;
+            // What the port held when its provider was asked and holds still; the rest is noticed by the next
+            // sweep.
+            let mut held = HeldSlots::default();
+            port.walk_held(|part| {
+                held.extend(part.into_iter().map(|(conn, d)| ((conn.epoch(), d), conn)))
+            });
             let mut look = Look {
                 port,
                 id,
@@ -114,6 +120,7 @@ impl Engine {
                 seen: &mut strays.seen,
                 doubts: &mut strays.doubts,
                 still: Vec::new(),
+                held: &held,
             };
             for report in reports {
                 self.reported(&mut look, report);
@@ -128,7 +135,7 @@ impl Engine {
                 }
             }
             match result {
-                Ok(()) => sweep.lost += self.find_lost(port, id, started_ms),
+                Ok(()) => sweep.lost += self.find_lost(port, held, id, started_ms),
                 Err(fault) => {
                     port.queue.push(Command::Repair);
                     sweep.faults.push((port.netdev.name.clone(), fault));
@@ -215,8 +222,7 @@ impl Engine {
         let RuleReport { cookie, rule, .. } = report;
         let port = look.port;
         // A connection that is ending has slots until its deletes are acknowledged.
-        let conn = port.held().get(cookie.epoch, cookie.direction);
-        if let Some(conn) = &conn
+        if let Some(conn) = look.held.get(&(cookie.epoch, cookie.direction))
             && let Some(slot) = PortSlot::find(&self.0, port, conn, cookie.direction)
         {
             match slot.reported(&report, look.id, port.swept_ms.load(Ordering::Relaxed)) {
@@ -249,11 +255,10 @@ impl Engine {
 
     /// What was installed before the sweep began and is not reported by it; and the slowest of those
     /// that stand, which may have to give way.
-    fn find_lost(&self, port: &Arc<Port>, id: u32, started_ms: u64) -> u64 {
+    fn find_lost(&self, port: &Arc<Port>, held: HeldSlots, id: u32, started_ms: u64) -> u64 {
         let mut lost = 0;
         let mut slowest = Slowest::default();
-        let held = port.held().all();
-        for (conn, d) in held {
+        for ((_, d), conn) in held {
             let Some(slot) = PortSlot::find(&self.0, port, &conn, d) else { continue };
             let Swept { measured, is_lost } = slot.swept(id, started_ms);
             if let Some((pace, used_ms)) = measured {
@@ -288,7 +293,7 @@ impl Engine {
             match word.state() {
                 // One that is to go and cannot be deleted carries packets as before.
                 state @ (SlotState::Installed | SlotState::Deleting)
-                    if state == SlotState::Installed || detail.attempts > 0 =>
+                    if state == SlotState::Installed || detail.attempts() > 0 =>
                 {
                     let at = detail.used_ms.min(self.now_ms());
                     let (mut at_ms, mut packets, mut bytes) = (at, detail.packets, detail.bytes);
@@ -347,7 +352,11 @@ struct Look<'a> {
     seen: &'a mut HashSet<Stray>,
     doubts: &'a mut Doubts,
     still: Vec<(ConnHandle, Direction)>,
+    held: &'a HeldSlots,
 }
+
+/// What a port holds, by what marks its rules.
+type HeldSlots = HashMap<(Epoch, Direction), ConnHandle, ahash::RandomState>;
 
 /// A call that may not come back.
 type Call = Box<dyn FnOnce() + Send>;

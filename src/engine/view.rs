@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Reason, Rejection, RuleId};
 
 use super::Engine;
-use super::conn::{ConnHandle, PathTaken, Said};
+use super::conn::{ConnHandle, PathTaken};
+use super::detail::Said;
 use super::latency::LatencyBucket;
 use super::port::Port;
 pub use super::port::Refusal;
@@ -148,14 +149,14 @@ impl Engine {
                 }
                 let state = word.state();
                 let installed = state == SlotState::Installed;
-                let (rejection, nic_said) = match detail.said.as_deref() {
+                let (rejection, nic_said) = match detail.said() {
                     Some(Said::Rejected(why)) if state == SlotState::Rejected => {
                         (Some(why.clone()), None)
                     }
                     Some(Said::Undeleted(why)) if state == SlotState::Deleting => {
                         (Some(why.clone()), None)
                     }
-                    Some(Said::ByNic(words)) if installed && detail.in_hw != Some(true) => {
+                    Some(Said::ByNic(words)) if installed && detail.in_hw() != Some(true) => {
                         (None, Some(words.clone()))
                     }
                     _ => (None, None),
@@ -166,17 +167,17 @@ impl Engine {
                     state,
                     rejection,
                     nic_said,
-                    retry_in_ms: detail.retry_at.ms().map(|at| at.saturating_sub(now)),
-                    path: detail.path,
-                    in_hw: detail.in_hw,
+                    retry_in_ms: detail.retry_at().ms().map(|at| at.saturating_sub(now)),
+                    path: detail.path.as_deref().copied(),
+                    in_hw: detail.in_hw(),
                     packets: detail.packets,
                     bytes: detail.bytes,
                     idle_ms: installed.then(|| now.saturating_sub(detail.used_ms)),
                     cookie: detail
-                        .rule
+                        .rule()
                         .and_then(|rule| port.adopted().get(&rule).copied())
                         .unwrap_or_else(|| self.0.cookie(conn, direction)),
-                    rule: detail.rule,
+                    rule: detail.rule(),
                 })
             })
             .collect()
@@ -198,9 +199,8 @@ fn port_view(port: &Port) -> PortView {
     let (mut in_hw, mut undeleted, c) = (0, 0, &port.counters);
     let (mut packets, mut bytes) =
         (c.past_packets.load(Ordering::Relaxed), c.past_bytes.load(Ordering::Relaxed));
-    let held = port.held().all();
-    for (conn, d) in held {
-        let Some(slot) = conn.slot(port.generation(), d) else { continue };
+    let mut count = |conn: &ConnHandle, d| {
+        let Some(slot) = conn.slot(port.generation(), d) else { return };
         let detail = slot.detail();
         packets += detail.packets;
         bytes += detail.bytes;
@@ -208,16 +208,17 @@ fn port_view(port: &Port) -> PortView {
             SlotState::Pending => slots.pending += 1,
             SlotState::Installed => {
                 slots.installed += 1;
-                in_hw += u64::from(detail.in_hw == Some(true));
+                in_hw += u64::from(detail.in_hw() == Some(true));
             }
             SlotState::Rejected => slots.rejected += 1,
             SlotState::Deleting => {
                 slots.deleting += 1;
-                undeleted += u64::from(detail.attempts > 0);
+                undeleted += u64::from(detail.attempts() > 0);
             }
             SlotState::Empty => {}
         }
-    }
+    };
+    port.walk_held(|part| part.iter().for_each(|(conn, d)| count(conn, *d)));
     PortView {
         netdev: port.netdev.clone(),
         provider: port.binding.as_ref().map(|b| b.class),

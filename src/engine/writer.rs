@@ -83,7 +83,7 @@ impl Ord for Timer {
 
 /// An operation on its way to the provider.
 enum Staged {
-    Add { sight: Sight, op: OpNumber, path: Option<PathTaken>, work: Work, found: Option<Found> },
+    Add { sight: Sight, op: OpNumber, work: Work, found: Option<Found> },
     Other(Operation),
 }
 
@@ -277,7 +277,7 @@ impl Writer {
             return;
         };
         let sight = self.sight(conn.clone(), d);
-        let ready = self.stable_path_and_work(&slot, &sight, spec).and_then(|ready| {
+        let ready = self.stable_work(&slot, &sight, spec).and_then(|work| {
             // What is there already has its place.
             if found.is_none()
                 && let Err(full) = self.make_room(&slot, staged)
@@ -285,12 +285,12 @@ impl Writer {
                 slot.note_path(None);
                 return Err(full);
             }
-            Ok(ready)
+            Ok(work)
         });
         match ready {
-            Ok((path, work)) => {
+            Ok(work) => {
                 slot.take_place();
-                staged.push(Staged::Add { sight, op, path, work, found });
+                staged.push(Staged::Add { sight, op, work, found });
             }
             Err(rejection) => {
                 if let Some(found) = &found {
@@ -327,14 +327,14 @@ impl Writer {
         }
     }
 
-    /// The path, noted in the slot for those who look for rules that a change concerns: either they find it
-    /// there, or it is resolved after the change.
-    fn stable_path_and_work(
+    /// What is to be asked of the provider. Its path is noted in the slot, for those who look for rules that a
+    /// change concerns: either they find it there, or it is resolved after the change.
+    fn stable_work(
         &self,
         slot: &PortSlot<'_>,
         sight: &Sight,
         spec: PathSpec,
-    ) -> Result<(Option<PathTaken>, Work), Rejection> {
+    ) -> Result<Work, Rejection> {
         for _ in 0..RESOLVE_ATTEMPTS {
             let changes = self.shared.datapath.changes();
             let (path, work) = match self.path_and_work(sight, spec.clone()) {
@@ -344,7 +344,7 @@ impl Writer {
             };
             slot.note_path(path);
             if self.shared.datapath.changes() == changes {
-                return Ok((path, work));
+                return Ok(work);
             }
             slot.note_path(None);
         }
@@ -456,7 +456,7 @@ impl Writer {
         for s in staged.drain(..) {
             match s {
                 Staged::Other(operation) => batch.push(operation),
-                Staged::Add { sight, op, path, work, found } => {
+                Staged::Add { sight, op, work, found } => {
                     let ready = prepared.next().unwrap_or(Ok(()));
                     let (conn, d) = (sight.conn, sight.direction);
                     let Some(slot) = self.slot(&conn, d) else { continue };
@@ -478,9 +478,9 @@ impl Writer {
                         (Work::Track(tracked), _) => Request::Track { cookie, tracked },
                     };
                     let then = self.of_slot(conn, d, move |slot, outcome| match found {
-                        None => slot.added(op, path, shape, outcome),
+                        None => slot.added(op, shape, outcome),
                         Some(Found { leftover, tally }) => {
-                            if slot.adopted(op, path, &leftover, outcome) {
+                            if slot.adopted(op, &leftover, outcome) {
                                 tally.adopted();
                             } else {
                                 tally.removed();

@@ -44,7 +44,7 @@ fn takes(world: &World, zoned: &[ConnHandle]) -> [f64; 4] {
     let took = [
         taking(world, zoned, || by(zone)),
         taking(world, &zoned[..1], || by(tuple(zoned[0].key().original))),
-        taking(world, &zoned[..1], || by(tuple(*zoned[0].reply()))),
+        taking(world, &zoned[..1], || by(tuple(zoned[0].reply()))),
         taking(world, zoned, || world.del_port(FLUSHED)),
     ];
     world.add_port(FLUSHED);

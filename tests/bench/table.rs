@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use dashmap::DashMap;
+
 use ctoffload::engine::conn::{ConnHandle, ConnKey};
 use netdev_providers::{Direction, Tuple};
 
@@ -38,12 +40,15 @@ impl PlainTable {
 /// counted, a number for the connection. What it cannot do, memory cannot.
 type BareTable = HashMap<ConnKey, u32, ahash::RandomState>;
 
+/// The same hash table as the engine's, sharded and behind its locks, with nothing around it.
+type ShardedTable = DashMap<ConnKey, u32, ahash::RandomState>;
+
 pub(crate) fn create_and_find(report: &mut Report, rounds: usize, population: u32) {
     let keys: Vec<ConnKey> = (0..population).map(key).collect();
     let mut order: Vec<ConnKey> = keys.clone();
     Shuffle(7).shuffle(&mut order);
-    let mut create: [Samples; 3] = Default::default();
-    let mut find: [Samples; 3] = Default::default();
+    let mut create: [Samples; 4] = Default::default();
+    let mut find: [Samples; 4] = Default::default();
     let n = f64::from(population);
     // Small tables are gone through often enough to be timed.
     let passes = (1 << 18) / population + 1;
@@ -88,26 +93,46 @@ pub(crate) fn create_and_find(report: &mut Report, rounds: usize, population: u3
         }
         create[2].push(ns / n / f64::from(passes));
         find[2].push(found / n / f64::from(passes));
+        let (mut ns, mut found) = (0.0, 0.0);
+        for _ in 0..passes {
+            let table = ShardedTable::default();
+            ns += cpu_ns(|| {
+                for (k, n) in keys.iter().zip(0..) {
+                    table.insert(*k, n);
+                }
+            });
+            found += cpu_ns(|| {
+                for k in &order {
+                    assert!(std::hint::black_box(&table).contains_key(k));
+                }
+            });
+        }
+        create[3].push(ns / n / f64::from(passes));
+        find[3].push(found / n / f64::from(passes));
     }
     let note = if population >= 100_000 {
         "each meets memory that no cache holds: compare with the table that has nothing but the hash"
     } else {
         ""
     };
-    let figure = |what: String, samples: &[Samples; 3]| {
-        let [ours, mutex, bare] = samples.each_ref().map(|s| s.median().map(|ns| 1e3 / ns));
+    let figure = |what: String, samples: &[Samples; 4]| {
+        let [ours, mutex, bare, sharded] =
+            samples.each_ref().map(|s| s.median().map(|ns| 1e3 / ns));
         Figure::new(what, ours, "M/s/core")
             .peer("a mutex over std's HashMap", mutex)
             .peer("the same hash, one owner, no object", bare)
+            .peer("the same, sharded behind locks", sharded)
             .note(note)
     };
-    let over_bare = |what: String, samples: &[Samples; 3], bar| {
+    let over_bare = |what: String, samples: &[Samples; 4], bar| {
         Figure::new(
             format!("{what}, over the same hash with nothing around it"),
             samples[2].over(&samples[0]).median(),
             "x",
         )
         .bar(Bar::AtLeast(bar))
+        .peer("the same hash, sharded behind locks, over it", samples[2].over(&samples[3]).median())
+        .peer("ours over that one", samples[3].over(&samples[0]).median())
     };
     let names = [
         format!("create, {population} connections"),

@@ -3,9 +3,8 @@
 use std::ffi::c_int;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
-use std::sync::Arc;
 
-use engine::engine::conn::{ConnHandle, ConnKey};
+use engine::engine::conn::{ConnArc, ConnHandle, ConnKey};
 use engine::engine::usage::{Usage, extended_expiry};
 use netdev_providers::Zone;
 use nix::errno::Errno;
@@ -33,12 +32,12 @@ pub(crate) unsafe fn borrowed(conn: ConnPtr) -> Result<Borrowed> {
         return Err(Error::invalid("the connection is NULL"));
     }
     // SAFETY: `given` made it of an `Arc`, of which it is a reference that is not counted here, nor given back.
-    Ok(Borrowed(ManuallyDrop::new(ConnHandle::from(unsafe { Arc::from_raw(conn) }))))
+    Ok(Borrowed(ManuallyDrop::new(ConnHandle::from(unsafe { ConnArc::from_raw(conn) }))))
 }
 
 /// The reference becomes the caller's.
 fn given(conn: ConnHandle) -> ConnPtr {
-    Arc::into_raw(conn.into())
+    ConnArc::into_raw(conn.into())
 }
 
 /// The connection of this zone, tuple and tag.
@@ -91,7 +90,7 @@ pub(crate) unsafe extern "C" fn ctoffload_conn_unref(conn: ConnPtr) {
     guarded_or((), || {
         if !conn.is_null() {
             // SAFETY: `given` made it of an `Arc`.
-            drop(unsafe { Arc::from_raw(conn) });
+            drop(unsafe { ConnArc::from_raw(conn) });
         }
     });
 }

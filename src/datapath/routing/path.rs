@@ -106,7 +106,7 @@ impl PathResolver {
     /// # Errors
     /// Why it cannot be offloaded.
     pub fn resolve(&self, sight: &Sight, hint: &PathHint) -> Result<Path, Rejection> {
-        let arriving = *sight.conn.arriving(sight.direction);
+        let arriving = sight.conn.arriving(sight.direction);
         let leaving = sight.conn.leaving(sight.direction);
         if hint.bridged {
             let tuples = (arriving, leaving);

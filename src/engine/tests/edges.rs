@@ -87,7 +87,7 @@ fn a_flush_of_one_port_by_zone_or_tuple_leaves_the_other_ports_alone() {
         b.install(n, &one, Original);
         b.install(n, &two, Original);
     }
-    let reply = Some(*one.reply());
+    let reply = Some(one.reply());
     let filter = FlushFilter { port: Some(ifindex(2)), tuple: reply, ..Default::default() };
     let flushed = b.engine.flush(&filter).unwrap();
     let counts: Vec<_> = flushed.iter().map(|(n, count)| (n.ifindex, *count)).collect();

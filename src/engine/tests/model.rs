@@ -228,9 +228,9 @@ impl Model {
                 };
                 let sight = (p, generation, epoch.0, direction == Reply);
                 prop_assert!(self.sighted.contains(&sight), "I1: a rule for no sight: {rule:?}");
-                if let Some(conn) = self.b.engine.conns().into_iter().find(|c| c.epoch() == epoch) {
+                if let Some(conn) = self.b.engine.conns().find(|c| c.epoch() == epoch) {
                     let flow = &rule.flow;
-                    prop_assert_eq!(flow.matches.tuple, *conn.arriving(direction));
+                    prop_assert_eq!(flow.matches.tuple, conn.arriving(direction));
                     prop_assert_eq!(flow.forward.tuple, conn.leaving(direction));
                 }
             }
@@ -368,7 +368,7 @@ impl Model {
         }
         let deadline = Instant::now() + Duration::from_secs(20);
         let waits = |m: &Self| {
-            let slots = m.b.engine.conns().into_iter().flat_map(|c| m.b.engine.slots(&c));
+            let slots = m.b.engine.conns().flat_map(|c| m.b.engine.slots(&c));
             slots.into_iter().any(|s| s.retry_in_ms.is_some())
         };
         for n in 0.. {

@@ -95,7 +95,7 @@ fn a_rule_that_nobody_holds_is_deleted_when_two_sweeps_have_seen_it() {
     let generation = b.engine.ports()[0].netdev.generation;
     let slot = conn.slot(generation, Original).unwrap();
     slot.word.reset(generation);
-    slot.detail().rule = None;
+    slot.detail().set_rule(None);
     let mut strays = Strays::default();
     let found = |strays: &mut Strays| {
         b.clock.fetch_add(1000, Ordering::SeqCst);
@@ -140,7 +140,7 @@ fn a_sweep_that_has_no_answer_forgets_no_stray() {
     b.install(1, &conn, Original);
     let slot = conn.slot(generation, Original).unwrap();
     slot.word.reset(generation);
-    slot.detail().rule = None;
+    slot.detail().set_rule(None);
     let mut strays = Strays::default();
     assert_eq!(b.engine.sweep(&mut strays).strays, 1);
     dummy.hang(Call::Usage);

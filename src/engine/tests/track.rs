@@ -98,7 +98,7 @@ fn what_is_only_tracked_leads_nowhere_and_is_deleted_as_any_rule() {
     b.settle();
     assert_eq!(offer(), Offer::Decided);
     let tracked = tracker.rules.lock().unwrap()[0].2;
-    assert_eq!(tracked.matches.tuple, *conn.arriving(Reply));
+    assert_eq!(tracked.matches.tuple, conn.arriving(Reply));
     assert_eq!((tracked.matches.eth_dst, tracked.matches.vlan), (arrival.eth_dst, arrival.vlan));
     assert_eq!((tracked.tuple, tracked.direction), (conn.leaving(Reply), Reply));
     let slot = b.engine.slots(&conn).remove(0);

@@ -186,7 +186,7 @@ impl Writer {
         // The provider is not to be asked for it while it has operations.
         let flushed = self.settle().then(|| self.flush_at_once()).flatten();
         flushed.unwrap_or_else(|| {
-            let held = self.port.held().all();
+            let held = self.port.all_held();
             let n = self.delete_each(held, staged, false);
             self.finish_removals(staged);
             n
@@ -228,7 +228,7 @@ impl Writer {
             stopped.flushed = match self.flush_at_once() {
                 Some(n) => n,
                 None => {
-                    let held = self.port.held().all();
+                    let held = self.port.all_held();
                     let n = self.delete_each(held, staged, false);
                     self.finish_removals(staged);
                     n
