@@ -17,7 +17,7 @@
 //!
 //! [limits]
 //! connections = 1048576
-//! queue = 65536              # offers waiting per port
+//! queue = 65536              # offers waiting per port, of each thread that sees packets
 //!
 //! [usage]
 //! sweep-seconds = 5          # 1..=3600: while rules carry packets
@@ -197,7 +197,7 @@ pub struct Config {
     pub revalidation: Revalidation,
     /// Connections kept.
     pub connections: usize,
-    /// Offers waiting per port.
+    /// Offers waiting per port, of each thread that sees packets.
     pub queue: usize,
     /// Seconds between sweeps.
     pub sweep_seconds: u16,

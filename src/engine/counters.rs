@@ -10,7 +10,6 @@ use super::latency::Latencies;
 /// Counts of one port. Relaxed: each is read by itself, for people.
 #[derive(Debug, Default)]
 pub(super) struct PortCounters {
-    pub sights: AtomicU64,
     pub adds: AtomicU64,
     pub deletes: AtomicU64,
     /// Rules that gave way to those of busier connections.

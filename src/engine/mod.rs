@@ -12,7 +12,7 @@
 //! * [`index`], `zones`: how they are found by zone and tuple;
 //! * `state`: the transaction of a slot, which nobody else changes but by it;
 //! * [`worker`]: packet threads and their view of the ports (`table`);
-//! * `port`, `queue`, `writer`: a port, what is asked of it, the thread that does it;
+//! * `port`, `queue`, `writer`, `threads`: a port, what is asked of it, who does it, and on what thread;
 //! * `held`, `paths`, `shapes`, `counters`: what a port holds, where that leads, what it does not take, has done;
 //! * `ports`, `flush`: ports that come and go, and what takes rules away from them;
 //! * [`progress`]: whether a port's provider goes on;
@@ -32,7 +32,7 @@
 //! | call | thread | cost |
 //! |---|---|---|
 //! | [`PortRef::is_decided`](worker::PortRef::is_decided) | packet thread | one atomic load, one more for each further port of the direction |
-//! | [`Worker::quiescent`], [`Worker::port`] | packet thread, once per batch | one atomic load; a search in a sorted array |
+//! | [`Worker::quiescent`], [`Worker::port`] | packet thread, once per batch | one atomic load; one look into a table |
 //! | [`PortRef::conn_add`](worker::PortRef::conn_add), [`conn_seen`](worker::PortRef::conn_seen), [`offer_batch`](worker::PortRef::offer_batch), [`conn_established`](worker::PortRef::conn_established) | packet thread | no lock; a compare-and-exchange, a push; a system call when the port's thread sleeps, of a batch once |
 //! | [`PortRef::can_offload`](worker::PortRef::can_offload) | any | a call of the provider's, two short locks |
 //! | [`Engine::conn_create`], [`conn`](Engine::conn), [`conn_del`](Engine::conn_del), [`conn_retract`](Engine::conn_retract), [`slot_retract`](Engine::slot_retract) | any | a lock of one shard of the index, one of each slot that holds something; never waits for a provider |
@@ -82,6 +82,7 @@ pub mod slot;
 mod state;
 mod sync;
 mod table;
+mod threads;
 mod tuples;
 pub mod usage;
 pub mod view;
@@ -96,16 +97,14 @@ mod models;
 #[cfg(not(ctoffload_loom))]
 mod tests;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use netdev_providers::{
-    Cookie, Direction, Fault, Generation, HwFlags, Ifindex, Instance, ProviderClass, Tuple, Zone,
+    Cookie, Direction, Fault, HwFlags, Ifindex, Instance, ProviderClass, Tuple, Zone,
 };
 
 use self::clock::Clock;
@@ -113,6 +112,7 @@ use self::conn::ConnHandle;
 use self::datapath::Datapath;
 use self::port::Port;
 use self::registry::{Registry, RegistryError};
+use self::threads::Threads;
 use self::worker::{Publication, Worker};
 use self::zones::Zones;
 
@@ -124,7 +124,7 @@ pub const NO_PROVIDER: &str = "none";
 pub struct Limits {
     /// Connections kept.
     pub connections: usize,
-    /// Offers waiting per port.
+    /// Offers of one packet thread waiting per port (of two that share a lane, when there are more than 16).
     pub queue: usize,
     /// How long administration waits for workers, and for a port that does not go on: counted from the
     /// port's last progress. What was asked for is done when the port goes on.
@@ -225,6 +225,7 @@ pub(crate) struct Shared {
     sweeps: AtomicU32,
     /// The names of the registered classes, for those who only look.
     classes: Mutex<Vec<&'static str>>,
+    threads: Threads,
     admin: Mutex<Admin>,
 }
 
@@ -238,21 +239,14 @@ impl Shared {
 #[derive(Default)]
 struct Admin {
     registry: Registry,
-    writers: HashMap<Generation, JoinHandle<()>>,
-    leaving: Vec<Leaving>,
-}
-
-/// A port that was deleted, and whose provider is still there.
-struct Leaving {
-    port: Arc<Port>,
-    thread: JoinHandle<()>,
+    leaving: Vec<Arc<Port>>,
 }
 
 impl Admin {
     /// The ports that are on their way out: being deleted, or given up before their provider had come
     /// back.
-    fn leaving(&mut self) -> &mut Vec<Leaving> {
-        self.leaving.retain(|l| !l.thread.is_finished());
+    fn leaving(&mut self) -> &mut Vec<Arc<Port>> {
+        self.leaving.retain(|port| !port.ended.load(Ordering::SeqCst));
         &mut self.leaving
     }
 }
@@ -289,6 +283,7 @@ impl Engine {
             next_generation: AtomicU32::new(1),
             sweeps: AtomicU32::new(0),
             classes: Mutex::default(),
+            threads: Threads::default(),
             admin: Mutex::default(),
         }))
     }
@@ -334,8 +329,7 @@ impl Engine {
         let mut admin = self.admin();
         let table = self.0.publication.table();
         let uses = |p: &&Arc<Port>| p.binding.as_ref().is_some_and(|b| b.class == name);
-        let gone = admin.leaving().iter().map(|l| &l.port);
-        if let Some(port) = table.iter().chain(gone).find(uses) {
+        if let Some(port) = table.iter().chain(admin.leaving().iter()).find(uses) {
             return Err(RegistryError::InUse {
                 class: name.to_owned(),
                 port: port.netdev.name.clone(),

@@ -43,11 +43,11 @@ use super::clock::Clock;
 use super::conn::{ConnClaim, ConnHandle, ConnKey};
 use super::datapath::{NoDatapath, Path, PathSpec};
 use super::port::{Binding, Port};
-use super::queue::{Command, Queue, Stopped};
+use super::queue::{Command, Job, Queue, Stopped};
 use super::slot::{AfterAdd, SlotState, SlotWord, Unwind};
 use super::table::PortTable;
 use super::worker::{Offer, Publication, Worker};
-use super::writer::Writer;
+use super::writer::{After, Writer};
 use super::{Engine, Limits};
 
 const D: Direction = Direction::Original;
@@ -361,11 +361,69 @@ fn no_wake_up_is_lost_behind_a_batch() {
                 take(&queue, 2);
             })
         };
-        for _ in 0..2 {
-            assert!(queue.put_add(conn(), D, known_path()));
+        for lane in 0..2 {
+            assert!(queue.put_add(lane, conn(), D, known_path()));
         }
         queue.wake();
         writer.join().unwrap();
+    });
+}
+
+/// A writer that has nothing to do leaves its thread, and somebody pushes: either it stays, or a thread is
+/// started for it, one, and finds what was pushed.
+///
+/// Finds: no fence in `Queue::rest`, none in `Queue::wake`; no second look at the queue behind the fence; a
+/// job that is put down after the state says so; an exchange that is a store.
+#[test]
+fn a_writer_that_rests_is_started_when_something_is_pushed() {
+    exhaustive(|| {
+        let queue = Arc::new(Queue::new(16));
+        let started = Arc::new(loom::sync::atomic::AtomicUsize::new(0));
+        queue.set_start({
+            let started = Arc::clone(&started);
+            Box::new(move || {
+                started.fetch_add(1, Ordering::SeqCst);
+            })
+        });
+        let rests = {
+            let queue = Arc::clone(&queue);
+            thread::spawn(move || queue.rest(Job(Box::new(|| None))))
+        };
+        queue.push(Command::DeleteRule(RuleId(1), COOKIE));
+        let stays = rests.join().unwrap().is_some();
+        let started = started.load(Ordering::SeqCst);
+        // What was pushed before it rests keeps it, what is pushed afterwards starts it.
+        assert_eq!(usize::from(stays) + started, 1);
+        assert_eq!(queue.take_job().is_some(), !stays, "whoever is started has it");
+        assert!(queue.pop().is_some());
+    });
+}
+
+/// What comes behind the offers that wait, of two threads, comes behind all of them.
+///
+/// Finds: counts of one lane only; a turn that is given before the offers are taken; a lane that is made
+/// without being seen.
+#[test]
+fn what_comes_behind_the_offers_has_its_turn_and_not_before() {
+    bounded(3, || {
+        let queue = Arc::new(Queue::new(16));
+        assert!(queue.put_add(0, conn(), D, known_path()));
+        let other = {
+            let queue = Arc::clone(&queue);
+            thread::spawn(move || {
+                assert!(queue.put_add(1, conn(), D, known_path()));
+                queue.push(Command::Retracted(ifindex(2)));
+            })
+        };
+        let mut taken = Vec::new();
+        while taken.len() < 3 {
+            match queue.pop() {
+                Some(command) => taken.push(matches!(command, Command::Retracted(_))),
+                None => thread::yield_now(),
+            }
+        }
+        other.join().unwrap();
+        assert_eq!(taken, [false, false, true]);
     });
 }
 
@@ -391,9 +449,9 @@ fn no_more_offers_wait_than_may() {
         let c = conn();
         let thread = {
             let (queue, c) = (Arc::clone(&queue), c.clone());
-            thread::spawn(move || queue.put_add(c, D, known_path()))
+            thread::spawn(move || queue.put_add(0, c, D, known_path()))
         };
-        let here = queue.put_add(c, D, known_path());
+        let here = queue.put_add(0, c, D, known_path());
         assert!(thread.join().unwrap() != here);
         assert_eq!(queue.pending(), 1);
         assert!(queue.pop().is_some() && queue.pop().is_none());
@@ -687,7 +745,7 @@ struct Bench {
     conn: ConnHandle,
     provider: Arc<ModelProvider>,
     port: Arc<Port>,
-    writer: thread::JoinHandle<()>,
+    writer: thread::JoinHandle<After>,
 }
 
 impl Bench {
@@ -746,7 +804,7 @@ impl Bench {
     fn stop(self) -> (Stopped, Arc<ModelProvider>) {
         let (tx, rx) = mpsc::channel();
         self.port.queue.push(Command::Stop(tx));
-        self.writer.join().unwrap();
+        assert_eq!(self.writer.join().unwrap(), After::Stopped);
         assert!(self.port.queue.pop().is_none(), "a command that nobody carries out");
         assert!(self.port.fault().is_none());
         (rx.try_recv().unwrap(), self.provider)

@@ -61,6 +61,8 @@ pub(super) struct Port {
     pub progress: Progress,
     /// Being deleted: nothing new is taken.
     pub draining: AtomicBool,
+    /// It was stopped: nobody calls its provider any more.
+    pub ended: AtomicBool,
     /// A sweep has asked the provider and has no answer yet.
     pub swept: AtomicBool,
     /// What came back to a sweep that did not wait for it any more: for the next one.
@@ -100,6 +102,7 @@ impl Port {
             swept_ms: AtomicU64::new(0),
             progress: Progress::new(limits.complete),
             draining: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             swept: AtomicBool::new(false),
             late_dump: Mutex::default(),
             guests: AtomicUsize::new(0),

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use netdev_providers::{BindError, Fault, Generation, Ifindex, Netdev};
@@ -14,7 +13,7 @@ use super::queue::{Command, Stopped};
 use super::state::undeleted_towards;
 use super::table::PortTable;
 use super::writer::Writer;
-use super::{Admin, Engine, Leaving, NO_PROVIDER, NewPort, NoSuchPort, PortAddError, PortDeleted};
+use super::{Admin, Engine, NO_PROVIDER, NewPort, NoSuchPort, PortAddError, PortDeleted};
 
 impl Engine {
     /// Attaches a netdev and binds it, for its whole life, to the first class that accepts it. When
@@ -32,7 +31,7 @@ impl Engine {
                 provider: provider.to_owned(),
             });
         }
-        if admin.leaving().iter().any(|l| l.port.ifindex() == new.ifindex) {
+        if admin.leaving().iter().any(|port| port.ifindex() == new.ifindex) {
             return Err(PortAddError::Busy(new.ifindex));
         }
         // Behind "none" nothing is tried.
@@ -67,21 +66,16 @@ impl Engine {
         if let Some(binding) = &port.binding {
             // Before any offer: what a dead engine left may have the same match.
             port.queue.push(Command::Reconcile(None));
-            let writer =
-                Writer::new(Arc::clone(&port), Arc::clone(&binding.provider), Arc::clone(&self.0));
-            let thread = std::thread::Builder::new()
-                .name(format!("port-{}", port.netdev.name))
-                .spawn(move || writer.run());
-            match thread {
-                Ok(handle) => admin.writers.insert(generation, handle),
-                Err(e) => {
-                    let released = contained(|| binding.provider.release());
-                    if let Ok(Err(fault)) | Err(fault) = released.map_err(Fault::new) {
-                        tracing::warn!(port = %port.netdev, "release: {fault}");
-                    }
-                    return Err(PortAddError::Thread(e));
+            Writer::new(Arc::clone(&port), Arc::clone(&binding.provider), Arc::clone(&self.0))
+                .begin();
+            if let Err(e) = self.0.threads.serve(&port) {
+                drop(port.queue.take_job());
+                let released = contained(|| binding.provider.release());
+                if let Ok(Err(fault)) | Err(fault) = released.map_err(Fault::new) {
+                    tracing::warn!(port = %port.netdev, "release: {fault}");
                 }
-            };
+                return Err(PortAddError::Thread(e));
+            }
         }
         tracing::info!(
             port = %port.netdev,
@@ -174,9 +168,13 @@ impl Engine {
         // the first retraction; none does any more.
         retracting.extend(start_retract(self.0.publication.table().iter(), ifindex));
         let mut deleted = self.stopped(&port, stop(&port));
+        // Nothing of the others leads there.
+        let mut led: Vec<_> = retracting.iter().map(|asked| Arc::clone(&asked.port)).collect();
+        led.sort_unstable_by_key(|port| port.generation());
+        led.dedup_by_key(|port| port.generation());
         deleted.retracted = self.retracted(retracting);
-        for other in self.0.publication.table().iter() {
-            let left = undeleted_towards(&self.0, other, ifindex).len();
+        for other in led {
+            let left = undeleted_towards(&self.0, &other, ifindex).len();
             if left > 0 {
                 deleted.faults.push(Fault::new(format!(
                     "{}: {left} rules that forward into it are not deleted yet: each is tried until it is",
@@ -229,9 +227,6 @@ impl Engine {
             Ok(Stopped { flushed, faults }) => {
                 deleted.flushed = flushed;
                 deleted.faults = faults;
-                let thread = self.admin().gone(port);
-                // Its answer was the last that it had to do.
-                let _ = thread.map(JoinHandle::join);
             }
             Err(why) => {
                 let rules = port.rules.load(Ordering::SeqCst);
@@ -264,15 +259,9 @@ impl Engine {
 
 impl Admin {
     fn leave(&mut self, port: &Arc<Port>) {
-        if let Some(thread) = self.writers.remove(&port.generation()) {
-            self.leaving.push(Leaving { port: Arc::clone(port), thread });
+        if port.binding.is_some() {
+            self.leaving.push(Arc::clone(port));
         }
-    }
-
-    /// The port has come to its end: its thread, to be joined.
-    fn gone(&mut self, port: &Port) -> Option<JoinHandle<()>> {
-        let at = self.leaving.iter().position(|l| l.port.generation() == port.generation())?;
-        Some(self.leaving.swap_remove(at).thread)
     }
 }
 

@@ -1,7 +1,18 @@
-//! The queue of one port: many workers push, one writer thread takes. Lock-free for those who push;
+//! The queue of one port: many workers push, one writer takes. Lock-free for those who push;
 //! offers are bounded, everything else (deletes, control) is never refused, because it shrinks what
 //! is there.
+//!
+//! Each packet thread has a lane of its own for its offers: two that have first sights on one port at the same
+//! time write no cache line in common. Between lanes there is no order, and none is needed: a slot is in one
+//! of them at a time.
+//!
+//! The writer takes removals first, then what else there is, then offers, a lane after the other. What is to
+//! come behind the offers that wait ([`Command::is_behind_offers`]) does.
+//!
+//! A writer that has nothing to do sleeps on its thread, and after a while it [rests](Queue::rest): without a
+//! thread, until somebody pushes.
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -12,7 +23,8 @@ use super::conn::ConnHandle;
 use super::datapath::PathSpec;
 use super::reconcile::Reconciled;
 use super::sync::{
-    AtomicBool, AtomicUsize, OnceLock, SegQueue, Thread, current, fence, park_timeout,
+    ArcSwap, AtomicUsize, Mutex, MutexGuard, OnceBox, OnceLock, SegQueue, Thread, current, fence,
+    park_timeout,
 };
 
 /// What a writer is asked to do.
@@ -79,6 +91,18 @@ impl Command {
     }
 }
 
+impl Command {
+    /// Whether its turn comes when the offers have had theirs that were queued before it.
+    const fn is_behind_offers(&self) -> bool {
+        match self {
+            Self::Retracted(_) => true,
+            #[cfg(test)]
+            Self::Barrier(_) => true,
+            _ => false,
+        }
+    }
+}
+
 /// How a port ended.
 #[derive(Debug, Default)]
 pub(super) struct Stopped {
@@ -86,80 +110,206 @@ pub(super) struct Stopped {
     pub faults: Vec<netdev_providers::Fault>,
 }
 
+/// Lanes of a port; packet threads beyond that many share them.
+pub(super) const LANES: usize = if cfg!(ctoffload_loom) { 2 } else { 16 };
+
+/// The offers of one packet thread (or of several, if there are more of them than lanes), on cache lines of
+/// its own.
+#[repr(align(128))]
+#[derive(Default)]
+struct Lane {
+    /// Offers that were ever put here.
+    put: AtomicUsize,
+    /// What was taken, as somebody who puts saw it last.
+    seen: AtomicUsize,
+    offers: SegQueue<Command>,
+    taken: Taken,
+}
+
+/// Offers that were ever taken out of a lane. Only the writer counts.
+#[repr(align(128))]
+#[derive(Default)]
+struct Taken(AtomicUsize);
+
+impl Lane {
+    fn waiting(&self) -> usize {
+        let taken = self.taken.0.load(Ordering::Relaxed);
+        self.put.load(Ordering::Relaxed).wrapping_sub(taken)
+    }
+
+    /// Counts one more offer, if there may be one.
+    fn count(&self, limit: usize) -> bool {
+        let fits = |put: usize, taken: usize| put.wrapping_sub(taken) < limit;
+        let one_more = |put: usize| {
+            // What the writer counts is looked at only when it seems to matter.
+            if !fits(put, self.seen.load(Ordering::Relaxed)) {
+                self.seen.store(self.taken.0.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+            fits(put, self.seen.load(Ordering::Relaxed)).then(|| put.wrapping_add(1))
+        };
+        self.put.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    fn take(&self) -> Option<Command> {
+        let offer = self.offers.pop()?;
+        // Nobody else writes it.
+        let taken = self.taken.0.load(Ordering::Relaxed);
+        self.taken.0.store(taken.wrapping_add(1), Ordering::Relaxed);
+        Some(offer)
+    }
+}
+
+/// A command that is no offer and no removal.
+struct Waiting {
+    command: Command,
+    /// How many offers of each lane come before it.
+    behind: Option<Box<[usize; LANES]>>,
+}
+
+/// How the writer goes on when it is woken, on whatever thread; what it returns is done next there.
+pub(super) struct Job(pub(super) Box<dyn FnOnce() -> Option<Job> + Send>);
+
+impl Job {
+    /// Until there is nothing more to be done.
+    pub(super) fn run(self) {
+        let mut next = Some(self);
+        while let Some(Job(job)) = next {
+            next = job();
+        }
+    }
+}
+
+/// Has somebody call [`Queue::take_job`] on a thread.
+type Start = Box<dyn Fn() + Send + Sync>;
+
+// What the writer does.
+const AWAKE: usize = 0;
+/// Its thread sleeps.
+const ASLEEP: usize = 1;
+/// It has no thread.
+const RESTING: usize = 2;
+
 pub(super) struct Queue {
-    commands: SegQueue<Command>,
+    lanes: [OnceBox<Lane>; LANES],
+    /// Which lane is next.
+    next: AtomicUsize,
+    commands: SegQueue<Waiting>,
     /// Removals: they come before all that waits.
     removals: SegQueue<Command>,
-    adds: AtomicUsize,
-    /// Commands that were pushed and have not been carried out.
-    unfinished: AtomicUsize,
+    /// Commands that were pushed, beside offers.
+    pushed: AtomicUsize,
+    /// Commands, offers among them, that have been carried out.
+    done: AtomicUsize,
     limit: usize,
-    sleeping: AtomicBool,
-    writer: OnceLock<Thread>,
+    state: AtomicUsize,
+    thread: ArcSwap<Option<Thread>>,
+    job: Mutex<Option<Job>>,
+    start: OnceLock<Start>,
 }
 
 impl Queue {
+    /// For so many offers of each packet thread.
     pub(super) fn new(limit: usize) -> Self {
         Self {
+            lanes: std::array::from_fn(|_| OnceBox::default()),
+            next: AtomicUsize::new(0),
             commands: SegQueue::new(),
             removals: SegQueue::new(),
-            adds: AtomicUsize::new(0),
-            unfinished: AtomicUsize::new(0),
+            pushed: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
             limit,
-            sleeping: AtomicBool::new(false),
-            writer: OnceLock::new(),
+            state: AtomicUsize::new(AWAKE),
+            thread: ArcSwap::from_pointee(None),
+            job: Mutex::new(None),
+            start: OnceLock::new(),
         }
     }
 
-    /// The calling thread is the one that is to be woken. Once.
+    /// The calling thread is the one that is to be woken. One at a time.
     pub(super) fn set_writer(&self) {
-        let _ = self.writer.set(current());
+        self.thread.store(std::sync::Arc::new(Some(current())));
+    }
+
+    /// What starts a thread for a writer that rests. Once, before it does.
+    pub(super) fn set_start(&self, start: Start) {
+        let _ = self.start.set(start);
+    }
+
+    fn lane(&self, lane: usize) -> Option<&Lane> {
+        self.lanes[lane % LANES].get()
+    }
+
+    fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        self.lanes.iter().filter_map(OnceBox::get)
     }
 
     /// Offers waiting.
     pub(super) fn pending(&self) -> usize {
-        self.adds.load(Ordering::Relaxed)
+        self.lanes().map(Lane::waiting).sum()
     }
 
-    /// Queues an offer; false when there are as many as there may be. Nobody is told: that is for the
-    /// caller ([`wake`](Self::wake)), behind the last of several.
-    pub(super) fn put_add(&self, conn: ConnHandle, d: Direction, path: PathSpec) -> bool {
-        if self.adds.fetch_add(1, Ordering::Relaxed) >= self.limit {
-            self.adds.fetch_sub(1, Ordering::Relaxed);
-            return false;
+    /// Those of one packet thread.
+    pub(super) fn pending_of(&self, lane: usize) -> usize {
+        self.lane(lane).map_or(0, Lane::waiting)
+    }
+
+    /// Offers that were ever queued.
+    pub(super) fn offered(&self) -> usize {
+        self.lanes().fold(0, |sum, lane| sum.wrapping_add(lane.put.load(Ordering::Relaxed)))
+    }
+
+    /// Queues an offer of a packet thread; false when there are as many of it as there may be. Nobody is told:
+    /// that is for the caller ([`wake`](Self::wake)), behind the last of several.
+    pub(super) fn put_add(
+        &self,
+        lane: usize,
+        conn: ConnHandle,
+        d: Direction,
+        path: PathSpec,
+    ) -> bool {
+        let lane = self.lanes[lane % LANES].get_or_init(Box::default);
+        let fits = lane.count(self.limit);
+        if fits {
+            lane.offers.push(Command::Add(conn, d, path));
         }
-        self.put(Command::Add(conn, d, path));
-        true
+        fits
     }
 
     /// Queues anything else; removals before all that waits, and in order among themselves.
     pub(super) fn push(&self, command: Command) {
-        self.put(command);
-        self.wake();
-    }
-
-    fn put(&self, command: Command) {
-        self.unfinished.fetch_add(1, Ordering::Relaxed);
+        self.pushed.fetch_add(1, Ordering::Relaxed);
         if command.overtakes() {
             self.removals.push(command);
         } else {
-            self.commands.push(command);
+            let put =
+                |lane: &OnceBox<Lane>| lane.get().map_or(0, |l| l.put.load(Ordering::Relaxed));
+            let offers = || Box::new(std::array::from_fn(|n| put(&self.lanes[n])));
+            let behind = command.is_behind_offers().then(offers);
+            self.commands.push(Waiting { command, behind });
         }
+        self.wake();
     }
 
     /// Wakes the writer if it sleeps: the system call is made by one of many who push.
     pub(super) fn wake(&self) {
-        // Pairs with the fence in `park`: either the sleeper sees what was pushed, or we see it
+        // Pairs with the fences in `park` and `rest`: either the sleeper sees what was pushed, or we see it
         // sleeping.
         fence(Ordering::SeqCst);
-        if self.sleeping.load(Ordering::Relaxed)
-            && self
-                .sleeping
-                .compare_exchange(true, false, Ordering::AcqRel, Ordering::Relaxed)
-                .is_ok()
-            && let Some(t) = self.writer.get()
+        let state = self.state.load(Ordering::Relaxed);
+        if state == AWAKE
+            || self
+                .state
+                .compare_exchange(state, AWAKE, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err()
         {
-            t.unpark();
+            return;
+        }
+        if state == RESTING {
+            if let Some(start) = self.start.get() {
+                start();
+            }
+        } else if let Some(thread) = &*self.thread.load_full() {
+            thread.unpark();
         }
     }
 
@@ -180,22 +330,45 @@ impl Queue {
 
     /// The next of what waits for its turn.
     pub(super) fn pop_waiting(&self) -> Option<Command> {
-        let command = self.commands.pop()?;
-        if matches!(command, Command::Add(..)) {
-            self.adds.fetch_sub(1, Ordering::Relaxed);
+        if let Some(Waiting { command, behind }) = self.commands.pop() {
+            if behind.as_ref().is_none_or(|behind| self.has_taken(behind)) {
+                return Some(command);
+            }
+            // Its turn comes.
+            self.commands.push(Waiting { command, behind });
         }
-        Some(command)
+        self.pop_offer()
     }
 
-    /// Takes what waits up to the last of the offers that wait now. Those that come meanwhile stay: workers
-    /// that push cannot keep whoever takes.
+    fn has_taken(&self, offers: &[usize; LANES]) -> bool {
+        let taken = |lane: &Lane| lane.taken.0.load(Ordering::Relaxed);
+        self.lanes.iter().zip(offers).all(|(lane, offers)| {
+            // Both count up, and wrap: the difference tells.
+            lane.get().is_none_or(|lane| taken(lane).wrapping_sub(*offers) <= usize::MAX / 2)
+        })
+    }
+
+    fn pop_offer(&self) -> Option<Command> {
+        let first = self.next.load(Ordering::Relaxed);
+        (first..first + LANES).find_map(|n| {
+            let offer = self.lane(n)?.take()?;
+            self.next.store((n + 1) % LANES, Ordering::Relaxed);
+            Some(offer)
+        })
+    }
+
+    /// Takes the offers that wait now. Those that come meanwhile stay: workers that push cannot keep whoever
+    /// takes.
     pub(super) fn take_offers(&self, mut take: impl FnMut(Command)) {
-        let mut adds = self.pending();
-        while adds > 0
-            && let Some(command) = self.pop_waiting()
-        {
-            adds -= usize::from(matches!(command, Command::Add(..)));
-            take(command);
+        let waiting: Vec<_> = self.lanes().map(|lane| (lane, lane.waiting())).collect();
+        for (lane, waiting) in waiting {
+            for _ in 0..waiting {
+                match lane.take() {
+                    Some(offer) => take(offer),
+                    // It is counted, and being put.
+                    None => break,
+                }
+            }
         }
     }
 
@@ -203,25 +376,62 @@ impl Queue {
     /// of held slots, or with the provider.
     pub(super) fn finished(&self, commands: usize) {
         if commands > 0 {
-            self.unfinished.fetch_sub(commands, Ordering::Release);
+            self.done.fetch_add(commands, Ordering::Release);
         }
     }
 
     /// True when whatever was pushed before this call has been carried out, and can be seen where
     /// [`finished`](Self::finished) says.
     pub(super) fn is_finished(&self) -> bool {
-        self.unfinished.load(Ordering::Acquire) == 0
+        // What is pushed between the two readings counts in the second one only.
+        let done = self.done.load(Ordering::Acquire);
+        self.pushed.load(Ordering::Relaxed).wrapping_add(self.offered()) == done
+    }
+
+    fn is_empty(&self) -> bool {
+        self.removals.is_empty()
+            && self.commands.is_empty()
+            && self.lanes().all(|lane| lane.offers.is_empty())
     }
 
     /// The writer sleeps until something is pushed or the time is over.
     pub(super) fn park(&self, at_most: Duration) {
         // Release: who sees it sees whom to wake. (The queue may have been emptied without a sleep
         // before, and then nothing else tells.)
-        self.sleeping.store(true, Ordering::Release);
+        self.state.store(ASLEEP, Ordering::Release);
         fence(Ordering::SeqCst);
-        if self.commands.is_empty() && self.removals.is_empty() {
+        if self.is_empty() {
             park_timeout(at_most);
         }
-        self.sleeping.store(false, Ordering::Relaxed);
+        self.state.store(AWAKE, Ordering::Relaxed);
+    }
+
+    /// The writer leaves its thread, and goes on with this when something is pushed. It is given back when
+    /// something was pushed just now: then it goes on at once.
+    pub(super) fn rest(&self, job: Job) -> Option<Job> {
+        self.set_job(job);
+        self.state.store(RESTING, Ordering::Release);
+        fence(Ordering::SeqCst);
+        let goes_on = !self.is_empty()
+            && self
+                .state
+                .compare_exchange(RESTING, AWAKE, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok();
+        // Where the exchange fails, somebody else has seen to it.
+        if goes_on { self.take_job() } else { None }
+    }
+
+    /// What the writer does first.
+    pub(super) fn set_job(&self, job: Job) {
+        *self.job() = Some(job);
+    }
+
+    /// How the writer goes on that was resting, for whoever has a thread for it.
+    pub(super) fn take_job(&self) -> Option<Job> {
+        self.job().take()
+    }
+
+    fn job(&self) -> MutexGuard<'_, Option<Job>> {
+        self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

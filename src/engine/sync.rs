@@ -35,6 +35,15 @@ mod machine {
     pub(in crate::engine) use std::sync::{Mutex, MutexGuard, OnceLock};
     pub(in crate::engine) use std::thread::{Thread, current, park_timeout};
 
+    /// A number of the calling thread, the same each time.
+    pub(in crate::engine) fn thread_number() -> usize {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static NUMBER: usize = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+        NUMBER.with(|number| *number)
+    }
+
     /// How long somebody waits for what others do without telling.
     pub(in crate::engine) struct Patience {
         /// None: no clock goes as far.
@@ -79,6 +88,11 @@ mod model {
         loom::thread::park();
     }
 
+    /// One for all: what two threads do who have different ones, a model says itself.
+    pub(in crate::engine) fn thread_number() -> usize {
+        0
+    }
+
     pub(in crate::engine) struct Patience;
 
     impl Patience {
@@ -119,6 +133,12 @@ mod model {
         }
     }
 
+    impl<T> Default for SegQueue<T> {
+        fn default() -> Self {
+            Self { len: AtomicUsize::new(0), items: std::sync::Mutex::default() }
+        }
+    }
+
     #[derive(Debug)]
     pub(in crate::engine) struct SegQueue<T> {
         len: AtomicUsize,
@@ -127,7 +147,7 @@ mod model {
 
     impl<T> SegQueue<T> {
         pub(in crate::engine) fn new() -> Self {
-            Self { len: AtomicUsize::new(0), items: std::sync::Mutex::default() }
+            Self::default()
         }
         pub(in crate::engine) fn push(&self, item: T) {
             self.len.fetch_add(1, Ordering::Release);

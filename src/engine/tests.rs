@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::dummy::{Call, DummyClass, DummyRule};
 use netdev_providers::{
-    Epoch, Forward, Leftover, MacAddr, MacRewrite, Netdev, Permanence, Reason, Rejection, Request,
+    Epoch, Forward, Generation, Leftover, MacAddr, MacRewrite, Netdev, Permanence, Reason,
+    Rejection, Request,
 };
 
 use super::ask::Asked;

@@ -244,7 +244,7 @@ fn port_view(port: &Port) -> PortView {
         capacity: port.capacity.limit().map(|(limit, _)| limit),
         capacity_learnt: port.capacity.limit().is_some_and(|(_, learnt)| learnt),
         evictions: c.evictions.load(Ordering::Relaxed),
-        sights: c.sights.load(Ordering::Relaxed),
+        sights: port.queue.offered() as u64,
         adds: c.adds.load(Ordering::Relaxed),
         deletes: c.deletes.load(Ordering::Relaxed),
         packets,

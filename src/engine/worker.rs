@@ -20,7 +20,7 @@ use super::conn::{ConnClaim, ConnHandle};
 use super::datapath::{Arrival, Path, PathSpec, Work, flow, tracked};
 use super::port::Port;
 use super::queue::{Command, Queue};
-use super::sync::{ArcSwap, AtomicU64, Mutex, Patience, fence};
+use super::sync::{ArcSwap, AtomicU64, Mutex, Patience, fence, thread_number};
 use super::table::PortTable;
 
 /// Nobody waits for this worker, now (it may come back) or ever again.
@@ -314,10 +314,10 @@ impl PortRef<'_> {
             ConnClaim::Dead => Offer::Refused(Reason::ConnState),
             ConnClaim::Full => self.refuse(Reason::TooManyPorts),
             ConnClaim::Won(slot) => {
-                let refused = if self.is_slow() {
+                let lane = thread_number();
+                let refused = if self.is_slow(lane) {
                     Reason::ProviderSlow
-                } else if self.port.queue.put_add(conn.clone(), d, path) {
-                    self.port.counters.sights.fetch_add(1, Ordering::Relaxed);
+                } else if self.port.queue.put_add(lane, conn.clone(), d, path) {
                     return Offer::Queued;
                 } else {
                     Reason::QueueFull
@@ -330,9 +330,9 @@ impl PortRef<'_> {
 
     /// Looks at the time for one in so many offers that find others waiting: somebody has to, and no
     /// more than this of them may come behind what does not go on.
-    fn is_slow(&self) -> bool {
+    fn is_slow(&self, lane: usize) -> bool {
         const EVERY: usize = 64;
-        let waiting = self.port.queue.pending();
+        let waiting = self.port.queue.pending_of(lane);
         if waiting > 0 && waiting.is_multiple_of(EVERY) {
             return self.port.slow().is_some();
         }

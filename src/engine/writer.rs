@@ -27,7 +27,7 @@ use super::contain::{caught, contained};
 use super::datapath::{Datapath, Path, PathSpec, Sight, Work, flow, tracked};
 use super::latency::OpKind;
 use super::port::Port;
-use super::queue::{Command, Stopped};
+use super::queue::{Command, Job, Stopped};
 use super::reconcile::Found;
 use super::shapes::Shape;
 use super::slot::{OpNumber, Unwind};
@@ -39,6 +39,8 @@ mod flush;
 /// Operations handed to the provider at once. Large enough to fill a few sends, small enough that a
 /// delete does not wait long behind it.
 const BATCH: usize = 256;
+/// How long a thread stays without anything to do. (In a model no time passes.)
+const LINGER: Duration = if cfg!(ctoffload_loom) { Duration::MAX } else { Duration::from_secs(2) };
 /// How often a path is resolved while changes come in between.
 const RESOLVE_ATTEMPTS: usize = 5;
 
@@ -55,6 +57,15 @@ pub(super) struct Writer {
     /// Netdevs that rules must not lead to, from a retraction until the adds that waited then are
     /// through. (The end of it can overtake its beginning: then it is below 0.)
     retracting: HashMap<Ifindex, i32>,
+}
+
+/// How a writer leaves its thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// For good.
+    Stopped,
+    /// Until it has something to do.
+    Rest,
 }
 
 /// Something to be looked at again: a rejected slot, or a delete that failed.
@@ -101,25 +112,45 @@ impl Writer {
         }
     }
 
-    /// Runs until [`Command::Stop`]. A panic of our own costs the port its offers, not its end: rules are there
-    /// that somebody has to take back.
-    pub(super) fn run(mut self) {
+    /// Has the port served by whatever thread is [started](super::threads::Threads::serve) for it.
+    pub(super) fn begin(self) {
         let port = Arc::clone(&self.port);
-        while let Err(words) = caught(|| self.serve()) {
-            port.set_fault(format!("its thread panicked: {words}"));
-            // It may be one of them that it panics at, again and again.
-            self.timers.clear();
-            self.port.queue.finished(std::mem::take(&mut self.done));
-            port.progress.thread.end();
-            let shared = Arc::clone(&self.shared);
-            let _ = caught(|| shared.datapath.port_panicked(&port.netdev, &words));
+        port.queue.set_job(self.job());
+    }
+
+    fn job(self) -> Job {
+        Job(Box::new(move || self.run()))
+    }
+
+    /// Runs until [`Command::Stop`], or until there is nothing to do. A panic of our own costs the port its offers,
+    /// not its end: rules are there that somebody has to take back.
+    fn run(mut self) -> Option<Job> {
+        let port = Arc::clone(&self.port);
+        loop {
+            match caught(|| self.serve()) {
+                Ok(After::Stopped) => return None,
+                Ok(After::Rest) => return port.queue.rest(self.job()),
+                Err(words) => self.panicked(&words),
+            }
         }
     }
 
-    pub(super) fn serve(&mut self) {
+    fn panicked(&mut self, words: &str) {
+        let port = Arc::clone(&self.port);
+        port.set_fault(format!("its thread panicked: {words}"));
+        // It may be one of them that it panics at, again and again.
+        self.timers.clear();
+        self.port.queue.finished(std::mem::take(&mut self.done));
+        port.progress.thread.end();
+        let shared = Arc::clone(&self.shared);
+        let _ = caught(|| shared.datapath.port_panicked(&port.netdev, words));
+    }
+
+    pub(super) fn serve(&mut self) -> After {
         let port = Arc::clone(&self.port);
         port.queue.set_writer();
         let mut staged = Vec::new();
+        let mut idle_since = None;
         loop {
             port.progress.thread.begin();
             let mut taken = 0;
@@ -129,9 +160,11 @@ impl Writer {
                 taken += 1;
                 port.progress.thread.step();
                 if let Some(answer) = self.carry_out(command, &mut staged) {
-                    let _ = answer.send(self.stop(&mut staged));
+                    let stopped = self.stop(&mut staged);
                     port.progress.thread.end();
-                    return;
+                    port.ended.store(true, Ordering::SeqCst);
+                    let _ = answer.send(stopped);
+                    return After::Stopped;
                 }
             }
             self.submit(&mut staged);
@@ -140,9 +173,15 @@ impl Writer {
             self.submit(&mut staged);
             self.tell_rearm();
             port.progress.thread.end();
-            if taken == 0 {
-                self.port.queue.park(next);
+            if taken > 0 {
+                idle_since = None;
+                continue;
             }
+            let idle = idle_since.get_or_insert_with(Instant::now).elapsed();
+            if idle >= LINGER && self.timers.is_empty() && port.progress.operations.out() == 0 {
+                return After::Rest;
+            }
+            self.port.queue.park(next.min(LINGER));
         }
     }
 

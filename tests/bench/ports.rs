@@ -76,15 +76,16 @@ impl Took {
 }
 
 pub(crate) fn ports(report: &mut Report, rounds: usize) {
-    let few = World::new(FEW);
     let before = threads();
+    let few = World::new(FEW);
     let started = Instant::now();
     let many = World::new(MANY);
     let made = started.elapsed();
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    // Until those that had to look at what is there have nothing more to do.
+    std::thread::sleep(std::time::Duration::from_secs(4));
     report.add(
         Figure::new(
-            format!("threads of {MANY} ports at rest"),
+            format!("threads of {MANY} ports, and {FEW} of another engine, at rest"),
             Some((threads() - before) as f64),
             "threads",
         )
@@ -103,7 +104,7 @@ pub(crate) fn ports(report: &mut Report, rounds: usize) {
         }
     }
     report.add(Figure::new(
-        format!("threads of {MANY} ports after use"),
+        format!("threads of the same right after use"),
         Some((threads() - before) as f64),
         "threads",
     ));

@@ -199,7 +199,7 @@ struct ctoffload_config {
     uint32_t size;
     uint32_t instance;          /* Marks the engine's rules; 0: at random. */
     uint64_t connections;       /* How many are kept; 2^20. */
-    uint32_t queue;             /* Offers waiting per port; 65536. */
+    uint32_t queue;             /* Offers of one thread waiting per port; 65536. */
     uint32_t port_del_ms;       /* How long [admin] waits for workers, and for
                                  * a port that does not go on; 5000. */
     uint32_t complete_ms;       /* How long nothing may come back from a

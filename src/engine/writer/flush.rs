@@ -157,17 +157,15 @@ impl Writer {
         n
     }
 
-    /// The adds that wait are taken back: they may be offered again. What else waits among them has
-    /// its turn next.
+    /// The adds that wait are taken back: they may be offered again.
     fn cancel_waiting(&mut self) {
         let port = Arc::clone(&self.port);
-        port.queue.take_offers(|command| match command {
-            Command::Add(conn, d, _) => {
-                self.done += 1;
+        port.queue.take_offers(|command| {
+            self.done += 1;
+            if let Command::Add(conn, d, _) = command {
                 self.reset(&conn, d);
                 self.push_rearm(conn, d);
             }
-            other => self.deferred.push_back(other),
         });
     }
 
