@@ -111,7 +111,12 @@ impl Engine {
             .map(|port| Asked::of(port, Command::Barrier))
             .collect();
         let at_most = self.0.limits.port_del;
-        asked.into_iter().fold(true, |all, asked| asked.wait(at_most) != Err(NoAnswer::Slow) && all)
+        asked
+            .into_iter()
+            .filter_map(|asked| asked.wait(at_most).err())
+            .filter(|e| *e == NoAnswer::Slow)
+            .count()
+            == 0
     }
 
     /// Removes what engines that died have left on a netdev that is not a port. Blocks.

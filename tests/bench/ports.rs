@@ -104,7 +104,7 @@ pub(crate) fn ports(report: &mut Report, rounds: usize) {
         }
     }
     report.add(Figure::new(
-        format!("threads of the same right after use"),
+        "threads of the same right after use",
         Some((threads() - before) as f64),
         "threads",
     ));
