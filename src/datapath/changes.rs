@@ -365,14 +365,15 @@ impl Changes {
         known.sighted.iter().find(|s| (s.port, s.direction) == of).map(|s| s.mark)
     }
 
-    /// Whether routes by a netdev, or a share of those that have several next hops, may be taken by others now. Most
-    /// of that the kernel does without a word (`fib_sync_down_dev`, `fib_sync_up`, `fib_rebalance`). What is enslaved
-    /// to a bridge or a bond has no routes.
+    /// Whether others may take the place of routes by a netdev, or of its share of those that have several next hops,
+    /// now: what the kernel does without a word (`fib_sync_down_dev`, `fib_sync_up`, `fib_rebalance`). Rules that lead
+    /// to it are taken back anyhow. What is enslaved to a bridge or a bond has no routes.
     fn reroutes(&self, old: &Link, new: &Link) -> bool {
         let enslaved = new.controller.and_then(Ifindex::new);
         let routes = enslaved.is_none_or(|c| self.backend.links().is_vrf(c));
         let ignored = || self.backend.switches().ignores_linkdown(new.ifindex);
-        routes && (old.up != new.up || (old.carrier != new.carrier && ignored()))
+        let shared = || self.backend.tos().shares();
+        routes && ((old.up != new.up && shared()) || (old.carrier != new.carrier && ignored()))
     }
 
     fn link(&mut self, link: Link, gathered: &mut Gathered) {

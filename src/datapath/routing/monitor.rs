@@ -63,7 +63,7 @@ pub enum NetEvent {
     BridgePort(Ifindex, BridgePort),
     /// A switch of forwarding, or another one that routing obeys, changed or is read.
     Switch(SwitchEvent),
-    /// A value of the ToS, or a flow label, that a rule or a route tells from others.
+    /// What a rule or a route tells from others: a value of the ToS, a flow label, flows that it shares out.
     Told(Told),
     /// A mark that a rule tells from others.
     Mark(Mark),
@@ -176,7 +176,10 @@ async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
         }
         // Who does not listen any more is found below.
         tos::read(|told| drop(events.send(NetEvent::Told(told))))?;
-        if nexthops::any_resilient()? && events.send(NetEvent::Resilient).is_err() {
+        let (group, resilient) = nexthops::groups()?;
+        let shared = group.then_some(NetEvent::Told(Told::Shared));
+        let mut told = shared.into_iter().chain(resilient.then_some(NetEvent::Resilient));
+        if told.any(|event| events.send(event).is_err()) {
             return Ok(Ended::NobodyListens);
         }
         marks::read(|mark| drop(events.send(NetEvent::Mark(mark))))?;
@@ -223,7 +226,9 @@ async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
                         if let Some(switch) = SwitchEvent::parse(&m) {
                             return events.send(NetEvent::Switch(switch)).is_ok();
                         }
-                        if nexthops::is_resilient(&m) && events.send(NetEvent::Resilient).is_err() {
+                        let shared = nexthops::is_group(&m).then_some(NetEvent::Told(Told::Shared));
+                        let resilient = nexthops::is_resilient(&m).then_some(NetEvent::Resilient);
+                        if shared.into_iter().chain(resilient).any(|e| events.send(e).is_err()) {
                             return false;
                         }
                         // An object of one family can be that of the other's routes.

@@ -23,6 +23,7 @@ const RTM_GETNEXTHOP: u16 = 106;
 /// `struct nhmsg`.
 const HEADER: usize = 8;
 // linux/nexthop.h
+const NHA_GROUP: u16 = 2;
 const NHA_GROUP_TYPE: u16 = 3;
 const NEXTHOP_GRP_TYPE_RES: u16 = 1;
 
@@ -37,20 +38,29 @@ pub(super) fn is_resilient(m: &Received<'_>) -> bool {
     m.ty == RTM_NEWNEXTHOP && ty().map(u16::from_ne_bytes) == Some(NEXTHOP_GRP_TYPE_RES)
 }
 
-/// Whether there is a resilient group in the network namespace of the calling thread.
+/// Whether a message tells of a group.
+pub(super) fn is_group(m: &Received<'_>) -> bool {
+    m.ty == RTM_NEWNEXTHOP && m.attrs(HEADER).find_type(NHA_GROUP).is_some()
+}
+
+/// The groups of the network namespace of the calling thread: whether there is one, and whether one is resilient.
 ///
 /// # Errors
 /// A failure of the exchange.
-pub(super) fn any_resilient() -> io::Result<bool> {
+pub(super) fn groups() -> io::Result<(bool, bool)> {
     let mut socket = Socket::open(Family::Route).map_err(io::Error::other)?;
     let (mut buf, seq) = (Vec::new(), socket.next_seq());
     let mut m = Message::new(&mut buf, RTM_GETNEXTHOP, REQUEST | DUMP, seq);
     m.raw(&[0; HEADER]);
     m.finish();
-    let mut any = false;
-    match socket.dump(&buf, seq, |m| any |= is_resilient(&m)) {
+    let (mut any, mut resilient) = (false, false);
+    let dumped = socket.dump(&buf, seq, |m| {
+        any |= is_group(&m);
+        resilient |= is_resilient(&m);
+    });
+    match dumped {
         // What came meanwhile was announced.
-        Ok(()) | Err(NetlinkError::Interrupted | NetlinkError::Kernel(_)) => Ok(any),
+        Ok(()) | Err(NetlinkError::Interrupted | NetlinkError::Kernel(_)) => Ok((any, resilient)),
         Err(e) => Err(io::Error::other(e)),
     }
 }
@@ -73,6 +83,11 @@ mod tests {
             m.finish();
             is_resilient(&MessageIter::new(&buf).next().unwrap())
         };
+        let mut buf = Vec::new();
+        let mut m = Message::new(&mut buf, RTM_NEWNEXTHOP, 0, 0);
+        m.raw(&[0; HEADER]).attr(NHA_GROUP, &[0; 8]);
+        m.finish();
+        assert!(is_group(&MessageIter::new(&buf).next().unwrap()));
         assert!(resilient(RTM_NEWNEXTHOP, Some(NEXTHOP_GRP_TYPE_RES)));
         assert!(!resilient(RTM_NEWNEXTHOP, Some(0)) && !resilient(RTM_NEWNEXTHOP, None));
         assert!(!resilient(RTM_DELNEXTHOP, Some(NEXTHOP_GRP_TYPE_RES)));

@@ -14,7 +14,8 @@ use netdev_providers::netlink::socket::{DUMP, REQUEST};
 use netdev_providers::netlink::wire::{Message, Received};
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use netlink_packet_core::Nla;
-use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
 
 const RTM_NEWROUTE: u16 = 24;
@@ -28,6 +29,8 @@ const TOS_AT: usize = 3;
 const FRA_DSCP: u16 = 25;
 const FRA_DSCP_MASK: u16 = 30;
 const FRA_FLOWLABEL: u16 = 26;
+// linux/rtnetlink.h
+const RTA_MULTIPATH: u16 = 9;
 
 /// What is told from others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,6 +44,9 @@ pub enum Told {
     },
     /// A flow label; what its mask leaves out is 0.
     FlowLabel(u32),
+    /// Flows, by a route of IPv4 that has several next hops: how it shares them out changes when a netdev goes down or
+    /// comes up, and nobody says so.
+    Shared,
 }
 
 impl Told {
@@ -50,6 +56,7 @@ impl Told {
         match self {
             Self::Tos { ipv6, .. } => *ipv6,
             Self::FlowLabel(_) => true,
+            Self::Shared => false,
         }
     }
 }
@@ -90,7 +97,12 @@ pub(super) fn of_rule(m: &RuleMessage) -> Vec<Told> {
 
 /// Those that an announced route names.
 pub(super) fn of_route(m: &RouteMessage) -> Vec<Told> {
-    named(m.header.address_family.into(), m.header.tos, |_| None)
+    let mut told = named(m.header.address_family.into(), m.header.tos, |_| None);
+    let several = m.attributes.iter().any(|a| matches!(a, RouteAttribute::MultiPath(_)));
+    told.extend(
+        (several && m.header.address_family == AddressFamily::Inet).then_some(Told::Shared),
+    );
+    told
 }
 
 /// Those that a message of a dump names: a full routing table is long, so nothing else of it is decoded.
@@ -99,7 +111,13 @@ fn of_dumped(m: &Received<'_>) -> Vec<Told> {
         return Vec::new();
     };
     match m.ty {
-        RTM_NEWROUTE => named(family, tos, |_| None),
+        RTM_NEWROUTE => {
+            let mut told = named(family, tos, |_| None);
+            let several = m.attrs(HEADER).find_type(RTA_MULTIPATH).is_some();
+            let shared = several && i32::from(family) == libc::AF_INET;
+            told.extend(shared.then_some(Told::Shared));
+            told
+        }
         RTM_NEWRULE => {
             named(family, tos, |ty| Some(m.attrs(HEADER).find_type(ty)?.payload.to_vec()))
         }
@@ -126,6 +144,12 @@ impl Named {
             _ => None,
         };
         all.iter().filter_map(of).collect()
+    }
+
+    /// Whether there has been a route of IPv4 with several next hops.
+    #[must_use]
+    pub fn shares(&self) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&Told::Shared)
     }
 
     /// Flow labels, where the family has them.
@@ -178,7 +202,7 @@ mod tests {
         let told = told(ty, family, tos, &attributes);
         let value = |t: &Told| match *t {
             Told::Tos { ipv6, value } => Some((ipv6, value)),
-            Told::FlowLabel(_) => None,
+            Told::FlowLabel(_) | Told::Shared => None,
         };
         told.iter().filter_map(value).collect()
     }
@@ -204,6 +228,19 @@ mod tests {
             _ => assert_eq!(dumped, []),
         }
         dumped
+    }
+
+    #[test]
+    fn a_route_with_several_next_hops_shares_flows_out() {
+        // struct rtnexthop: its length, no flags, one hop, by netdev 7.
+        let mut hop = vec![8, 0, 0, 0];
+        hop.extend(7i32.to_ne_bytes());
+        let several = [(RTA_MULTIPATH, hop)];
+        assert_eq!(told(RTM_NEWROUTE, libc::AF_INET, 0, &several), [Told::Shared]);
+        // Those of IPv6 are for software anyhow.
+        assert_eq!(told(RTM_NEWROUTE, libc::AF_INET6, 0, &several), []);
+        let all = Named::default();
+        assert!(!all.shares() && all.add(Told::Shared) && all.shares());
     }
 
     #[test]

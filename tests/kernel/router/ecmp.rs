@@ -1,5 +1,7 @@
 //! Routes with several next hops.
 
+use super::marks::{all_by_the_second, with_two_gateways};
+use super::world::Stream;
 use super::*;
 
 const OUT: (&str, &str) = ("lan", "original");
@@ -67,4 +69,46 @@ fn several_next_hops_are_for_software_where_what_chooses_among_them_cannot_be_as
         r.wait_installed(&BOTH, &mut c);
     }
     assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+}
+
+/// When a netdev goes, those that have not lost their next hop may have another too: the kernel shares flows out
+/// anew, and says nothing.
+#[test]
+fn flows_that_are_shared_out_anew_take_their_new_next_hop() {
+    let mut r = Router::new("shared");
+    with_two_gateways(&r);
+    let host = r.host("wan");
+    r.run(&format!(
+        "ip link add wan2 type veth peer name e2 netns {host}
+         ip addr add 10.3.0.1/24 dev wan2; ip link set wan2 up
+         ip -n {host} addr add 10.3.0.2/24 dev e2; ip -n {host} link set e2 up
+         ip -n {host} route add local 10.98.0.0/24 dev lo
+         sysctl -qw net.ipv4.fib_multipath_hash_policy=0
+         ip route add 10.98.0.0/24 nexthop via 10.3.0.2 dev wan2 nexthop via 10.2.0.2 dev wan nexthop via 10.2.0.3 dev wan"
+    ));
+    let ways = |r: &Router| {
+        let to = |n: u8| r.run(&format!("ip route get 10.98.0.{n} from 10.1.0.2 iif lan"));
+        (1..40).map(to).collect::<Vec<_>>()
+    };
+    let before = ways(&r);
+    r.run("ip link set wan2 down");
+    let after = ways(&r);
+    r.run("ip link set wan2 up");
+    assert_eq!(ways(&r), before, "as it was");
+    let moves = |(before, after): (&String, &String)| {
+        before.contains("via 10.2.0.2") && after.contains("via 10.2.0.3")
+    };
+    let n =
+        before.iter().zip(&after).position(moves).expect("one that moves from one to the other");
+    r.start(&["--port", "lan", "--port", "wan"]);
+    let stream = Stream::start(&r, "10.1.0.2", &format!("10.98.0.{}", n + 1), 100);
+    stream.is_offloaded(&r, &BOTH);
+    all_by_the_second(&r, &stream, false);
+    for (state, second) in [("down", true), ("up", false)] {
+        r.run(&format!("ip link set wan2 {state}"));
+        std::thread::sleep(Duration::from_secs(1));
+        all_by_the_second(&r, &stream, second);
+        stream.is_offloaded(&r, &BOTH);
+        all_by_the_second(&r, &stream, second);
+    }
 }

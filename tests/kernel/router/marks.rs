@@ -4,7 +4,7 @@ use super::world::Stream;
 use super::*;
 
 /// Two gateways behind `wan`, and a server behind both; the table of mark 1 leads by the second.
-fn with_two_gateways(r: &Router) {
+pub(super) fn with_two_gateways(r: &Router) {
     let host = r.host("wan");
     r.run(&format!(
         "ip -n {host} addr add 10.99.0.2/32 dev lo
@@ -38,7 +38,7 @@ fn share(r: &Router, stream: &Stream) -> (u64, u64) {
 }
 
 /// The share is all, or none, as it was before anything was offloaded.
-fn all_by_the_second(r: &Router, stream: &Stream, wanted: bool) {
+pub(super) fn all_by_the_second(r: &Router, stream: &Stream, wanted: bool) {
     let (second, all) = share(r, stream);
     println!("{second} of {all} datagrams by the second gateway; wanted: {wanted}");
     assert!(all > 50, "{all} datagrams arrived");
