@@ -97,12 +97,15 @@ fn what_changes_around_a_port_takes_its_rules_along_and_they_come_back() {
     assert_eq!((r.rules("wan"), r.rules("lan")), (0, 0));
     assert!(r.cli(&["port", "add", "wan", "--provider", EBPF]).status.success());
     r.wait_installed(&BOTH, &mut c);
-    // Somebody else's filter, which would not see the packets: `explain` says so.
-    r.run("tc qdisc add dev lan clsact && tc filter add dev lan ingress prio 1 bpf bytecode '1,6 0 0 0'");
-    r.wait_refused(("lan", "original"), "others-in-front", "behind ours", &mut c);
-    assert_eq!(r.rules("lan"), 0);
-    r.run("tc qdisc del dev lan clsact");
-    r.wait_installed(&BOTH, &mut c);
+    // Somebody else's filter, which would not see the packets: `explain` says so. (Before 6.6 ours is a filter itself,
+    // behind all others.)
+    if r.run("tc qdisc show dev lan clsact").is_empty() {
+        r.run("tc qdisc add dev lan clsact && tc filter add dev lan ingress prio 1 bpf bytecode '1,6 0 0 0'");
+        r.wait_refused(("lan", "original"), "others-in-front", "behind ours", &mut c);
+        assert_eq!(r.rules("lan"), 0);
+        r.run("tc qdisc del dev lan clsact");
+        r.wait_installed(&BOTH, &mut c);
+    }
 }
 
 #[test]
