@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use netdev_providers::ebpf::{EbpfClass, EbpfConfig, Mode};
@@ -264,7 +264,7 @@ fn no_packet_is_lost_while_an_engine_takes_over() {
         let port = bind(&class, "lan0", 1);
         port.add(1, flow(t, t));
         drop(port);
-        let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let sending = net.client.start({
             let (stop, sent) = (Arc::clone(&stop), Arc::clone(&sent));
             move || {
@@ -285,7 +285,7 @@ fn no_packet_is_lost_while_an_engine_takes_over() {
         stop.store(true, Ordering::Relaxed);
         sending.recv().unwrap();
         let port = bind(&class, "lan0", u32::MAX);
-        let packets = || port.provider.observe().unwrap().leftovers[0].counters.packets as usize;
+        let packets = || port.provider.observe().unwrap().leftovers[0].counters.packets;
         let sent = sent.load(Ordering::Relaxed);
         wait_until("all have been forwarded", || packets() == sent);
         port.provider.release().unwrap();
