@@ -41,6 +41,9 @@ pub(super) struct Changes {
     heard: Option<HashSet<Ifindex>>,
     /// When that was looked at which the kernel tells nobody of.
     looked: Instant,
+    /// Routes are to be asked for again then: a netdev has gone down or come up, and the kernel tells so before it
+    /// changes them (`__dev_notify_flags`).
+    unsettled: bool,
     /// Ports at whose ingress hook others have done something, and when they are looked at again: what others do
     /// takes them some steps.
     beside: HashMap<Ifindex, Again>,
@@ -116,6 +119,7 @@ impl Changes {
             synced: Some(synced),
             heard: None,
             looked: Instant::now(),
+            unsettled: false,
             beside: HashMap::new(),
         }
     }
@@ -135,6 +139,7 @@ impl Changes {
             }
             if self.looked.elapsed() >= LOOK_EVERY {
                 self.looked = Instant::now();
+                gathered.rerouted.all |= std::mem::take(&mut self.unsettled);
                 if self.backend.resolver().look() {
                     gathered.rerouted.add(whole(false));
                     gathered.rerouted.add(whole(true));
@@ -388,7 +393,9 @@ impl Changes {
             above.extend(self.backend.links().above(ifindex));
         }
         if let Some(old) = &old {
-            gathered.rerouted.all |= self.reroutes(old, &link);
+            let reroutes = self.reroutes(old, &link);
+            gathered.rerouted.all |= reroutes;
+            self.unsettled |= reroutes;
             let changed = old.mac != link.mac
                 || old.mtu != link.mtu
                 || old.layer != link.layer
@@ -558,7 +565,9 @@ impl Changes {
         self.look_below_vlan_0([self.backend.links().get(ifindex).as_ref(), None]);
         let has_above = !above.is_empty();
         if let Some(link) = self.backend.links().get(ifindex) {
-            gathered.rerouted.all |= self.reroutes(&link, &Link { up: false, ..link.clone() });
+            let reroutes = self.reroutes(&link, &Link { up: false, ..link.clone() });
+            gathered.rerouted.all |= reroutes;
+            self.unsettled |= reroutes;
             self.retract_through(above, &link, &link);
         }
         if super::detach(&self.backend, &self.engine, ifindex).is_err() {

@@ -106,7 +106,7 @@ fn flows_that_are_shared_out_anew_take_their_new_next_hop() {
     all_by_the_second(&r, &stream, false);
     for (state, second) in [("down", true), ("up", false)] {
         r.run(&format!("ip link set wan2 {state}"));
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(Duration::from_millis(2500));
         all_by_the_second(&r, &stream, second);
         stream.is_offloaded(&r, &BOTH);
         all_by_the_second(&r, &stream, second);
