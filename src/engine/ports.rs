@@ -111,12 +111,8 @@ impl Engine {
             .map(|port| Asked::of(port, Command::Barrier))
             .collect();
         let at_most = self.0.limits.port_del;
-        asked
-            .into_iter()
-            .filter_map(|asked| asked.wait(at_most).err())
-            .filter(|e| *e == NoAnswer::Slow)
-            .count()
-            == 0
+        let slow = |asked: Asked<u64>| asked.wait(at_most) == Err(NoAnswer::Slow);
+        asked.into_iter().map(slow).filter(|is_slow| *is_slow).count() == 0
     }
 
     /// Removes what engines that died have left on a netdev that is not a port. Blocks.

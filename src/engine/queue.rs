@@ -94,12 +94,7 @@ impl Command {
 impl Command {
     /// Whether its turn comes when the offers have had theirs that were queued before it.
     const fn is_behind_offers(&self) -> bool {
-        match self {
-            Self::Retracted(_) => true,
-            #[cfg(test)]
-            Self::Barrier(_) => true,
-            _ => false,
-        }
+        matches!(self, Self::Retracted(_) | Self::Barrier(_))
     }
 }
 
