@@ -227,8 +227,6 @@ fn the_tests_of_a_frame_are_the_bytes_of_nft() {
     }
 }
 
-/// The rule on bytes, byte for byte what `nft` 1.0.6 sends for `ct bytes < 100000 accept`, less its
-/// verdict.
 #[test]
 fn the_test_of_packets_lets_those_pass_that_are_not_counted() {
     let of = |min_packets| built(&LedgerConfig { min_packets, ..LedgerConfig::default() });
@@ -245,6 +243,8 @@ fn the_test_of_packets_lets_those_pass_that_are_not_counted() {
     assert!(!of(0).windows(load.len()).any(|w| w == load));
 }
 
+/// The rule on bytes, byte for byte what `nft` 1.0.6 sends for `ct bytes < 100000 accept`, less its
+/// verdict.
 #[test]
 fn the_test_of_bytes_is_the_bytes_of_nft() {
     let of_nft = unhex(
