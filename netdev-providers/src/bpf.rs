@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use crate::contract::types::Ifindex;
 
 // linux/bpf.h
+#[cfg(feature = "ebpf")]
+const BPF_OBJ_GET: c_long = 7;
 const BPF_PROG_GET_FD_BY_ID: c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: c_long = 15;
 const BPF_PROG_QUERY: c_long = 16;
@@ -18,6 +20,8 @@ const BPF_MAP_LOOKUP_BATCH: c_long = 24;
 const BPF_MAP_UPDATE_BATCH: c_long = 26;
 #[cfg(feature = "ebpf")]
 const BPF_MAP_DELETE_BATCH: c_long = 27;
+#[cfg(feature = "ebpf")]
+const BPF_LINK_DETACH: c_long = 34;
 /// As many programs of one netdev are asked for.
 const AT_MOST: u8 = 16;
 
@@ -60,6 +64,24 @@ unsafe fn bpf(command: c_long, attr: &mut Attr) -> io::Result<c_long> {
         libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<Attr>())
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Takes away the program that a pinned link holds, now. When a pin is removed the kernel lets go of the link later, on a
+/// thread of its own, and packets pass the program until then.
+///
+/// # Errors
+/// There is no such pin, or it is of something else.
+#[cfg(feature = "ebpf")]
+pub(crate) fn detach_pinned(link: &CStr) -> io::Result<()> {
+    let mut attr = Attr::new().pointer(0, link.as_ptr().cast_mut());
+    // SAFETY: `pathname` is a string that ends with 0 and lives during the call; the kernel only reads it.
+    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just opened it, for us alone.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut attr = Attr::new().u32(0, fd.as_raw_fd().cast_unsigned());
+    // SAFETY: no pointer is in it.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// The ids of the programs that are attached to a netdev's ingress by tcx, in their order: the first 16 of

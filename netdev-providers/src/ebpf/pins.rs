@@ -9,18 +9,25 @@
 //! An ifindex is reused, and so is the inode of a network namespace: what is found there is the port's if the program
 //! that its netdev has is one that uses these maps.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, statfs};
 
+use tracing::debug;
+
 use super::entry::LAYOUT;
+use crate::bpf::detach_pinned;
 use crate::contract::types::Ifindex;
 
 /// `BPF_FS_MAGIC` (linux/magic.h).
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+
+const LINK: &str = "link";
 
 /// The directory of a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +65,7 @@ impl Pins {
 
     /// Where the link is pinned.
     pub(super) fn link(&self) -> PathBuf {
-        self.path("link")
+        self.path(LINK)
     }
 
     /// Removes the pin of a link that does nothing any more.
@@ -106,7 +113,14 @@ fn remove(dir: &Path) -> io::Result<()> {
         entries => entries?,
     };
     for entry in entries {
-        fs::remove_file(entry?.path())?;
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name == LINK)
+            && let Ok(link) = CString::new(path.as_os_str().as_bytes())
+            && let Err(e) = detach_pinned(&link)
+        {
+            debug!(path = %path.display(), "a link is not detached, and ends with its pin: {e}");
+        }
+        fs::remove_file(path)?;
     }
     fs::remove_dir(dir)
 }
