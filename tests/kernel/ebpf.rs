@@ -76,7 +76,8 @@ impl Bpffs {
 
 impl Drop for Bpffs {
     fn drop(&mut self) {
-        self.run("umount");
+        // The kernel lets go of what was pinned on a thread of its own, and until then it is in use.
+        self.run("umount --lazy");
         let _ = std::fs::remove_dir(&self.0);
     }
 }
