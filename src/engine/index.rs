@@ -1,4 +1,4 @@
-//! Connections are found by key, made, and ended here: in the cold index ([`zones`](super::zones)), never on
+//! Connections are found by key, made, and ended here: in the cold index (`zones`), never on
 //! the packet path.
 
 use std::sync::atomic::Ordering;

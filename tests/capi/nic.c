@@ -188,7 +188,9 @@ nic_deinit(void *nic_)
     struct nic *nic = nic_;
 
     CHECK_IS(atomic_fetch_sub(&nic->inits, 1), 1);
+    pthread_mutex_lock(&nic->mutex);    /* Threads of the library have released the ports. */
     CHECK(!nic->ports);
+    pthread_mutex_unlock(&nic->mutex);
 }
 
 static int
@@ -320,6 +322,7 @@ nic_flush(void *port_, uint64_t *removed)
 {
     struct nic_port *port = port_;
 
+    HAPPENS_AFTER(port);
     pthread_mutex_lock(&port->nic->mutex);
     CHECK(!atomic_load(&port->released));
     for (struct later *l = port->nic->first; l; l = l->next) {
@@ -336,6 +339,7 @@ nic_release(void *port_)
     struct nic_port *port = port_;
     struct nic *nic = port->nic;
 
+    HAPPENS_AFTER(port);
     HAPPENS_AFTER(&port->counts);       /* All others have come back. */
     pthread_mutex_lock(&nic->mutex);
     CHECK(!atomic_exchange(&port->released, true));
