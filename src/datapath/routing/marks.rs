@@ -13,16 +13,14 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use netdev_providers::netlink::socket::{DUMP, REQUEST};
-use netdev_providers::netlink::wire::{Message, Received};
-use netdev_providers::netlink::{Family, NetlinkError, Socket};
+use netdev_providers::netlink::wire::Received;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
 
+use super::dump::{HEADER, dump};
+
 const RTM_NEWRULE: u16 = 32;
 const RTM_GETRULE: u16 = 34;
-/// `struct fib_rule_hdr`.
-const HEADER: usize = 12;
 // linux/fib_rules.h
 const FRA_FWMARK: u16 = 10;
 
@@ -124,26 +122,14 @@ impl Marks {
 /// # Errors
 /// A failure of the exchange.
 pub(super) fn read(mut each: impl FnMut(Mark)) -> io::Result<()> {
-    let mut socket = Socket::open(Family::Route).map_err(io::Error::other)?;
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        let (mut buf, seq) = (Vec::new(), socket.next_seq());
-        let mut m = Message::new(&mut buf, RTM_GETRULE, REQUEST | DUMP, seq);
-        let mut header = [0; HEADER];
-        header[0] = u8::try_from(family).unwrap_or(0);
-        m.raw(&header);
-        m.finish();
-        match socket.dump(&buf, seq, |m| of_dumped(&m).into_iter().for_each(&mut each)) {
-            // What came meanwhile was announced. A kernel without policy routing has no rules.
-            Ok(()) | Err(NetlinkError::Interrupted | NetlinkError::Kernel(_)) => {}
-            Err(e) => return Err(io::Error::other(e)),
-        }
-    }
-    Ok(())
+    let asked = [(RTM_GETRULE, libc::AF_INET), (RTM_GETRULE, libc::AF_INET6)];
+    dump(&asked, |m| of_dumped(m).into_iter().for_each(&mut each))
 }
 
 #[cfg(test)]
 mod tests {
     use netdev_providers::netlink::MessageIter;
+    use netdev_providers::netlink::wire::Message;
     use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader};
     use netlink_packet_route::RouteNetlinkMessage;
 

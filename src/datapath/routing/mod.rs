@@ -5,7 +5,7 @@
 //! * [`stack`]: from a netdev that routes down to the real one, and its tag;
 //! * `tolerant`: the socket that they come by, which leaves out what a codec cannot read;
 //! * [`switches`]: which netdevs' packets are forwarded, likewise;
-//! * [`tos`], [`marks`]: what else rules tell packets apart by;
+//! * [`tos`], [`marks`]: what else rules tell packets apart by, `dump`: how they are asked for;
 //! * [`ipsec`]: the policies of IPsec;
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own), `nexthops` among them;
 //! * [`bridged`]: where a bridge sends the frames of one direction;
@@ -13,6 +13,7 @@
 //! * [`path`]: where the packets of one direction go, asked of the kernel for each.
 
 pub mod bridged;
+mod dump;
 mod events;
 pub mod fdb;
 pub mod ipsec;

@@ -10,20 +10,19 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use netdev_providers::netlink::socket::{DUMP, REQUEST};
-use netdev_providers::netlink::wire::{Message, Received};
-use netdev_providers::netlink::{Family, NetlinkError, Socket};
+use netdev_providers::netlink::wire::Received;
 use netlink_packet_core::Nla;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
 
+use super::dump::{HEADER, dump};
+
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWRULE: u16 = 32;
 const RTM_GETRULE: u16 = 34;
-/// `struct rtmsg` and `struct fib_rule_hdr` have the family and the ToS in the same places.
-const HEADER: usize = 12;
+/// `struct rtmsg` and `struct fib_rule_hdr` have the ToS in the same place.
 const TOS_AT: usize = 3;
 // linux/fib_rules.h
 const FRA_DSCP: u16 = 25;
@@ -169,29 +168,19 @@ impl Named {
 /// # Errors
 /// A failure of the exchange.
 pub(super) fn read(mut each: impl FnMut(Told)) -> io::Result<()> {
-    let mut socket = Socket::open(Family::Route).map_err(io::Error::other)?;
     // IPv6 has no routes by traffic class.
-    for (get, family) in
-        [(RTM_GETRULE, libc::AF_INET), (RTM_GETRULE, libc::AF_INET6), (RTM_GETROUTE, libc::AF_INET)]
-    {
-        let (mut buf, seq) = (Vec::new(), socket.next_seq());
-        let mut m = Message::new(&mut buf, get, REQUEST | DUMP, seq);
-        let mut header = [0; HEADER];
-        header[0] = u8::try_from(family).unwrap_or(0);
-        m.raw(&header);
-        m.finish();
-        match socket.dump(&buf, seq, |m| of_dumped(&m).into_iter().for_each(&mut each)) {
-            // What came meanwhile was announced. A kernel without policy routing has no rules.
-            Ok(()) | Err(NetlinkError::Interrupted | NetlinkError::Kernel(_)) => {}
-            Err(e) => return Err(io::Error::other(e)),
-        }
-    }
-    Ok(())
+    let asked = [
+        (RTM_GETRULE, libc::AF_INET),
+        (RTM_GETRULE, libc::AF_INET6),
+        (RTM_GETROUTE, libc::AF_INET),
+    ];
+    dump(&asked, |m| of_dumped(m).into_iter().for_each(&mut each))
 }
 
 #[cfg(test)]
 mod tests {
     use netdev_providers::netlink::MessageIter;
+    use netdev_providers::netlink::wire::Message;
     use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader};
     use netlink_packet_route::RouteNetlinkMessage;
 
