@@ -14,6 +14,7 @@ use triomphe::Arc;
 
 use super::detail::Detail;
 pub use super::paths::PathTaken;
+use super::prefetch::prefetch;
 use super::slot::{Claim, SlotWord};
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceBox, fence};
 pub use super::tuples::ConnKey;
@@ -213,6 +214,14 @@ impl ConnHandle {
     #[must_use]
     pub fn as_ptr(&self) -> *const Conn {
         Arc::as_ptr(&self.0)
+    }
+
+    /// Asks the processor for what a look-up compares, and counts: the references, the words and the beginning of
+    /// the tuples, which may be in two lines.
+    pub(super) fn prefetch(&self) {
+        let start = self.as_ptr().cast::<u8>();
+        prefetch(start);
+        prefetch(start.wrapping_add(size_of::<[SlotWord; 2]>() + 2 * size_of::<u64>() - 1));
     }
 
     /// True when both are the same incarnation of the same connection.

@@ -73,6 +73,13 @@ impl Engine {
         self.0.conns.find(key)
     }
 
+    /// The same for a burst of packets: `found` is given each key's place in `keys` and its living connection,
+    /// in the order of `keys`. Look-ups wait for memory together, so in a table that no cache holds each takes a
+    /// fraction of what [`conn`](Self::conn) does; 32 at a time is enough. No lock is held while `found` runs.
+    pub fn conns_by_key(&self, keys: &[ConnKey], found: impl FnMut(usize, Option<ConnHandle>)) {
+        self.0.conns.find_each(keys, found);
+    }
+
     /// All connections, in no order.
     #[must_use]
     pub fn conns(&self) -> Conns {

@@ -73,6 +73,7 @@ mod pace;
 mod paths;
 mod port;
 mod ports;
+mod prefetch;
 pub mod progress;
 mod queue;
 pub mod reconcile;

@@ -15,6 +15,7 @@ use dashmap::{DashMap, SharedValue};
 use netdev_providers::{Tuple, Zone};
 
 use super::conn::{ConnHandle, ConnKey};
+use super::prefetch::prefetch;
 use super::tuples::Name;
 
 /// Connections that a shard is to have at most, or about.
@@ -23,6 +24,11 @@ const PER_SHARD: usize = 1 << 11;
 const MAX_SHARDS: usize = 1 << 10;
 /// Shards of any other zone, of which there may be many.
 const ZONE_SHARDS: usize = 1 << 6;
+
+/// Look-ups that wait for memory together: as many packets as datapaths take at a time.
+const BURST: usize = 32;
+/// Of 8 bytes, in 64.
+const HANDLES_PER_LINE: usize = 8;
 
 /// Handles by a hash that follows from the connection.
 #[derive(Debug)]
@@ -53,8 +59,42 @@ impl Handles {
 
     fn get(&self, name: &Name, is_it: impl Fn(&ConnHandle) -> bool) -> Option<ConnHandle> {
         let (hash, shard) = self.hash(name);
+        self.get_hashed(hash, shard, is_it)
+    }
+
+    fn get_hashed(
+        &self,
+        hash: u64,
+        shard: usize,
+        is_it: impl Fn(&ConnHandle) -> bool,
+    ) -> Option<ConnHandle> {
         let table = self.0.shards()[shard].read();
         table.get(hash, |(_, conn)| is_it(conn.get())).map(|(_, conn)| conn.get().clone())
+    }
+
+    /// Asks for what [`get`](Self::get) will read first of the shard's table: its control bytes, and the first
+    /// handles from there on. Where somebody writes to the shard, nothing is asked for.
+    fn prefetch_place(&self, hash: u64, shard: usize) {
+        let Some(table) = self.0.shards()[shard].try_read() else { return };
+        // As hashbrown lays it out: handles grow down from the control bytes, one of those for each.
+        let places = table.buckets();
+        #[expect(clippy::cast_possible_truncation, reason = "the lower bits are the place")]
+        let place = hash as usize & (places - 1);
+        let (handles, _) = table.allocation_info();
+        drop(table);
+        let control = handles.as_ptr().cast_const().cast::<ConnHandle>().wrapping_add(places);
+        prefetch(control.cast::<u8>().wrapping_add(place));
+        prefetch(control.wrapping_sub(place + 1));
+        prefetch(control.wrapping_sub(place + 1 + HANDLES_PER_LINE));
+    }
+
+    /// Asks for what is compared of each connection that it may be.
+    fn prefetch_conns(&self, hash: u64, shard: usize) {
+        let Some(table) = self.0.shards()[shard].try_read() else { return };
+        table.get(hash, |(_, conn)| {
+            conn.get().prefetch();
+            false
+        });
     }
 
     /// All that are meant, of those with this name.
@@ -234,6 +274,37 @@ impl Zones {
     pub(super) fn find(&self, key: &ConnKey) -> Option<ConnHandle> {
         let name = Name::from(key);
         self.get(key.zone)?.by_original.get(&name, |c| c.tuples().is_named(&name))
+    }
+
+    /// As [`find`](Self::find) of each, in their order. What all of a burst need of the memory is asked for
+    /// before any of it is waited for.
+    pub(super) fn find_each(
+        &self,
+        keys: &[ConnKey],
+        mut found: impl FnMut(usize, Option<ConnHandle>),
+    ) {
+        let mut looked_up = 0;
+        for burst in keys.chunks(BURST) {
+            let mut places = [None; BURST];
+            for (place, key) in places.iter_mut().zip(burst) {
+                *place = self.get(key.zone).map(|zone| {
+                    let (hash, shard) = zone.by_original.hash(key);
+                    zone.by_original.prefetch_place(hash, shard);
+                    (&zone.by_original, hash, shard)
+                });
+            }
+            for (handles, hash, shard) in places.iter().flatten() {
+                handles.prefetch_conns(*hash, *shard);
+            }
+            for (place, key) in places.iter().zip(burst) {
+                let conn = place.and_then(|(handles, hash, shard)| {
+                    let name = Name::from(key);
+                    handles.get_hashed(hash, shard, |c| c.tuples().is_named(&name))
+                });
+                found(looked_up, conn);
+                looked_up += 1;
+            }
+        }
     }
 
     /// Enters what `make` makes, which is told whether it is in the place of another one: unless one is there
@@ -416,6 +487,13 @@ mod tests {
                     for t in (0..6).map(tuple) {
                         let key = ConnKey { zone, original: t };
                         let found = zones.find(&key).map(|c| c.epoch().0);
+                        // Of a burst, and of more than one.
+                        let mut each = Vec::new();
+                        let keys = [0, 1, 255, 0].map(|z| ConnKey { zone: Zone(z), original: t });
+                        let keys = [[key; 4], keys].concat().repeat(5);
+                        zones.find_each(&keys, |n, c| each.push((n, c.map(|c| c.epoch().0))));
+                        let one_by_one = keys.iter().map(|k| zones.find(k).map(|c| c.epoch().0));
+                        prop_assert_eq!(each, one_by_one.enumerate().collect::<Vec<_>>());
                         prop_assert_eq!(found, living.get(&key).map(|c| c.epoch().0));
                         let is_of = |c: &ConnHandle| c.key().original == t || c.reply() == t;
                         let of_tuple = zones.of_tuple(&t, Some(zone));
