@@ -124,15 +124,10 @@ impl Net {
         words.nth(1).unwrap().parse().unwrap()
     }
 
-    fn send(&self, t: Tuple) {
-        let frame = Packet::new(t).frame(false);
-        self.client.call(move || Wire::open("c0", false).send(&frame));
-    }
-
     /// The next packet of this tuple goes up the stack.
     fn goes_up(&self, t: Tuple) {
         let before = self.seen_by_stack();
-        self.send(t);
+        self.send(Packet::new(t).frame(false));
         wait_until("it is seen by the stack", || self.seen_by_stack() == before + 1);
     }
 }

@@ -172,8 +172,7 @@ fn what_is_for_the_slow_path_is_seen_there(backend: Backend) {
             }
         }
         for (what, packet) in &cases {
-            let frame = packet.frame(false);
-            r.net.client.call(move || Wire::open("c0", false).send(&frame));
+            r.net.send(packet.frame(false));
             assert_eq!(r.taken(), 0, "{what}: {packet:?} was taken\n{}", r.net.filters("lan0"));
         }
         assert_eq!(r.seen(), cases.len() as u64, "each got to the stack");
@@ -258,7 +257,7 @@ fn what_is_damaged_is_left_to_the_stack(backend: Backend) {
                     assert_eq!(r.net.pass(frame, false, t, 0).len(), 0, "{what}: {name}");
                     damaged += 1;
                 } else {
-                    r.net.client.call(move || Wire::open("c0", false).send(&frame));
+                    r.net.send(frame);
                 }
                 assert_eq!(r.taken(), epoch as u64, "{what}: {name}\n{}", r.net.filters("lan0"));
             }

@@ -187,7 +187,7 @@ fn frames_of_another_vlan_are_not_taken(backend: Backend) {
     for t in all {
         for (what, tags) in &others {
             let frame = Packet { tags: tags.clone(), ..Packet::new(t) }.frame(false);
-            net.client.call(move || Wire::open("c0", false).send(&frame));
+            net.send(frame);
             let packets: u64 = port.usage().iter().map(|r| r.counters.packets).sum();
             assert_eq!(packets, 0, "{what}: {t} was taken\n{}", net.filters("lan0"));
         }
@@ -197,7 +197,7 @@ fn frames_of_another_vlan_are_not_taken(backend: Backend) {
     for (epoch, t) in all.into_iter().enumerate() {
         port.add(100 + epoch as u64, flow(t, t));
         let frame = Packet { tags: tags([10]), ..Packet::new(t) }.frame(false);
-        net.client.call(move || Wire::open("c0", false).send(&frame));
+        net.send(frame);
         assert_eq!(port.packets(100 + epoch as u64), 0, "{t}");
     }
 }
