@@ -137,6 +137,17 @@ impl Net {
         tuple: Tuple,
         max: usize,
     ) -> Vec<Seen> {
+        self.pass_all(vec![bytes], vnet_hdr, tuple, max)
+    }
+
+    /// The same with several, one after the other.
+    fn pass_all(
+        &self,
+        frames: Vec<Vec<u8>>,
+        vnet_hdr: bool,
+        tuple: Tuple,
+        max: usize,
+    ) -> Vec<Seen> {
         let within = if max == 0 { Duration::from_millis(100) } else { ARRIVES };
         let (ready_tx, ready) = mpsc::channel();
         let (sent, sent_rx) = mpsc::channel();
@@ -149,7 +160,7 @@ impl Net {
             got.iter().filter_map(|f| parse(f)).collect()
         });
         ready.recv().unwrap();
-        self.send_by(vnet_hdr, bytes);
+        self.send_by(vnet_hdr, frames);
         sent.send(()).unwrap();
         seen.recv().unwrap()
     }
@@ -157,16 +168,17 @@ impl Net {
     /// Sends a frame from the client, and returns when the router has done with it what it does at its ingress: it
     /// has a marker behind the frame by then. (A machine with much to do may leave frames for later.)
     pub(crate) fn send(&self, frame: Vec<u8>) {
-        self.send_by(false, frame);
+        self.send_by(false, vec![frame]);
     }
 
-    fn send_by(&self, vnet_hdr: bool, frame: Vec<u8>) {
+    fn send_by(&self, vnet_hdr: bool, frames: Vec<Vec<u8>>) {
         let wire = Wire::open("lan0", false);
         let mut marker = [LAN.0, CLIENT.0].concat();
         marker.extend_from_slice(&MARKER.to_be_bytes());
         marker.resize(60, 0);
         self.client.call(move || {
-            Wire::open("c0", vnet_hdr).send(&frame);
+            let wire = Wire::open("c0", vnet_hdr);
+            frames.iter().for_each(|frame| wire.send(frame));
             Wire::open("c0", false).send(&marker);
         });
         let is_marker = |f: &[u8]| f[12..].starts_with(&MARKER.to_be_bytes());

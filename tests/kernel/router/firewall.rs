@@ -85,47 +85,63 @@ impl Drop for Flow {
     }
 }
 
-/// Two flows, and how each change is looked at.
+/// Flows that are to be stopped, one that is not, and how each change is looked at.
 struct Watched<'a> {
     r: &'a Router,
-    victim: Flow,
+    victims: Vec<Flow>,
     control: Flow,
 }
 
 impl<'a> Watched<'a> {
     fn start(r: &'a Router) -> Self {
-        Self { r, victim: Flow::start(r, VICTIM), control: Flow::start(r, CONTROL) }
+        Self::start_with(r, &[VICTIM])
+    }
+
+    fn start_with(r: &'a Router, victims: &[u16]) -> Self {
+        let victims = victims.iter().map(|port| Flow::start(r, *port)).collect();
+        Self { r, victims, control: Flow::start(r, CONTROL) }
     }
 
     fn wait_offloaded(&self, what: &str) {
-        let want = ["lan original", "lan original", "wan reply", "wan reply"];
-        wait_until(&format!("{what}: both flows are offloaded"), || self.r.installed() == want);
+        let flows = self.victims.len() + 1;
+        let want = [vec!["lan original"; flows], vec!["wan reply"; flows]].concat();
+        wait_until(&format!("{what}: all flows are offloaded"), || self.r.installed() == want);
     }
 
     /// Makes a change that must stop the victim within so long, and nothing else; then takes it back.
     fn must_stop(&self, what: &str, within: Duration, change: &str, back: &str) {
-        self.wait_offloaded(what);
+        self.each_must_stop(&[what], within, change, back);
+    }
+
+    /// The same with a change for each victim, all of them at once; `whats` are in the order of the victims.
+    fn each_must_stop(&self, whats: &[impl AsRef<str>], within: Duration, change: &str, back: &str) {
+        assert_eq!(whats.len(), self.victims.len());
+        let whats: Vec<&str> = whats.iter().map(AsRef::as_ref).collect();
+        self.wait_offloaded(&whats.join(", "));
         let before = Instant::now();
         self.r.run(change);
         let done = Instant::now();
         std::thread::sleep(within);
-        let (late, sent) = (Instant::now(), self.victim.sent());
+        let late = Instant::now();
+        let sent: Vec<u64> = self.victims.iter().map(Flow::sent).collect();
         std::thread::sleep(STAYS);
-        // A busy machine sends fewer of them in that time.
-        wait_until(&format!("{what}: the sender goes on, and the other flow"), || {
-            self.victim.sent() - sent > 20 && self.control.since(late).len() > 20
-        });
-        let arrived = self.victim.since(late).len();
-        let tried = self.victim.sent() - sent;
-        let last = self.victim.since(before).last().copied().unwrap_or_default();
-        let others = self.control.since(late).len();
-        println!(
-            "{what}: the last packet {} ms after the change was begun, {} ms after the tool had come back; then {tried} sent, {arrived} arrived; of the other flow {others}",
-            last.as_millis(),
-            (before + last).saturating_duration_since(done).as_millis(),
-        );
-        assert!(tried > 20 && others > 20, "{what}: the sender goes on, and the other flow");
-        assert_eq!(arrived, 0, "{what}: arrivals after {within:?}");
+        for ((victim, sent), what) in self.victims.iter().zip(sent).zip(whats) {
+            // A busy machine sends fewer of them in that time.
+            wait_until(&format!("{what}: the sender goes on, and the other flow"), || {
+                victim.sent() - sent > 20 && self.control.since(late).len() > 20
+            });
+            let arrived = victim.since(late).len();
+            let tried = victim.sent() - sent;
+            let last = victim.since(before).last().copied().unwrap_or_default();
+            let others = self.control.since(late).len();
+            println!(
+                "{what}: the last packet {} ms after the change was begun, {} ms after the tool had come back; then {tried} sent, {arrived} arrived; of the other flow {others}",
+                last.as_millis(),
+                (before + last).saturating_duration_since(done).as_millis(),
+            );
+            assert!(tried > 20 && others > 20, "{what}: the sender goes on, and the other flow");
+            assert_eq!(arrived, 0, "{what}: arrivals after {within:?}");
+        }
         self.r.run(back);
     }
 }
@@ -163,7 +179,6 @@ fn a_drop_in_any_chain_of_any_priority_stops_an_offloaded_flow_and_it_stays_stop
     r.run(
         "nft 'table inet last { chain c { type filter hook postrouting priority 2147483647; }; }'",
     );
-    let w = Watched::start(&r);
     let mut tables = vec!["netdev before".to_owned(), "inet last".to_owned()];
     for when in ["before", "after"] {
         for (n, (hook, _)) in hooks.iter().enumerate() {
@@ -171,20 +186,38 @@ fn a_drop_in_any_chain_of_any_priority_stops_an_offloaded_flow_and_it_stays_stop
             tables.push(format!("{family} {}", name(when, hook, n)));
         }
     }
+    // A rule for one victim, and how it is taken back.
+    let mut changes: Vec<(String, Box<dyn Fn(u16) -> [String; 2]>)> = Vec::new();
     for table in tables {
-        let change = format!("nft add rule {table} c udp dport {VICTIM} drop");
-        w.must_stop(&table, AT_ONCE, &change, &format!("nft flush chain {table} c"));
+        let of = table.clone();
+        let rule = move |victim| {
+            [
+                format!("nft add rule {of} c udp dport {victim} drop"),
+                format!("nft flush chain {of} c"),
+            ]
+        };
+        changes.push((table, Box::new(rule)));
     }
     // And as other tools make them.
     for (table, chain) in [("filter", "FORWARD"), ("mangle", "POSTROUTING"), ("mangle", "FORWARD")]
     {
-        let rule = format!("{chain} -p udp --dport {VICTIM} -j DROP");
-        w.must_stop(
-            &format!("iptables-nft {table} {chain}"),
-            AT_ONCE,
-            &format!("iptables-nft -t {table} -A {rule}"),
-            &format!("iptables-nft -t {table} -D {rule}"),
-        );
+        let rule = move |victim| {
+            ["-A", "-D"].map(|add| {
+                format!("iptables-nft -t {table} {add} {chain} -p udp --dport {victim} -j DROP")
+            })
+        };
+        changes.push((format!("iptables-nft {table} {chain}"), Box::new(rule)));
+    }
+    let victims = [0, 10, 20, 30, 40].map(|n| VICTIM + n);
+    let w = Watched::start_with(&r, &victims);
+    assert_eq!(changes.len() % victims.len(), 0);
+    for some in changes.chunks(victims.len()) {
+        let whats: Vec<&str> = some.iter().map(|(what, _)| what.as_str()).collect();
+        let [change, back] = [0, 1].map(|n| {
+            let each = some.iter().zip(victims).map(|((_, rule), victim)| rule(victim)[n].clone());
+            each.collect::<Vec<_>>().join("\n")
+        });
+        w.each_must_stop(&whats, AT_ONCE, &change, &back);
     }
 }
 
