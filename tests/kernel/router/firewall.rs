@@ -114,7 +114,13 @@ impl<'a> Watched<'a> {
     }
 
     /// The same with a change for each victim, all of them at once; `whats` are in the order of the victims.
-    fn each_must_stop(&self, whats: &[impl AsRef<str>], within: Duration, change: &str, back: &str) {
+    fn each_must_stop(
+        &self,
+        whats: &[impl AsRef<str>],
+        within: Duration,
+        change: &str,
+        back: &str,
+    ) {
         assert_eq!(whats.len(), self.victims.len());
         let whats: Vec<&str> = whats.iter().map(AsRef::as_ref).collect();
         self.wait_offloaded(&whats.join(", "));
