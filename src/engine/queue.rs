@@ -55,6 +55,7 @@ pub(super) enum Command {
     Barrier(Sender<u64>),
     /// The writer panics.
     #[cfg(test)]
+    #[cfg_attr(ctoffload_loom, expect(dead_code, reason = "no model asks for it"))]
     Panic,
     /// Answers when the removals queued before have been, and those that follow from them.
     Settle(Sender<u64>),

@@ -85,6 +85,9 @@ impl Drop for Flow {
     }
 }
 
+/// What drops the flow of this port, and what takes that back.
+type RuleFor = Box<dyn Fn(u16) -> [String; 2]>;
+
 /// Flows that are to be stopped, one that is not, and how each change is looked at.
 struct Watched<'a> {
     r: &'a Router,
@@ -192,8 +195,7 @@ fn a_drop_in_any_chain_of_any_priority_stops_an_offloaded_flow_and_it_stays_stop
             tables.push(format!("{family} {}", name(when, hook, n)));
         }
     }
-    // A rule for one victim, and how it is taken back.
-    let mut changes: Vec<(String, Box<dyn Fn(u16) -> [String; 2]>)> = Vec::new();
+    let mut changes: Vec<(String, RuleFor)> = Vec::new();
     for table in tables {
         let of = table.clone();
         let rule = move |victim| {
