@@ -176,8 +176,18 @@ impl Bench {
         Self { engine, datapath, clock }
     }
 
+    /// On a busy machine the thread of the port before may not have let go of the netdev yet.
     fn port(&self, n: u32) -> Generation {
-        self.engine.port_add(new_port(n)).unwrap()
+        let mut added = None;
+        wait_for(|| {
+            added = match self.engine.port_add(new_port(n)) {
+                Ok(generation) => Some(generation),
+                Err(PortAddError::Busy(_)) => None,
+                Err(e) => panic!("{e}"),
+            };
+            added.is_some()
+        });
+        added.unwrap()
     }
 
     fn conn(&self, n: u16) -> ConnHandle {
