@@ -3,8 +3,9 @@
 //! The router looks at the mark that a packet has when **prerouting** has ended. A sight, at the end of
 //! postrouting, tells the one that it has then: the same, unless something sets marks in forward or postrouting
 //! (for a qdisc, say). Where the firewall does that, or where no packet has been seen (a rule that a dead daemon
-//! has left), nobody can tell; so the kernel is asked for each mark that a rule names, and for none, and what would
-//! not go the same way with all of them stays on the slow path.
+//! has left), nobody can tell; so the kernel is asked for each mark that rules tell from others, and for none, and what
+//! would not go the same way with all of them stays on the slow path. Rules with masks ([`super::masked`]) can tell
+//! more of them apart than can be asked for: then everything does.
 //!
 //! Marks are learnt from what is there at the start and from what comes. One that is named no more costs a look-up,
 //! and changes no answer.
@@ -18,19 +19,24 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
 
 use super::dump::{HEADER, dump};
+use super::masked::{Masked, representatives};
 
 const RTM_NEWRULE: u16 = 32;
 const RTM_GETRULE: u16 = 34;
 // linux/fib_rules.h
 const FRA_FWMARK: u16 = 10;
+const FRA_FWMASK: u16 = 16;
+
+/// So many marks are asked for, and no more: each is a look-up, in microseconds.
+const AT_MOST: usize = 256;
 
 /// A mark that a rule tells from others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mark {
     /// By IPv6's rules; else by IPv4's.
     pub ipv6: bool,
-    /// As it is written in the rule; what its mask leaves out is 0.
-    pub value: u32,
+    /// Which one, or which bits of it.
+    pub named: Masked,
 }
 
 /// That of an announced rule.
@@ -40,10 +46,15 @@ pub(super) fn of_rule(m: &RuleMessage) -> Option<Mark> {
         AddressFamily::Inet6 => true,
         _ => return None,
     };
-    m.attributes.iter().find_map(|a| match a {
-        RuleAttribute::FwMark(value) if *value != 0 => Some(Mark { ipv6, value: *value }),
+    let value = m.attributes.iter().find_map(|a| match a {
+        RuleAttribute::FwMark(value) => Some(*value),
         _ => None,
-    })
+    });
+    let mask = m.attributes.iter().find_map(|a| match a {
+        RuleAttribute::FwMask(mask) => Some(*mask),
+        _ => None,
+    });
+    named(ipv6, value, mask)
 }
 
 fn of_dumped(m: &Received<'_>) -> Option<Mark> {
@@ -52,16 +63,32 @@ fn of_dumped(m: &Received<'_>) -> Option<Mark> {
         libc::AF_INET6 => true,
         _ => return None,
     };
-    let value = m.attrs(HEADER).find_type(FRA_FWMARK)?.payload.first_chunk()?;
-    let value = u32::from_ne_bytes(*value);
-    (m.ty == RTM_NEWRULE && value != 0).then_some(Mark { ipv6, value })
+    let number = |ty| m.attrs(HEADER).find_type(ty)?.payload.first_chunk().copied();
+    let [value, mask] = [FRA_FWMARK, FRA_FWMASK].map(|ty| number(ty).map(u32::from_ne_bytes));
+    (m.ty == RTM_NEWRULE).then(|| named(ipv6, value, mask))?
 }
 
-#[derive(Debug, Default)]
+/// The kernel leaves out what is 0, and tells a mask with each mark (`fib_nl_fill_rule`); without one all bits count.
+fn named(ipv6: bool, value: Option<u32>, mask: Option<u32>) -> Option<Mark> {
+    let mask = mask.unwrap_or(if value.is_some() { u32::MAX } else { 0 });
+    Masked::new(value.unwrap_or(0), mask).map(|named| Mark { ipv6, named })
+}
+
+#[derive(Debug)]
 struct State {
-    named: BTreeSet<Mark>,
+    /// Of IPv4 and IPv6.
+    named: [BTreeSet<Masked>; 2],
+    /// Likewise, those that stand for all; `None`: too many.
+    asked: [Option<Vec<u32>>; 2],
     /// Of IPv4 and IPv6: what sets marks behind the routing decision.
     late: [Option<Arc<str>>; 2],
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let asked = [Some(vec![0]), Some(vec![0])];
+        Self { named: Default::default(), asked, late: Default::default() }
+    }
 }
 
 /// What is known of marks, shared between those who follow rules and the firewall and those who resolve paths.
@@ -75,6 +102,8 @@ pub enum AtRouting {
     Known(u32),
     /// Any of these.
     AnyOf(Vec<u32>, Doubt),
+    /// Any of more than can be asked for.
+    Any(Doubt),
 }
 
 /// Why the mark is not known.
@@ -89,7 +118,13 @@ pub enum Doubt {
 impl Marks {
     /// Notes that a rule names a mark; true when none did before.
     pub fn add(&self, mark: Mark) -> bool {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).named.insert(mark)
+        let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let family = usize::from(mark.ipv6);
+        let news = state.named[family].insert(mark.named);
+        if news {
+            state.asked[family] = representatives(&state.named[family], AT_MOST);
+        }
+        news
     }
 
     /// Notes what sets marks behind the routing decision, in IPv4 and in IPv6. True when that is news.
@@ -111,9 +146,10 @@ impl Marks {
             (_, Some(late)) => late,
             (None, None) => Doubt::Unseen,
         };
-        let mut all = vec![0];
-        all.extend(state.named.iter().filter(|m| m.ipv6 == ipv6).map(|m| m.value));
-        AtRouting::AnyOf(all, doubt)
+        match &state.asked[usize::from(ipv6)] {
+            Some(marks) => AtRouting::AnyOf(marks.clone(), doubt),
+            None => AtRouting::Any(doubt),
+        }
     }
 }
 
@@ -134,6 +170,10 @@ mod tests {
     use netlink_packet_route::RouteNetlinkMessage;
 
     use super::*;
+
+    fn mark(ipv6: bool, value: u32, mask: u32) -> Mark {
+        Mark { ipv6, named: Masked::new(value, mask).unwrap() }
+    }
 
     fn named(ty: u16, family: libc::c_int, attributes: &[(u16, u32)]) -> Option<Mark> {
         let mut buf = Vec::new();
@@ -160,13 +200,15 @@ mod tests {
 
     #[test]
     fn marks_that_rules_name() {
-        let mark = |ipv6, value| Some(Mark { ipv6, value });
-        assert_eq!(named(RTM_NEWRULE, libc::AF_INET, &[(FRA_FWMARK, 7)]), mark(false, 7));
-        // With a mask.
-        let masked = [(FRA_FWMARK, 0x0100), (16, 0xff00)];
-        assert_eq!(named(RTM_NEWRULE, libc::AF_INET6, &masked), mark(true, 0x0100));
-        // None, which is asked for anyhow; no rule; another family's (RTNL_FAMILY_IPMR).
-        assert_eq!(named(RTM_NEWRULE, libc::AF_INET, &[(16, 0xff)]), None);
+        let mark = |ipv6, value, mask| Some(mark(ipv6, value, mask));
+        assert_eq!(named(RTM_NEWRULE, libc::AF_INET, &[(FRA_FWMARK, 7)]), mark(false, 7, u32::MAX));
+        // With a mask; also of a mark that is 0 there.
+        let masked = [(FRA_FWMARK, 0x0100), (FRA_FWMASK, 0xff00)];
+        assert_eq!(named(RTM_NEWRULE, libc::AF_INET6, &masked), mark(true, 0x0100, 0xff00));
+        assert_eq!(named(RTM_NEWRULE, libc::AF_INET, &masked[1..]), mark(false, 0, 0xff00));
+        // A rule that says nothing of marks; no rule; another family's (RTNL_FAMILY_IPMR).
+        assert_eq!(named(RTM_NEWRULE, libc::AF_INET, &[(FRA_FWMASK, 0)]), None);
+        assert_eq!(named(RTM_NEWRULE, libc::AF_INET, &[]), None);
         assert_eq!(named(24, libc::AF_INET, &[(FRA_FWMARK, 7)]), None);
         assert_eq!(named(RTM_NEWRULE, 128, &[(FRA_FWMARK, 7)]), None);
     }
@@ -174,9 +216,9 @@ mod tests {
     #[test]
     fn a_mark_that_was_seen_is_that_of_the_routing_decision_unless_something_sets_it_later() {
         let marks = Marks::default();
-        assert!(marks.add(Mark { ipv6: false, value: 7 }));
-        assert!(!marks.add(Mark { ipv6: false, value: 7 }));
-        assert!(marks.add(Mark { ipv6: true, value: 9 }));
+        assert!(marks.add(mark(false, 7, u32::MAX)));
+        assert!(!marks.add(mark(false, 7, u32::MAX)));
+        assert!(marks.add(mark(true, 9, u32::MAX)));
         assert_eq!(marks.at_routing(Some(3), false), AtRouting::Known(3));
         assert_eq!(marks.at_routing(None, true), AtRouting::AnyOf(vec![0, 9], Doubt::Unseen));
         let late: Arc<str> = "chain forward of table t".into();
@@ -185,5 +227,22 @@ mod tests {
         let any = AtRouting::AnyOf(vec![0, 7], Doubt::SetLate(late));
         assert_eq!(marks.at_routing(Some(3), false), any);
         assert_eq!(marks.at_routing(Some(3), true), AtRouting::Known(3));
+    }
+
+    #[test]
+    fn marks_that_several_rules_can_fit_at_once_are_asked_for_as_long_as_they_are_few() {
+        let marks = Marks::default();
+        for bit in [1, 2] {
+            assert!(marks.add(mark(true, bit, bit)));
+        }
+        let AtRouting::AnyOf(mut all, _) = marks.at_routing(None, true) else { panic!() };
+        all.sort_unstable();
+        assert_eq!(all, [0, 1, 2, 3]);
+        for bit in 2..9 {
+            assert!(marks.add(mark(true, 1 << bit, 1 << bit)));
+        }
+        assert_eq!(marks.at_routing(None, true), AtRouting::Any(Doubt::Unseen));
+        assert_eq!(marks.at_routing(Some(3), true), AtRouting::Known(3));
+        assert_eq!(marks.at_routing(None, false), AtRouting::AnyOf(vec![0], Doubt::Unseen));
     }
 }

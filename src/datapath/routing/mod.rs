@@ -5,7 +5,8 @@
 //! * [`stack`]: from a netdev that routes down to the real one, and its tag;
 //! * `tolerant`: the socket that they come by, which leaves out what a codec cannot read;
 //! * [`switches`]: which netdevs' packets are forwarded, likewise;
-//! * [`tos`], [`marks`]: what else rules tell packets apart by, `dump`: how they are asked for;
+//! * [`tos`], [`marks`]: what else rules tell packets apart by, [`masked`]: where they do it by some bits,
+//!   `dump`: how they are asked for;
 //! * [`ipsec`]: the policies of IPsec;
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own), `nexthops` among them;
 //! * [`bridged`]: where a bridge sends the frames of one direction;
@@ -19,6 +20,7 @@ pub mod fdb;
 pub mod ipsec;
 pub mod links;
 pub mod marks;
+pub mod masked;
 pub mod monitor;
 mod neighbour;
 mod nexthops;

@@ -259,8 +259,13 @@ impl PathResolver {
         let (marks, doubt) = match self.marks.at_routing(seen, ipv6) {
             AtRouting::Known(mark) => (vec![mark], None),
             AtRouting::AnyOf(marks, doubt) => (marks, Some(doubt)),
+            AtRouting::Any(doubt) => return Err(by_mark(&doubt, TOO_MANY)),
         };
-        let (values, labels) = (self.tos.of(ipv6), self.tos.flow_labels(ipv6));
+        let values = self.tos.of(ipv6);
+        let Some(labels) = self.tos.flow_labels(ipv6) else {
+            let why = format!("routes go by flow labels, and {TOO_MANY}");
+            return Err(Rejection::with_detail(Reason::TosRouted, why));
+        };
         let mut route = None;
         for mark in marks {
             let mut request = with_mark(request, mark);
@@ -283,7 +288,8 @@ impl PathResolver {
             if let Some(doubt) = &doubt
                 && first.as_ref().ok() != of_mark.as_ref().ok()
             {
-                return Err(other_by_mark(mark, doubt));
+                let other = format!("packets of mark {mark:#x} have another route");
+                return Err(by_mark(doubt, &other));
             }
         }
         route.unwrap_or_else(|| Err(Reason::NoRoute.into()))
@@ -300,6 +306,7 @@ impl PathResolver {
         let marks = match self.marks.at_routing(seen, ipv6) {
             AtRouting::Known(mark) => vec![mark],
             AtRouting::AnyOf(marks, _) => marks,
+            AtRouting::Any(doubt) => return Err(by_mark(&doubt, TOO_MANY)),
         };
         for mark in marks {
             if has_next_hops(socket, with_mark(request, mark))? {
@@ -450,19 +457,19 @@ fn with_mark(request: &RouteMessage, mark: u32) -> RouteMessage {
     request
 }
 
-/// The refusal of packets that would have another route with this mark.
-fn other_by_mark(mark: u32, doubt: &Doubt) -> Rejection {
+/// Of marks, or of flow labels.
+const TOO_MANY: &str = "rules tell more of them apart than are asked for";
+
+/// The refusal of packets that may have another route by their mark.
+fn by_mark(doubt: &Doubt, why: &str) -> Rejection {
     match doubt {
         Doubt::SetLate(by) => {
-            let why = format!(
-                "{by} sets marks after the routing decision, and packets of mark {mark:#x} have another route"
-            );
+            let why = format!("{by} sets marks after the routing decision, and {why}");
             Rejection::with_detail(Reason::MarkRouted, why)
         }
         // The next packet tells.
         Doubt::Unseen => {
-            let why =
-                format!("packets of mark {mark:#x} have another route, and none has been seen");
+            let why = format!("the mark of its packets has not been seen, and {why}");
             Rejection::with_detail(Reason::Busy, why)
         }
     }

@@ -17,6 +17,7 @@ use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
 
 use super::dump::{HEADER, dump};
+use super::masked::{Masked, representatives};
 
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
@@ -28,8 +29,14 @@ const TOS_AT: usize = 3;
 const FRA_DSCP: u16 = 25;
 const FRA_DSCP_MASK: u16 = 30;
 const FRA_FLOWLABEL: u16 = 26;
+const FRA_FLOWLABEL_MASK: u16 = 27;
+/// Of an IPv6 header.
+const FLOW_LABEL_BITS: u32 = 0xf_ffff;
 // linux/rtnetlink.h
 const RTA_MULTIPATH: u16 = 9;
+
+/// So many flow labels are asked for, and no more.
+const AT_MOST: usize = 256;
 
 /// What is told from others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,8 +48,8 @@ pub enum Told {
         /// The byte of the header.
         value: u8,
     },
-    /// A flow label; what its mask leaves out is 0.
-    FlowLabel(u32),
+    /// A flow label, or some bits of it.
+    FlowLabel(Masked),
     /// Flows, by a route of IPv4 that has several next hops: how it shares them out changes when a netdev goes down or
     /// comes up, and nobody says so.
     Shared,
@@ -63,7 +70,12 @@ impl Told {
 /// The values that a rule or a route names.
 fn named(family: u8, tos: u8, attribute: impl Fn(u16) -> Option<Vec<u8>>) -> Vec<Told> {
     let byte = |kind| attribute(kind).and_then(|v| v.first().copied());
-    let label = attribute(FRA_FLOWLABEL).and_then(|v| Some(u32::from_be_bytes(*v.first_chunk()?)));
+    let number = |kind| attribute(kind).and_then(|v| Some(u32::from_be_bytes(*v.first_chunk()?)));
+    // With a label the kernel tells a mask, without a mask there is none (`fib6_rule_fill`).
+    let label = number(FRA_FLOWLABEL).and_then(|label| {
+        let mask = number(FRA_FLOWLABEL_MASK).unwrap_or(FLOW_LABEL_BITS);
+        Masked::new(label, mask & FLOW_LABEL_BITS)
+    });
     let ipv6 = match i32::from(family) {
         libc::AF_INET => false,
         libc::AF_INET6 => true,
@@ -76,7 +88,7 @@ fn named(family: u8, tos: u8, attribute: impl Fn(u16) -> Option<Vec<u8>>) -> Vec
         (Some(_), Some(_)) => (0..64).map(|dscp| dscp << 2).collect(),
     };
     let values = values.into_iter().filter(|v| *v != 0).map(|value| Told::Tos { ipv6, value });
-    values.chain(label.filter(|l| ipv6 && *l != 0).map(Told::FlowLabel)).collect()
+    values.chain(label.filter(|_| ipv6).map(Told::FlowLabel)).collect()
 }
 
 /// Those that an announced rule names.
@@ -151,15 +163,17 @@ impl Named {
         self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&Told::Shared)
     }
 
-    /// Flow labels, where the family has them.
+    /// Flow labels that stand for all that are not 0, where the family has them; `None`: too many.
     #[must_use]
-    pub fn flow_labels(&self, ipv6: bool) -> Vec<u32> {
+    pub fn flow_labels(&self, ipv6: bool) -> Option<Vec<u32>> {
         let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let label = |t: &Told| match *t {
             Told::FlowLabel(label) if ipv6 => Some(label),
             _ => None,
         };
-        all.iter().filter_map(label).collect()
+        let mut labels = representatives(&all.iter().filter_map(label).collect(), AT_MOST)?;
+        labels.retain(|l| *l != 0);
+        Some(labels)
     }
 }
 
@@ -236,13 +250,26 @@ mod tests {
     fn flow_labels_are_named_by_rules_of_ipv6() {
         let label = [(FRA_FLOWLABEL, 0x12345u32.to_be_bytes().to_vec())];
         let named = told(RTM_NEWRULE, libc::AF_INET6, 0, &label);
-        assert_eq!(named, [Told::FlowLabel(0x12345)]);
+        let whole = Masked::new(0x12345, FLOW_LABEL_BITS).unwrap();
+        assert_eq!(named, [Told::FlowLabel(whole)]);
+        let some = (FRA_FLOWLABEL_MASK, 0xff000u32.to_be_bytes().to_vec());
+        let bits = told(RTM_NEWRULE, libc::AF_INET6, 0, &[label[0].clone(), some]);
+        assert_eq!(bits, [Told::FlowLabel(Masked::new(0x12000, 0xff000).unwrap())]);
         assert_eq!(told(RTM_NEWRULE, libc::AF_INET, 0, &label), []);
         assert_eq!(told(RTM_NEWROUTE, libc::AF_INET6, 0, &label), []);
         let all = Named::default();
         assert!(all.add(named[0]) && !all.add(named[0]));
-        assert_eq!((all.flow_labels(true), all.flow_labels(false)), (vec![0x12345], vec![]));
+        let labels = |ipv6| all.flow_labels(ipv6).unwrap();
+        assert_eq!((labels(true), labels(false)), (vec![0x12345], vec![]));
         assert_eq!((all.of(true), all.of(false)), (vec![], vec![]));
+        // Both may fit at once.
+        assert!(all.add(bits[0]));
+        let three = labels(true);
+        assert!(three.len() == 2 && three.contains(&0x12345) && three.contains(&0x12000));
+        for bit in 0..9 {
+            assert!(all.add(Told::FlowLabel(Masked::new(1 << bit, 1 << bit).unwrap())));
+        }
+        assert_eq!(all.flow_labels(true), None);
     }
 
     #[test]

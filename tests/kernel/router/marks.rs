@@ -117,6 +117,39 @@ fn a_mark_that_is_set_after_the_routing_decision_decides_no_route() {
     all_by_the_second(&r, &stream, false);
 }
 
+/// A mark that fits two rules, of which each alone changes nothing, and that nobody sees any more at the end.
+#[test]
+fn marks_that_only_together_decide_a_route_are_asked_for_together() {
+    let mut r = Router::new("masked");
+    with_two_gateways(&r);
+    r.run(
+        "ip rule add pref 10 fwmark 1/1 goto 12
+         ip rule add pref 11 table main
+         ip rule add pref 12 fwmark 2/2 table 100
+         nft add rule ip m early iifname lan meta mark set 3
+         nft add rule ip m late iifname lan meta mark set 0",
+    );
+    let stream = Stream::start(&r, "10.1.0.2", "10.99.0.2", 100);
+    // Control: what the router does.
+    wait_until("datagrams arrive", || stream.arrivals_since(Instant::now() - SECOND).len() > 50);
+    all_by_the_second(&r, &stream, true);
+    r.start(&PORTS);
+    wait_until("it is refused", || {
+        r.refusal("lan", "original")
+            .is_some_and(|(reason, why)| reason == "mark-routed" && why.contains("mark 0x3 "))
+    });
+    all_by_the_second(&r, &stream, true);
+    // More bits than there are look-ups for.
+    r.run(
+        "for bit in 4 8 16 32 64 128 256; do ip rule add pref 20 fwmark $bit/$bit table main; done",
+    );
+    wait_until("it is refused for that", || {
+        r.refusal("lan", "original")
+            .is_some_and(|(reason, why)| reason == "mark-routed" && why.contains("more of them"))
+    });
+    all_by_the_second(&r, &stream, true);
+}
+
 /// What a rule was made by a daemon that is dead, is not known: where it matters, the next packet tells.
 #[test]
 fn adopted_rules_are_those_that_every_mark_would_have() {
