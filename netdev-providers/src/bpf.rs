@@ -1,11 +1,20 @@
 //! `bpf(2)`: what the kernel tells of the programs of others, and operations on many entries of a map at once, which
-//! no library has.
+//! no library has; programs of ours that have no source but instructions ([`assembler`], [`load`]), and counters that
+//! they read ([`tally`]).
 
 use std::ffi::{CStr, c_long};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::contract::types::Ifindex;
+
+#[cfg_attr(not(feature = "tc-flower"), allow(dead_code, reason = "most of it is for its programs"))]
+pub(crate) mod assembler;
+pub(crate) mod load;
+#[cfg(test)]
+#[cfg_attr(not(feature = "tc-flower"), allow(dead_code, reason = "most of it is for its programs"))]
+pub(crate) mod machine;
+pub(crate) mod tally;
 
 // linux/bpf.h
 #[cfg(feature = "ebpf")]

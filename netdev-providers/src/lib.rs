@@ -24,8 +24,8 @@
 //! calls what, on which thread, is said in the [traits](contract::provider).
 //!
 //! # Unsafe code
-//! Two files, `tc_flower/bpf.rs` and `bpf.rs`, which call `bpf(2)`: nothing but pointers handed to the kernel
-//! and a descriptor taken from it, so that there is nothing for Miri to interpret; and one promise to them in
+//! In `bpf.rs` and below it, where `bpf(2)` is called: nothing but pointers handed to the kernel, descriptors taken from
+//! it and one map that it shares, so that there is nothing for Miri to interpret; and one promise to them in
 //! `ebpf/maps.rs`. Everywhere else it is denied.
 
 #![deny(unsafe_code)]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use dashmap::mapref::one::Ref;
+use netdev_providers::netlink::netfilter::heard::{Heard, Wanted};
 use netdev_providers::{
     Direction, Ifindex, L4Proto, Leftover, MacAddr, Netdev, Reason, Rejection, Tuple,
 };
@@ -73,6 +74,8 @@ pub(super) struct Known {
     pub changed: Option<Instant>,
     /// Its elements in the ledger.
     pub sighted: Vec<Sighted>,
+    /// What conntrack tells of it is listened to.
+    _events: Option<Wanted>,
 }
 
 /// An element of the ledger, and the port whose slot it is for.
@@ -125,6 +128,8 @@ pub struct Backend {
     rearming: Rearm,
     firewall: Firewall,
     conntrack: Mutex<Conntrack>,
+    /// Of which connections conntrack's events are read: those that are known. `None`: of all.
+    heard: Option<Heard>,
     pub(super) known: DashMap<ConnKey, Known, ahash::RandomState>,
     /// Connections that have got a rule since [`keepalive`](super::keepalive) looked.
     pub(super) installed: Mutex<Vec<ConnHandle>>,
@@ -163,6 +168,9 @@ impl Backend {
         )
         .map_err(DatapathError::Route)?;
         let conntrack = Conntrack::open()?;
+        let heard = Heard::new()
+            .inspect_err(|e| tracing::info!("events of all connections are read: {e}"))
+            .ok();
         let counted_before = accounting();
         let ledger = Ledger::install(LedgerConfig {
             group: config.nflog_group,
@@ -212,6 +220,7 @@ impl Backend {
             watched: Mutex::default(),
             ledger: Mutex::new(Some(ledger)),
             conntrack: Mutex::new(conntrack),
+            heard,
             known: DashMap::default(),
             installed: Mutex::default(),
             resets: Mutex::default(),
@@ -344,6 +353,16 @@ impl Backend {
         if let Some(Err(e)) = ledger.map(Ledger::remove) {
             tracing::warn!("the sight ledger goes with our socket: {e}");
         }
+    }
+    pub(super) const fn heard(&self) -> Option<&Heard> {
+        self.heard.as_ref()
+    }
+    /// A connection of which nothing is known yet but this. From now on its events are heard: so before anything is
+    /// done for it.
+    pub(super) fn acquainted(&self, id: CtId, timeout: Option<Duration>, ct_mark: u32) -> Known {
+        let (conn, changed, sighted) = (None, None, Vec::new());
+        let events = self.heard.as_ref().map(|h| h.of(id));
+        Known { id, evented: false, conn, timeout, ct_mark, changed, sighted, _events: events }
     }
     pub(super) fn resolver(&self) -> &PathResolver {
         &self.resolver
@@ -632,7 +651,7 @@ impl Datapath for Backend {
                 self.firewall.zone_is_clear(key.zone, port.ifindex, &name).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.
-                let new = || Known::new(id, entry.timeout, entry.mark);
+                let new = || self.acquainted(id, entry.timeout, entry.mark);
                 let mut known = self.known.entry(key).or_insert_with(new);
                 if known.id != id {
                     *known = new();
@@ -696,11 +715,6 @@ impl Datapath for Backend {
 }
 
 impl Known {
-    pub(super) const fn new(id: CtId, timeout: Option<Duration>, ct_mark: u32) -> Self {
-        let sighted = Vec::new();
-        Self { id, evented: false, conn: None, timeout, ct_mark, changed: None, sighted }
-    }
-
     /// Its elements in the ledger, which are not remembered any more.
     pub(super) fn take_keys(&mut self) -> Vec<LedgerKey> {
         std::mem::take(&mut self.sighted).iter().map(|s| s.key(self.id)).collect()

@@ -174,6 +174,11 @@ impl KernelDatapath {
         backend.set_supervisor(supervisor.clone());
         let log = SightLog::open(backend.config().nflog_group)?;
         let mut ct_events = CtEvents::open(false)?;
+        if let Some(heard) = backend.heard()
+            && let Err(e) = ct_events.hear_only_of(heard)
+        {
+            tracing::info!("events of all connections are read: {e}");
+        }
         let keepers = Conntrack::open()?;
         for port in [backend.conntrack().port()?, keepers.port()?] {
             ct_events.ignore_updates_of(port);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use netdev_providers::{Direction, Ifindex, MacAddr, Permanence, Zone};
 
 use super::TICK;
-use super::backend::{Known, Shared, Sighted, key_of};
+use super::backend::{Shared, Sighted, key_of};
 use super::ends::JUST_CHANGED;
 use super::firewall::Quarantine;
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
@@ -145,7 +145,7 @@ impl Reader {
             .flatten();
         // Remembered before it is offered: whatever becomes of the offer can then re-arm it.
         {
-            let new = || Known::new(id, entry.timeout, entry.mark);
+            let new = || self.backend.acquainted(id, entry.timeout, entry.mark);
             let mut known = self.backend.known.entry(key_of(&entry)).or_insert_with(new);
             // The end of the one before was not heard of; its elements are nobody's, and are cleaned.
             if known.id != id {

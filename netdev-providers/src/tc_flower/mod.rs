@@ -65,7 +65,6 @@
 
 mod actions;
 mod beside;
-#[allow(unsafe_code, reason = "calls bpf(2), and takes the descriptor that it returns")]
 mod bpf;
 mod capability;
 mod class;

@@ -12,6 +12,7 @@ use netdev_providers::netlink::netfilter::conntrack::{
     IPCTNL_MSG_CT_NEW, about, is_other_protocol,
 };
 pub use netdev_providers::netlink::netfilter::conntrack::{CtEntry, CtId, CtStatus, TcpState};
+use netdev_providers::netlink::netfilter::heard::Heard;
 use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_CTNETLINK, msg_type, nfgenmsg};
 use netdev_providers::netlink::socket::{ACK, Ack, DUMP, EXCL, REQUEST};
 use netdev_providers::netlink::wire::{AttrIter, MessageIter};
@@ -434,6 +435,14 @@ impl CtEvents {
     /// [`Conntrack::update`] of ours comes back as an event, and carries no news.
     pub fn ignore_updates_of(&mut self, port: u32) {
         self.ours.push(port);
+    }
+
+    /// Has the kernel keep from us what is told of any other connection.
+    ///
+    /// # Errors
+    /// That of the system call.
+    pub fn hear_only_of(&self, heard: &Heard) -> io::Result<()> {
+        heard.filter(&self.socket)
     }
 
     /// Waits for events, then takes all that are there, up to some hundreds.

@@ -3,7 +3,10 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use ctoffload::datapath::netfilter::conntrack::{CtEvent, CtEvents, CtUpdate, TcpState, timeouts};
+use ctoffload::datapath::netfilter::conntrack::{
+    CtEvent, CtEvents, CtId, CtUpdate, EventRead, TcpState, timeouts,
+};
+use netdev_providers::netlink::netfilter::heard::Heard;
 use nix::errno::Errno;
 
 use super::*;
@@ -66,6 +69,62 @@ fn netfilter_events_tell_of_a_close_and_of_a_deletion() {
     assert!(ct.delete(Zone(0), &e.original, e.id).unwrap());
     assert!(!ct.delete(Zone(0), &e.original, None).unwrap());
     events.wait(|d| matches!(d, CtEvent::Destroy(_)) && d.entry().id == e.id);
+}
+
+#[test]
+fn netfilter_events_of_wanted_connections_are_given_and_no_others() {
+    let r = Router::new();
+    let mut events = CtEvents::open(true).unwrap();
+    let heard = Heard::new().unwrap();
+    events.hear_only_of(&heard).unwrap();
+    let _ledger = r.ledger(LedgerConfig::default());
+    let mut ct = Conntrack::open().unwrap();
+    events.ignore_updates_of(ct.port().unwrap());
+    // Also of those that are there before they are wanted.
+    let mut all = [0; 4].map(|_| r.tcp(0, 1, "10.0.1.2"));
+    for (c, s) in &mut all {
+        talk(c, s);
+    }
+    assert_eq!(events.next(QUIET).unwrap(), EventRead::default(), "nothing is wanted yet");
+    let ids = all.each_ref().map(|(c, _)| entry(&mut ct, c).id.unwrap());
+    let mut wanted: Vec<_> = ids[..2].iter().map(|id| heard.of(*id)).collect();
+    // What is wanted twice is wanted until nobody wants it.
+    drop(heard.of(ids[0]));
+    let mut told = |what: &str| {
+        let (mut told, mut own) = (Vec::new(), Vec::new());
+        loop {
+            let read = events.next(QUIET).unwrap();
+            assert!(!read.lost, "{what}");
+            if (read.events.len(), read.own.len()) == (0, 0) {
+                break;
+            }
+            told.extend(read.events.iter().filter_map(|e| e.entry().id));
+            own.extend(read.own.iter().filter_map(|e| e.id));
+        }
+        println!("{what}: {told:?}, {own:?}");
+        told.sort_unstable();
+        told.dedup();
+        (told, own)
+    };
+    let sorted = |ids: &[CtId]| {
+        let mut ids = ids.to_vec();
+        ids.sort_unstable();
+        ids
+    };
+    let updates = all.each_ref().map(|(c, _)| CtUpdate {
+        liberal: Some(true),
+        ..CtUpdate::of(Zone(0), tuple_of(c, L4Proto::Tcp))
+    });
+    assert!(ct.update(&updates).unwrap().iter().all(Result::is_ok));
+    assert_eq!(told("our own updates"), (vec![], ids[..2].to_vec()));
+    let tuples = all.each_ref().map(|(c, _)| tuple_of(c, L4Proto::Tcp));
+    drop(all);
+    assert_eq!(told("they close").0, sorted(&ids[..2]));
+    wanted.truncate(1);
+    for (tuple, id) in tuples.iter().zip(ids) {
+        assert!(ct.delete(Zone(0), tuple, Some(id)).unwrap());
+    }
+    assert_eq!(told("they end").0, ids[..1]);
 }
 
 #[test]

@@ -5,8 +5,10 @@
 //! |---|---|
 //! | [`nft`] | nf_tables: transactions, expressions of rules, elements of sets |
 //! | [`conntrack`] | entries of conntrack |
+//! | [`heard`] | which of them a socket is told of |
 
 pub mod conntrack;
+pub mod heard;
 pub mod nft;
 
 /// Size of `struct nfgenmsg` (`linux/netfilter/nfnetlink.h`): family, version, resource id.

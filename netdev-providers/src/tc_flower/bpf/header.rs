@@ -6,7 +6,7 @@
 //! (`rt_tos2priority`), with each packet anew: qdiscs and drivers choose bands and queues by it. `ip6_forward`
 //! does not, nor does a bridge.
 
-use super::assembler::{Assembler, Context, Insn, Reg::*, Width};
+use crate::bpf::assembler::{Assembler, Context, Insn, Reg::*, Width};
 use crate::tc_flower::uapi::*;
 
 /// `ip_tos2prio`, by the two bits of `IPTOS_TOS_MASK` that count, four bits for each: best effort (0),

@@ -23,7 +23,7 @@
 //! The length of what GRO has put together beyond 64 kB is 0 in the header; then that of the frame counts,
 //! as for the stack.
 
-use super::assembler::{Assembler, Context, If, Insn, Label, Reg::*, Width};
+use crate::bpf::assembler::{Assembler, Context, If, Insn, Label, Reg::*, Width};
 use crate::tc_flower::uapi::*;
 
 /// A verdict of a program of `cls_bpf`: no match, the next filter is asked.

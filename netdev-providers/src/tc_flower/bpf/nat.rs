@@ -26,7 +26,7 @@
 //! is not in the way: it stands beside the packet (`skb_vlan_untag` in `__netif_receive_skb_core`),
 //! and has been popped before.
 
-use super::assembler::{Assembler, Insn, Reg::*};
+use crate::bpf::assembler::{Assembler, Insn, Reg::*};
 use crate::contract::types::L4Proto;
 use crate::tc_flower::uapi::*;
 

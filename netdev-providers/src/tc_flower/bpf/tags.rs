@@ -2,7 +2,7 @@
 //! which is none: it tells a priority, and the stack takes it off on arrival. (Frames for others, which a bridge
 //! forwards or a guest is given, keep theirs.)
 
-use super::assembler::{Assembler, Context, If, Insn, Reg::*};
+use crate::bpf::assembler::{Assembler, Context, If, Insn, Reg::*};
 
 /// A verdict of a program of `cls_bpf`: no match, the next filter is asked.
 const NO: i32 = 0;

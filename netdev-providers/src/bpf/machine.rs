@@ -3,18 +3,18 @@
 use super::assembler::Insn;
 
 /// Sums of 16 or 32 bits in ones' complement, as `csum_add` and `csum_fold` make them.
-pub(super) fn add(a: u32, b: u32) -> u32 {
+pub(crate) fn add(a: u32, b: u32) -> u32 {
     let (sum, carry) = a.overflowing_add(b);
     sum + u32::from(carry)
 }
 
-pub(super) fn sum(bytes: &[u8]) -> u32 {
+pub(crate) fn sum(bytes: &[u8]) -> u32 {
     bytes.chunks(2).fold(0, |s, w| {
         add(s, u32::from(u16::from_ne_bytes([w[0], w.get(1).copied().unwrap_or(0)])))
     })
 }
 
-pub(super) fn fold(mut sum: u32) -> u16 {
+pub(crate) fn fold(mut sum: u32) -> u16 {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -27,13 +27,13 @@ fn half(n: u64) -> u32 {
 }
 
 /// A sum that is known to be the same as another: 0 is 0xffff too.
-pub(super) fn same(a: u32, b: u32) -> bool {
+pub(crate) fn same(a: u32, b: u32) -> bool {
     fold(a) % 0xffff == fold(b) % 0xffff
 }
 
 /// What the kernel knows of the checksum of a packet (`skb->ip_summed`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Known {
+pub(crate) enum Known {
     /// Nothing: the field is right.
     Nothing,
     /// The field holds the sum of the pseudo header, and is finished when the packet is sent.
@@ -42,29 +42,32 @@ pub(super) enum Known {
     Complete(u32),
 }
 
-pub(super) struct Packet {
+pub(crate) struct Packet {
     /// From the MAC header on.
-    pub(super) bytes: Vec<u8>,
-    pub(super) known: Known,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) known: Known,
     /// The ethertype, in network order.
-    pub(super) protocol: u16,
-    pub(super) gso_size: u32,
-    pub(super) priority: u32,
+    pub(crate) protocol: u16,
+    pub(crate) gso_size: u32,
+    pub(crate) priority: u32,
 }
 
 impl Packet {
     /// Neither verified nor to be segmented.
-    pub(super) fn new(bytes: Vec<u8>) -> Self {
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
         let known = Known::Nothing;
         Self { bytes, known, protocol: 0x0800_u16.to_be(), gso_size: 0, priority: 77 }
     }
 }
 
 const CONTEXT: u64 = 0x7000_0000;
+const MAP: u64 = 0x6000_0000;
 const FAULT: u64 = -14i64 as u64;
 
 struct Machine<'p> {
     packet: &'p mut Packet,
+    /// The value of the one map.
+    map: &'p [u8],
     stack: [u8; 512],
     regs: [u64; 11],
     /// How many calls that can fail succeed yet.
@@ -85,6 +88,11 @@ impl Machine<'_> {
             match code {
                 0xbf => self.regs[dst] = b,
                 0xb7 => self.regs[dst] = imm,
+                0x18 => {
+                    assert_eq!((src, off, program[at]), (2, 0, [0; 8]), "the value of a map");
+                    self.regs[dst] = MAP;
+                    at += 1;
+                }
                 0x07 => self.regs[dst] = a.wrapping_add(imm),
                 0x0f => self.regs[dst] = a.wrapping_add(b),
                 0x57 => self.regs[dst] = a & imm,
@@ -112,7 +120,10 @@ impl Machine<'_> {
                     let at = b.wrapping_add_signed(off.into());
                     assert_eq!(at % len, 0, "aligned");
                     let mut bytes = [0; 8];
-                    let memory = self.at(at, len);
+                    let memory = match at.checked_sub(MAP) {
+                        Some(at) => &self.map[usize::try_from(at).unwrap()..][..len as usize],
+                        None => self.at(at, len),
+                    };
                     // Of a little-endian machine, as those are that tests run on.
                     bytes[..memory.len()].copy_from_slice(memory);
                     self.regs[dst] = u64::from_le_bytes(bytes);
@@ -125,7 +136,7 @@ impl Machine<'_> {
                     let at = a.wrapping_add_signed(off.into());
                     self.at(at, 2).copy_from_slice(&b.to_le_bytes()[..2]);
                 }
-                0x05 | 0x15 | 0x1d | 0x25 | 0x2d | 0x55 | 0xa5 => {
+                0x05 | 0x15 | 0x1d | 0x25 | 0x2d | 0x55 | 0x5d | 0xa5 => {
                     let with = if code & 0x08 != 0 { b } else { imm };
                     let jumps = match code & 0xf0 {
                         0x00 => true,
@@ -237,8 +248,18 @@ impl Machine<'_> {
 }
 
 /// What the program returns; of its calls that can fail so many succeed.
-pub(super) fn run(program: &[Insn], packet: &mut Packet, succeed: usize) -> i32 {
+pub(crate) fn run(program: &[Insn], packet: &mut Packet, succeed: usize) -> i32 {
+    run_with_map(program, packet, succeed, &[])
+}
+
+/// The same of one that has a map with this value.
+pub(crate) fn run_with_map(
+    program: &[Insn],
+    packet: &mut Packet,
+    succeed: usize,
+    map: &[u8],
+) -> i32 {
     let mut regs = [0xdead_beef_dead_beef; 11];
     (regs[1], regs[10]) = (CONTEXT, 512);
-    Machine { packet, stack: [0x55; 512], regs, succeed }.run(program)
+    Machine { packet, map, stack: [0x55; 512], regs, succeed }.run(program)
 }

@@ -11,7 +11,7 @@ const FUNC_CSUM_UPDATE: i32 = 40;
 /// of the stack frame.
 #[derive(Clone, Copy)]
 #[repr(u8)]
-pub(super) enum Reg {
+pub(crate) enum Reg {
     R0 = 0,
     R1,
     R2,
@@ -28,7 +28,7 @@ use Reg::*;
 /// Fields of `struct __sk_buff`, the context, by their offset.
 #[derive(Clone, Copy)]
 #[repr(i16)]
-pub(super) enum Context {
+pub(crate) enum Context {
     /// Of the frame, from the MAC header on.
     Len = 0,
     /// For whom it is (`PACKET_*`).
@@ -45,9 +45,9 @@ pub(super) enum Context {
 }
 
 /// `struct bpf_insn`: code, the two registers, offset, immediate.
-pub(super) type Insn = [u8; 8];
+pub(crate) type Insn = [u8; 8];
 
-pub(super) fn insn(code: u8, dst: Reg, src: Reg, off: i16, imm: i32) -> Insn {
+pub(crate) fn insn(code: u8, dst: Reg, src: Reg, off: i16, imm: i32) -> Insn {
     let (dst, src) = (dst as u8, src as u8);
     // Two bit fields of four bits, dst first: the lower half of the byte where the least
     // significant come first.
@@ -58,12 +58,12 @@ pub(super) fn insn(code: u8, dst: Reg, src: Reg, off: i16, imm: i32) -> Insn {
 
 /// A place further on that jumps lead to.
 #[derive(Clone, Copy)]
-pub(super) struct Label(usize);
+pub(crate) struct Label(usize);
 
 /// A comparison of numbers without sign (`BPF_JMP | BPF_J* | BPF_K`).
 #[derive(Clone, Copy)]
 #[repr(u8)]
-pub(super) enum If {
+pub(crate) enum If {
     Equal = 0x15,
     Greater = 0x25,
     NotEqual = 0x55,
@@ -73,7 +73,7 @@ pub(super) enum If {
 /// So many bytes of memory (`BPF_LDX | BPF_MEM | BPF_*`).
 #[derive(Clone, Copy)]
 #[repr(u8)]
-pub(super) enum Width {
+pub(crate) enum Width {
     Word = 0x61,
     Half = 0x69,
     Byte = 0x71,
@@ -81,7 +81,7 @@ pub(super) enum Width {
 
 /// A program being written.
 #[derive(Default)]
-pub(super) struct Assembler {
+pub(crate) struct Assembler {
     program: Vec<Insn>,
     /// Where each label stands, once that is known.
     labels: Vec<Option<usize>>,
@@ -95,96 +95,102 @@ impl Assembler {
     }
 
     /// `dst = src`
-    pub(super) fn mov(&mut self, dst: Reg, src: Reg) {
+    pub(crate) fn mov(&mut self, dst: Reg, src: Reg) {
         self.push(0xbf, dst, src, 0, 0); // BPF_ALU64 | BPF_MOV | BPF_X
     }
     /// `dst = imm`
-    pub(super) fn set(&mut self, dst: Reg, imm: i32) {
+    pub(crate) fn set(&mut self, dst: Reg, imm: i32) {
         self.push(0xb7, dst, R0, 0, imm); // BPF_ALU64 | BPF_MOV | BPF_K
     }
     /// `dst += imm`
-    pub(super) fn add(&mut self, dst: Reg, imm: i32) {
+    pub(crate) fn add(&mut self, dst: Reg, imm: i32) {
         self.push(0x07, dst, R0, 0, imm); // BPF_ALU64 | BPF_ADD | BPF_K
     }
     /// `dst += src`
-    pub(super) fn add_reg(&mut self, dst: Reg, src: Reg) {
+    pub(crate) fn add_reg(&mut self, dst: Reg, src: Reg) {
         self.push(0x0f, dst, src, 0, 0); // BPF_ALU64 | BPF_ADD | BPF_X
     }
     /// `dst &= imm`
-    pub(super) fn and(&mut self, dst: Reg, imm: i32) {
+    pub(crate) fn and(&mut self, dst: Reg, imm: i32) {
         self.push(0x57, dst, R0, 0, imm); // BPF_ALU64 | BPF_AND | BPF_K
     }
     /// `dst ^= imm`
-    pub(super) fn xor(&mut self, dst: Reg, imm: i32) {
+    pub(crate) fn xor(&mut self, dst: Reg, imm: i32) {
         self.push(0xa7, dst, R0, 0, imm); // BPF_ALU64 | BPF_XOR | BPF_K
     }
     /// `dst >>= imm`
-    pub(super) fn shift_right(&mut self, dst: Reg, imm: i32) {
+    pub(crate) fn shift_right(&mut self, dst: Reg, imm: i32) {
         self.push(0x77, dst, R0, 0, imm); // BPF_ALU64 | BPF_RSH | BPF_K
     }
     /// `dst >>= src`
-    pub(super) fn shift_right_reg(&mut self, dst: Reg, src: Reg) {
+    pub(crate) fn shift_right_reg(&mut self, dst: Reg, src: Reg) {
         self.push(0x7f, dst, src, 0, 0); // BPF_ALU64 | BPF_RSH | BPF_X
     }
     /// 16 bits of `dst`, from the order of the network to that of the machine.
-    pub(super) fn be16_to_host(&mut self, dst: Reg) {
+    pub(crate) fn be16_to_host(&mut self, dst: Reg) {
         self.push(0xdc, dst, R0, 0, 16); // BPF_ALU | BPF_END | BPF_TO_BE
     }
     /// `dst = end of the stack frame - below`
-    pub(super) fn stack(&mut self, dst: Reg, below: i32) {
+    pub(crate) fn stack(&mut self, dst: Reg, below: i32) {
         self.mov(dst, R10);
         self.add(dst, -below);
     }
+    /// `dst = address of the value of the map that has this descriptor` (an array's, of one entry).
+    pub(crate) fn map_value(&mut self, dst: Reg, map: i32) {
+        // BPF_LD | BPF_DW | BPF_IMM, which is two instructions long, with BPF_PSEUDO_MAP_VALUE.
+        self.push(0x18, dst, R2, 0, map);
+        self.push(0, R0, R0, 0, 0);
+    }
     /// `dst = memory at base + off`
-    pub(super) fn load(&mut self, width: Width, dst: Reg, base: Reg, off: i16) {
+    pub(crate) fn load(&mut self, width: Width, dst: Reg, base: Reg, off: i16) {
         self.push(width as u8, dst, base, off, 0);
     }
     /// Two bytes of memory at `base + off` become those of `src`.
-    pub(super) fn store_half(&mut self, base: Reg, off: i16, src: Reg) {
+    pub(crate) fn store_half(&mut self, base: Reg, off: i16, src: Reg) {
         self.push(0x6b, base, src, off, 0); // BPF_STX | BPF_MEM | BPF_H
     }
     /// `dst = context.field`
-    pub(super) fn load_context(&mut self, dst: Reg, context: Reg, field: Context) {
+    pub(crate) fn load_context(&mut self, dst: Reg, context: Reg, field: Context) {
         self.load(Width::Word, dst, context, field as i16);
     }
     /// `context.field = src`
-    pub(super) fn store_context(&mut self, context: Reg, field: Context, src: Reg) {
+    pub(crate) fn store_context(&mut self, context: Reg, field: Context, src: Reg) {
         self.push(0x63, context, src, field as i16, 0); // BPF_STX | BPF_MEM | BPF_W
     }
 
     /// A place that is yet to come.
-    pub(super) fn label(&mut self) -> Label {
+    pub(crate) fn label(&mut self) -> Label {
         self.labels.push(None);
         Label(self.labels.len() - 1)
     }
     /// Here it is.
-    pub(super) fn place(&mut self, label: Label) {
+    pub(crate) fn place(&mut self, label: Label) {
         let here = self.program.len();
         if let Some(at) = self.labels.get_mut(label.0) {
             *at = Some(here);
         }
     }
-    pub(super) fn jump(&mut self, to: Label) {
+    pub(crate) fn jump(&mut self, to: Label) {
         self.jumps.push((self.program.len(), to));
         self.push(0x05, R0, R0, 0, 0); // BPF_JMP | BPF_JA
     }
-    pub(super) fn jump_if(&mut self, what: If, dst: Reg, imm: i32, to: Label) {
+    pub(crate) fn jump_if(&mut self, what: If, dst: Reg, imm: i32, to: Label) {
         self.jumps.push((self.program.len(), to));
         self.push(what as u8, dst, R0, 0, imm);
     }
-    pub(super) fn jump_if_reg(&mut self, what: If, dst: Reg, src: Reg, to: Label) {
+    pub(crate) fn jump_if_reg(&mut self, what: If, dst: Reg, src: Reg, to: Label) {
         self.jumps.push((self.program.len(), to));
         self.push(what as u8 | 0x08, dst, src, 0, 0); // BPF_X
     }
 
     /// `if R0 != 0 { return verdict }`
-    pub(super) fn give_up_on_error(&mut self, verdict: i32) {
+    pub(crate) fn give_up_on_error(&mut self, verdict: i32) {
         let go_on = self.label();
         self.jump_if(If::Equal, R0, 0, go_on);
         self.ret(verdict);
         self.place(go_on);
     }
-    pub(super) fn ret(&mut self, verdict: i32) {
+    pub(crate) fn ret(&mut self, verdict: i32) {
         self.set(R0, verdict);
         self.push(0x95, R0, R0, 0, 0); // BPF_JMP | BPF_EXIT
     }
@@ -195,15 +201,19 @@ impl Assembler {
 
     /// Copies `len` bytes of the packet, whose context is in R6, to the stack at `below` its end.
     /// R0 is not 0 afterwards when the packet has no such bytes.
-    pub(super) fn load_bytes(&mut self, at: i32, len: i32, below: i32) {
-        self.mov(R1, R6);
+    pub(crate) fn load_bytes(&mut self, at: i32, len: i32, below: i32) {
         self.set(R2, at);
+        self.load_bytes_at_r2(len, below);
+    }
+    /// The same from where R2 says.
+    pub(crate) fn load_bytes_at_r2(&mut self, len: i32, below: i32) {
+        self.mov(R1, R6);
         self.stack(R3, below);
         self.set(R4, len);
         self.call(FUNC_SKB_LOAD_BYTES);
     }
     /// The other way round.
-    pub(super) fn store_bytes(&mut self, at: i32, len: i32, below: i32) {
+    pub(crate) fn store_bytes(&mut self, at: i32, len: i32, below: i32) {
         self.mov(R1, R6);
         self.set(R2, at);
         self.stack(R3, below);
@@ -212,11 +222,11 @@ impl Assembler {
         self.call(FUNC_SKB_STORE_BYTES);
     }
     /// `R0 = bpf_csum_diff(from, from_size, to, to_size, seed)`, from R1 to R5.
-    pub(super) fn csum_diff(&mut self) {
+    pub(crate) fn csum_diff(&mut self) {
         self.call(FUNC_CSUM_DIFF);
     }
     /// Adds R7 to the L4 checksum at `at` of the packet in R6.
-    pub(super) fn l4_csum_replace(&mut self, at: i32, flags: i32) {
+    pub(crate) fn l4_csum_replace(&mut self, at: i32, flags: i32) {
         self.mov(R1, R6);
         self.set(R2, at);
         self.set(R3, 0);
@@ -225,7 +235,7 @@ impl Assembler {
         self.call(FUNC_L4_CSUM_REPLACE);
     }
     /// Adds R7 to the sum that the kernel has of the whole packet in R6, if it has one.
-    pub(super) fn csum_update(&mut self) {
+    pub(crate) fn csum_update(&mut self) {
         self.mov(R1, R6);
         self.mov(R2, R7);
         self.call(FUNC_CSUM_UPDATE);
@@ -233,7 +243,7 @@ impl Assembler {
 
     /// Leaves in `sum` the ones' complement sum of the five words at `below` the end of the stack:
     /// 0xffff over an IPv4 header whose checksum is right. `other` is lost.
-    pub(super) fn sum_of_header(&mut self, sum: Reg, other: Reg, below: i16) {
+    pub(crate) fn sum_of_header(&mut self, sum: Reg, other: Reg, below: i16) {
         self.load(Width::Word, sum, R10, -below);
         for at in [4, 8, 12, 16] {
             self.load(Width::Word, other, R10, at - below);
@@ -249,7 +259,7 @@ impl Assembler {
     }
 
     /// The program, with the jumps in it. One that leads nowhere stays an offset of 0.
-    pub(super) fn finish(mut self) -> Vec<Insn> {
+    pub(crate) fn finish(mut self) -> Vec<Insn> {
         for (at, Label(to)) in self.jumps {
             let to = self.labels.get(to).copied().flatten();
             let off = to.and_then(|to| i16::try_from(to.checked_sub(at + 1)?).ok());
