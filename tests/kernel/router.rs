@@ -29,6 +29,7 @@ mod ebpf;
 mod ecmp;
 mod ends;
 mod firewall;
+mod lives;
 mod marks;
 mod names;
 mod nat;
@@ -339,6 +340,13 @@ impl Connection {
         let alive = self.stream.write_all(b"x").is_ok() && self.stream.read_exact(&mut [0]).is_ok();
         self.stream.set_read_timeout(Some(PATIENCE)).expect("a time-out");
         alive
+    }
+
+    /// Without a FIN: what is there is thrown away, and the other end gets a RST.
+    fn abort(self) {
+        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+        nix::sys::socket::setsockopt(&self.stream, nix::sys::socket::sockopt::Linger, &linger)
+            .expect("SO_LINGER");
     }
 
     pub(crate) fn close(mut self) {

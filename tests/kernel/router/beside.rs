@@ -6,7 +6,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::{Family, Message, Socket};
 
+use super::world::Stream;
 use super::*;
+use crate::flower::Wire;
 
 /// What the scripts of shapers do (SQM, wondershaper, FireQOS), with the netdev that incoming packets are led
 /// through.
@@ -146,17 +148,20 @@ fn index(r: &Router, dev: &str) -> u32 {
     r.port(dev)["ifindex"].as_u64().and_then(|n| n.try_into().ok()).expect("an index")
 }
 
-/// As `ip link set dev … xdpgeneric` does; no program: none any more.
-fn set_xdp(ifindex: u32, program: Option<&OwnedFd>) {
+// linux/if_link.h
+const SKB_MODE: u32 = 2;
+const DRV_MODE: u32 = 4;
+
+/// As `ip link set dev … xdpgeneric`, or `xdpdrv`, does; no program: none any more.
+fn set_xdp(ifindex: u32, mode: u32, program: Option<&OwnedFd>) {
     const RTM_SETLINK: u16 = 19;
-    const SKB_MODE: u32 = 2;
     let mut socket = Socket::open(Family::Route).expect("a socket");
     let (mut buf, seq) = (Vec::new(), socket.next_seq());
     let mut m = Message::new(&mut buf, RTM_SETLINK, REQUEST | ACK, seq);
     let mut header = [0; 16];
     header[4..8].copy_from_slice(&ifindex.to_ne_bytes());
     let fd = program.map_or(u32::MAX, raw);
-    m.raw(&header).nested(43, |m| _ = m.u32(1, fd).u32(3, SKB_MODE));
+    m.raw(&header).nested(43, |m| _ = m.u32(1, fd).u32(3, mode));
     m.finish();
     socket.request(&buf, seq, |_| ()).expect("the program is set");
 }
@@ -172,7 +177,7 @@ fn filters_and_programs_in_front_are_told_when_they_come() {
     r.wait_installed(&BOTH, &mut c);
     let lan = index(&r, "lan");
     let xdp = program(6, 2, "bystander");
-    set_xdp(lan, Some(&xdp));
+    set_xdp(lan, SKB_MODE, Some(&xdp));
     wait_until("XDP is told", || {
         in_front(&r, "lan").first().is_some_and(|t| t.starts_with("XDP program bystander (id "))
     });
@@ -189,7 +194,7 @@ fn filters_and_programs_in_front_are_told_when_they_come() {
     assert_eq!(text.matches("in front    ").count(), 2, "{text}");
     let all = String::from_utf8_lossy(&r.cli(&["port", "show"]).stdout).into_owned();
     assert!(all.contains("lan: in front of its rules: XDP program bystander"), "{all}");
-    set_xdp(lan, None);
+    set_xdp(lan, SKB_MODE, None);
     r.run("tc filter del dev lan ingress prio 3");
     wait_until("they have gone", || in_front(&r, "lan").is_empty());
     assert_eq!(r.installed(), BOTH);
@@ -230,4 +235,73 @@ fn programs_that_nobody_announces_are_found_by_a_sweep() {
         wait_until("they have gone", || in_front(&r, dev).iter().all(|t| !t.contains("program")));
     }
     assert!(on_lan(&r), "{:?}", r.slots());
+}
+
+/// Another's program is put in front, replaced and taken away while rules carry packets, which resets the netdev's
+/// queues: each packet goes where it should, as it should, or where that program wants it.
+fn programs_of_others_come_and_go_while_rules_carry_packets(provider: &str) {
+    const XDP_DROP: i32 = 1;
+    const XDP_PASS: i32 = 2;
+    const ALL: [&str; 4] = ["lan original", "lan original", "wan reply", "wan reply"];
+    let mut r = Router::new(&format!("xdp-{provider}"));
+    let host = r.host("wan");
+    let mac = r.run(&format!("ip netns exec {host} cat /sys/class/net/e0/address"));
+    let mac: Vec<_> =
+        mac.trim().split(':').map(|b| u8::from_str_radix(b, 16).expect("a byte")).collect();
+    r.start_by(provider);
+    let mut c = r.connect();
+    let stream = Stream::start(&r, "10.1.0.2", "10.2.0.2", 100);
+    let carried = |r: &Router, c: &mut Connection| {
+        wait_until("rules carry both", || {
+            c.ping();
+            r.installed() == ALL
+        });
+        r.exchange_by_rules(c, 50_000);
+        stream.is_offloaded(r, &ALL);
+    };
+    carried(&r, &mut c);
+    let wire = in_netns(host, || Wire::open("e0", false)).join().expect("a socket");
+    for (dev, mode) in [("lan", SKB_MODE), ("lan", DRV_MODE), ("wan", DRV_MODE), ("wan", SKB_MODE)]
+    {
+        println!("{dev}, mode {mode}");
+        let ifindex = index(&r, dev);
+        let [pass, drop] =
+            [(XDP_PASS, "pass"), (XDP_DROP, "drop")].map(|(does, name)| program(6, does, name));
+        set_xdp(ifindex, mode, Some(&pass));
+        c.exchange(50_000);
+        carried(&r, &mut c);
+        set_xdp(ifindex, mode, Some(&drop));
+        // Of the direction that arrives on `wan` nothing comes back, and so the server gets what it got before.
+        let stopped = Instant::now() + Duration::from_millis(300);
+        std::thread::sleep(Duration::from_millis(1000));
+        let passed = stream.arrivals_since(stopped).len();
+        assert!((dev == "lan") == (passed == 0), "{passed} datagrams by {dev}");
+        set_xdp(ifindex, mode, Some(&pass));
+        carried(&r, &mut c);
+        set_xdp(ifindex, mode, None);
+        c.exchange(50_000);
+        carried(&r, &mut c);
+    }
+    // Whoever forwarded them: one hop further, to this host.
+    let to_server = |f: &[u8]| f.len() > 38 && f[12..14] == [8, 0] && f[26..30] == [10, 1, 0, 2];
+    let frames = wire.receive(usize::MAX, Duration::from_millis(100), to_server);
+    assert!(frames.len() > 1000, "{}", frames.len());
+    for f in frames {
+        assert_eq!((&f[..6], f[22]), (&mac[..], 63), "{f:02x?}");
+    }
+}
+
+#[test]
+fn programs_of_others_come_and_go_while_rules_of_flower_carry_packets() {
+    programs_of_others_come_and_go_while_rules_carry_packets("tc-flower");
+}
+
+#[test]
+fn programs_of_others_come_and_go_while_a_flowtable_carries_packets() {
+    programs_of_others_come_and_go_while_rules_carry_packets("nf-flowtable");
+}
+
+#[test]
+fn programs_of_others_come_and_go_while_a_program_of_ours_carries_packets() {
+    programs_of_others_come_and_go_while_rules_carry_packets("ebpf");
 }

@@ -30,15 +30,6 @@ impl Router {
     }
 }
 
-impl Connection {
-    /// Without a FIN: what is there is thrown away, and the other end gets a RST.
-    fn abort(self) {
-        let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
-        nix::sys::socket::setsockopt(&self.stream, nix::sys::socket::sockopt::Linger, &linger)
-            .expect("SO_LINGER");
-    }
-}
-
 #[test]
 fn router_an_aborted_connection_ends_as_it_would_without_us() {
     let mut router = Router::new("abort");
