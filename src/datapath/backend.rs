@@ -367,6 +367,16 @@ impl Backend {
     pub(super) fn resolver(&self) -> &PathResolver {
         &self.resolver
     }
+    /// Whether conntrack has seen enough of a connection for it to be offloaded. (An entry that was made by a packet in
+    /// the middle, after the one before had expired, may have seen one direction only; were the rules of the other
+    /// kept, it never would.)
+    fn would_be_sighted(&self, entry: &CtEntry) -> bool {
+        match entry.original.proto() {
+            L4Proto::Tcp => entry.status.assured(),
+            L4Proto::Udp => self.config.one_way_udp || entry.status.seen_reply(),
+        }
+    }
+
     /// What is known of a connection, unless its place was taken by another.
     pub(super) fn known_of(&self, conn: &ConnHandle) -> Option<Ref<'_, ConnKey, Known>> {
         let known = self.known.get(&conn.key())?;
@@ -640,7 +650,9 @@ impl Datapath for Backend {
                 if direction != l.cookie.direction || entry.helper {
                     return None;
                 }
-                if entry.tcp_state.is_some_and(|s| s != TcpState::Established) {
+                if entry.tcp_state.is_some_and(|s| s != TcpState::Established)
+                    || !self.would_be_sighted(entry)
+                {
                     return None;
                 }
                 let id = entry.id?;

@@ -282,6 +282,7 @@ fn programs_of_others_come_and_go_while_rules_carry_packets(provider: &str) {
         c.exchange(50_000);
         carried(&r, &mut c);
     }
+    drop(stream);
     // Whoever forwarded them: one hop further, to this host.
     let to_server = |f: &[u8]| f.len() > 38 && f[12..14] == [8, 0] && f[26..30] == [10, 1, 0, 2];
     let frames = wire.receive(usize::MAX, Duration::from_millis(100), to_server);
