@@ -338,7 +338,20 @@ fn what_ends_while_nobody_looks_has_ended(provider: &str) {
         std::thread::sleep(Duration::from_millis(200));
     }
     assert_eq!(r.life("tcp", ports[2]), None, "the silent one's entry");
+    // It goes on while the next daemon looks at what there is, one port after the other.
+    let started = Arc::new(AtomicBool::new(false));
+    let pinging = std::thread::spawn({
+        let started = Arc::clone(&started);
+        move || {
+            while !started.load(Ordering::Relaxed) {
+                alive.ping();
+            }
+            alive
+        }
+    });
     r.start_swept(provider);
+    started.store(true, Ordering::Relaxed);
+    let mut alive = pinging.join().expect("the connection goes on");
     r.wait_saying("rules of one connection", |r| {
         alive.ping();
         r.installed() == BOTH
