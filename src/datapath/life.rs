@@ -123,6 +123,8 @@ pub(super) struct Life {
     learnt: Option<Duration>,
     due_ms: u64,
     looked: Option<Looked>,
+    /// It was in the kernel's flowtable when it was looked at.
+    kept: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -149,7 +151,7 @@ impl Life {
         now_ms: u64,
     ) -> Self {
         let due_ms = now_ms.saturating_add(FIRST_LOOK_MS);
-        Self { proto, created_ms, learnt, due_ms, looked: None }
+        Self { proto, created_ms, learnt, due_ms, looked: None, kept: false }
     }
 
     /// When something is to be decided.
@@ -227,8 +229,14 @@ impl Life {
         if seen.kept {
             self.looked = None;
             self.due_ms = now_ms.saturating_add(LOOK_MS.min(ms(timeout / 2)));
-            return Verdict::Keep(assure.then_some(Write { assure, ..Write::default() }));
+            // What was acknowledged grows old there, and is not told of; only newer kernels (6.14) forget it
+            // themselves when the connection leaves.
+            let forget_acked = self.proto == L4Proto::Tcp && !self.kept;
+            self.kept = true;
+            let write = Write { assure, forget_acked, timeout: None };
+            return Verdict::Keep((write != Write::default()).then_some(write));
         }
+        self.kept = false;
         let not_believed = seen.tcp == Some(TcpState::Established)
             && seen.left <= timeouts.tcp_close
             && timeout > timeouts.tcp_close * 2;

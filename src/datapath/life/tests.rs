@@ -76,6 +76,9 @@ fn what_is_open_and_used_gets_the_timeout_of_its_state_when_half_is_gone() {
 #[test]
 fn what_the_kernels_flowtable_has_is_left_to_it_also_when_it_is_silent() {
     let mut l = life(L4Proto::Tcp, None);
+    // But for what conntrack has seen acknowledged: once.
+    let forget = Verdict::Keep(Some(Write { forget_acked: true, ..Write::default() }));
+    assert_eq!(look(&mut l, kept(), Some(1000), 1000), forget);
     for now_ms in (1000..600_000).step_by(5000) {
         assert_eq!(look(&mut l, kept(), Some(1000), now_ms), Verdict::Keep(None));
         assert!((now_ms + 5000..=now_ms + 60_000).contains(&l.due_ms()));

@@ -25,8 +25,18 @@ macro_rules! scenarios {
 
 scenarios! {
     a_reset_after_gigabytes_ends_the_connection,
-    what_is_silent_ends_with_its_timeout,
     what_ends_while_nobody_looks_has_ended,
+}
+
+/// (What the kernel's flowtable has is looked at once a minute, and is a stream of UDP only then.)
+#[test]
+fn what_is_silent_ends_with_its_timeout_by_flower() {
+    what_is_silent_ends_with_its_timeout("tc-flower");
+}
+
+#[test]
+fn what_is_silent_ends_with_its_timeout_by_ebpf() {
+    what_is_silent_ends_with_its_timeout("ebpf");
 }
 
 const FIN: u8 = 1;
@@ -219,6 +229,8 @@ fn a_reset_after_gigabytes_ends_the_connection(provider: &str) {
             }
         }
         assert_eq!(r.forwarded() == before, offloaded, "who forwards it");
+        // So long that it has been looked at.
+        std::thread::sleep(Duration::from_secs(3));
         c.say(who, RST, 0);
         let mut last = None;
         wait_until("conntrack has closed it", || {
