@@ -121,7 +121,10 @@ impl Machine<'_> {
                     assert_eq!(at % len, 0, "aligned");
                     let mut bytes = [0; 8];
                     let memory = match at.checked_sub(MAP) {
-                        Some(at) => &self.map[usize::try_from(at).unwrap()..][..len as usize],
+                        Some(at) => {
+                            &self.map[usize::try_from(at).unwrap()..]
+                                [..usize::try_from(len).unwrap()]
+                        }
                         None => self.at(at, len),
                     };
                     // Of a little-endian machine, as those are that tests run on.

@@ -10,6 +10,8 @@ use super::{Attr, bpf};
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
+/// A number, as of all arrays.
+const KEY_SIZE: u32 = 4;
 // asm-generic/socket.h
 const SO_ATTACH_BPF: libc::c_int = 50;
 
@@ -32,7 +34,7 @@ impl Tally {
         let size = u32::try_from(Self::SIZE).map_err(io::Error::other)?;
         let mut attr = Attr::new()
             .u32(0, BPF_MAP_TYPE_ARRAY)
-            .u32(4, size_of::<u32>() as u32)
+            .u32(4, KEY_SIZE)
             .u32(8, size)
             .u32(12, 1)
             .u32(16, BPF_F_MMAPABLE);
@@ -108,6 +110,7 @@ impl Drop for Tally {
 /// That of the system call.
 pub(crate) fn attach(socket: BorrowedFd<'_>, program: &OwnedFd) -> io::Result<()> {
     let fd = program.as_raw_fd();
+    #[expect(clippy::cast_possible_truncation, reason = "four bytes")]
     let len = size_of::<RawFd>() as libc::socklen_t;
     // SAFETY: the value is an int, as this option takes, and lives during the call.
     let set = unsafe {

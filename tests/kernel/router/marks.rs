@@ -29,10 +29,12 @@ fn by_the_second(r: &Router) -> u64 {
         .expect("a number")
 }
 
-/// Of the datagrams of the next two seconds, those that the second gateway has received, and all that arrived.
+/// Of the datagrams of the next two seconds, or of more where a busy machine sends few, those that the second gateway
+/// has received, and all that arrived.
 fn share(r: &Router, stream: &Stream) -> (u64, u64) {
     let (before, at) = (by_the_second(r), Instant::now());
     std::thread::sleep(Duration::from_secs(2));
+    wait_until("datagrams arrive", || stream.arrivals_since(at).len() > 50);
     let all = stream.arrivals_since(at).len() as u64;
     (by_the_second(r) - before, all)
 }
@@ -41,7 +43,6 @@ fn share(r: &Router, stream: &Stream) -> (u64, u64) {
 pub(super) fn all_by_the_second(r: &Router, stream: &Stream, wanted: bool) {
     let (second, all) = share(r, stream);
     println!("{second} of {all} datagrams by the second gateway; wanted: {wanted}");
-    assert!(all > 50, "{all} datagrams arrived");
     if wanted {
         assert!(second + 5 >= all, "{second} of {all}");
     } else {
@@ -57,7 +58,7 @@ fn a_mark_of_prerouting_is_followed_when_its_table_fails_over() {
     r.run("nft add rule ip m early iifname lan meta mark set 1; ip rule add fwmark 1 table 100");
     let stream = Stream::start(&r, "10.1.0.2", "10.99.0.2", 100);
     // Control: what the router does.
-    wait_until("datagrams arrive", || stream.arrivals_since(Instant::now() - SECOND).len() > 50);
+    wait_until("datagrams arrive", || stream.arrivals_since(Instant::now() - SECOND).len() > 10);
     all_by_the_second(&r, &stream, true);
     r.start(&PORTS);
     stream.is_offloaded(&r, &BOTH);
@@ -89,7 +90,7 @@ fn a_mark_that_is_set_after_the_routing_decision_decides_no_route() {
     r.run("nft add rule ip m late iifname lan meta mark set 1; ip rule add fwmark 1 table 100");
     let stream = Stream::start(&r, "10.1.0.2", "10.99.0.2", 100);
     // Control: what the router does.
-    wait_until("datagrams arrive", || stream.arrivals_since(Instant::now() - SECOND).len() > 50);
+    wait_until("datagrams arrive", || stream.arrivals_since(Instant::now() - SECOND).len() > 10);
     all_by_the_second(&r, &stream, false);
     r.start(&PORTS);
     let refused = |r: &Router| r.refusal("lan", "original");
@@ -131,7 +132,7 @@ fn marks_that_only_together_decide_a_route_are_asked_for_together() {
     );
     let stream = Stream::start(&r, "10.1.0.2", "10.99.0.2", 100);
     // Control: what the router does.
-    wait_until("datagrams arrive", || stream.arrivals_since(Instant::now() - SECOND).len() > 50);
+    wait_until("datagrams arrive", || stream.arrivals_since(Instant::now() - SECOND).len() > 10);
     all_by_the_second(&r, &stream, true);
     r.start(&PORTS);
     wait_until("it is refused", || {

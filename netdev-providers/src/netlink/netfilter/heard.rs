@@ -83,6 +83,11 @@ fn number(id: CtId) -> u32 {
 }
 
 /// R6: the context; R7: the length of the datagram; R8: where the next attribute begins.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "a header's length and a mask of 20 bits"
+)]
 fn assemble(map: i32) -> Vec<Insn> {
     const EVENTS: [u16; 2] = [
         msg_type(SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW),
@@ -213,12 +218,12 @@ mod tests {
         assert!(is_kept(&[&event[..], &event[..]].concat(), &[]), "two of them");
         assert!(is_kept(&[], &[]));
         // Without an id, or cut off before it.
-        let id_at = event.windows(4).position(|w| w == [8, 0, CTA_ID as u8, 0]).unwrap();
+        let id_at = event.windows(4).position(|w| w == [8, 0, CTA_ID.to_le_bytes()[0], 0]).unwrap();
         let mut without = event.clone();
         without[id_at + 2] = 99;
         assert!(is_kept(&without, &[]));
         let mut short = event[..id_at + 4].to_vec();
-        short[..4].copy_from_slice(&(id_at as u32 + 4).to_ne_bytes());
+        short[..4].copy_from_slice(&(u32::try_from(id_at).unwrap() + 4).to_ne_bytes());
         assert!(is_kept(&short, &[]));
         // A length that leads nowhere.
         let mut stuck = event;
