@@ -42,7 +42,13 @@ fn router_an_aborted_connection_ends_as_it_would_without_us() {
         std::thread::sleep(Duration::from_millis(300 * u64::from(n % 8)));
         c.exchange(1 << 16);
         c.abort();
-        wait_until("its rules are gone", || router.installed().is_empty());
+        wait_until("its rules are gone", || {
+            let gone = router.installed().is_empty();
+            if !gone {
+                println!("connection {n}: {:?}, {:?}", router.entry("tcp"), router.slots());
+            }
+            gone
+        });
         let entry = router.entry("tcp");
         let left = entry.as_ref().map(|e| e.1);
         assert!(left.is_none_or(|s| s <= 10), "{entry:?}");
