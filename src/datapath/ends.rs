@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use super::TICK;
 use super::backend::{Backend, Shared, key_of};
 use super::netfilter::conntrack::{
-    ConntrackError, CtEntry, CtEvent, CtEvents, CtId, EventRead, TcpState,
+    ConntrackError, CtEntry, CtEvent, CtEvents, CtId, CtUpdate, EventRead, TcpState, timeouts,
 };
 use super::supervisor::Failures;
 use crate::engine::Engine;
 use crate::engine::conn::ConnKey;
+use crate::engine::usage::Usage;
 
 /// # Errors
 /// When the events cannot be read any more.
@@ -121,6 +122,41 @@ pub(super) fn updated(backend: &Backend, engine: &Engine, entry: &CtEntry) {
     tracing::debug!(%conn, rules, ?state, "closing");
     if state == TcpState::Close {
         backend.resets.lock().unwrap_or_else(PoisonError::into_inner).push((key, id));
+    }
+}
+
+/// RSTs that conntrack saw and did not believe, of these entries. Of a connection that is offloaded it has not
+/// followed the sequence numbers, so such a RST may be a true one, and the entry would live on for up to five days.
+/// Rules go, and the entry gets what it is given for a RST: if the connection lives, its packets set that right and
+/// it is offloaded again. What is not offloaded is conntrack's to judge.
+///
+/// (Those that conntrack itself left no more are found when the connection is looked at: see `life`.)
+pub(super) fn unbelieved(backend: &Backend, engine: &Engine, entries: &[CtEntry]) {
+    let offloaded = entries.iter().filter(|entry| {
+        let known = backend.known.get(&key_of(entry)).filter(|k| Some(k.id) == entry.id);
+        let Some(conn) = known.and_then(|k| k.conn.clone()) else { return false };
+        let has_rules = engine.conn_update(&conn) != Usage::NotOffloaded;
+        if has_rules {
+            tracing::debug!(%conn, "goes back into software: it was reset");
+            engine.conn_retract(&conn);
+        }
+        has_rules && !entry.status.fixed_timeout()
+    });
+    let offloaded: Vec<_> = offloaded.collect();
+    if offloaded.is_empty() {
+        return;
+    }
+    let shortened = timeouts().and_then(|timeouts| {
+        let timeout = Some(timeouts.tcp_close);
+        let update = |e: &&CtEntry| CtUpdate { timeout, ..CtUpdate::of(e.zone, e.original) };
+        backend.conntrack().update(&offloaded.iter().map(update).collect::<Vec<_>>())
+    });
+    match shortened {
+        // What has ended meanwhile has ended.
+        Ok(acks) => acks.into_iter().filter_map(Result::err).for_each(|e| {
+            tracing::debug!("a connection that was reset keeps its timeout: {e}");
+        }),
+        Err(e) => tracing::warn!("connections that were reset keep their timeouts: {e}"),
     }
 }
 

@@ -10,7 +10,8 @@
 //! - What conntrack has set itself since, it has set because of a packet that it saw, and knows better:
 //!   a connection whose rules have carried nothing since is left alone.
 //! - A RST that conntrack saw and did not believe leaves the state and 10 seconds (`nf_conntrack_tcp_packet`:
-//!   `timeouts[TCP_CONNTRACK_CLOSE]`). Rules go then: if the connection lives, its packets set that right
+//!   `timeouts[TCP_CONNTRACK_CLOSE]`; where retransmissions have been counted before, that of RETRANS: such a RST
+//!   is heard of by itself, see [`ends`](super::ends)). Rules go then: if the connection lives, its packets set that right
 //!   and it is offloaded again; if not, the entry goes as that of a closed one.
 //! - While the kernel's flowtable has a connection it keeps the timeout up itself, and tells neither that
 //!   nor the state; where the connection leaves it, its packets are conntrack's again.

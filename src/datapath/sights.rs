@@ -9,7 +9,7 @@ use netdev_providers::{Direction, Ifindex, MacAddr, Permanence, Zone};
 
 use super::TICK;
 use super::backend::{Shared, Sighted, key_of};
-use super::ends::JUST_CHANGED;
+use super::ends::{self, JUST_CHANGED};
 use super::firewall::Quarantine;
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
 use super::netfilter::ledger::{Hook, LedgerKey};
@@ -67,6 +67,10 @@ impl Reader {
                     // After the read: what comes now is of this firewall, or is refused when it is
                     // looked at.
                     let firewall = self.backend.firewall().generation();
+                    let (resets, sights): (Vec<_>, Vec<_>) =
+                        sights.into_iter().partition(Sight::is_reset);
+                    let reset = resets.iter().filter_map(|s| self.identify(s)).map(|(e, ..)| e);
+                    ends::unbelieved(&self.backend, &self.engine, &reset.collect::<Vec<_>>());
                     let identified: Vec<_> = sights.iter().map(|s| (s, self.identify(s))).collect();
                     if self.quarantine.passed(firewall, emptied, Instant::now()) {
                         self.worker.online();

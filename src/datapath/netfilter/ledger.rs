@@ -15,6 +15,7 @@
 //!     ip ihl != 5 accept                       # IPv4 options
 //!     ip6 nexthdr != tcp ip6 nexthdr != udp accept   # extension headers
 //!     meta l4proto tcp ct status & assured != 0 tcp flags & (fin|syn|rst) == 0 <once> log ...
+//!     meta l4proto tcp ct status & assured != 0 tcp flags & rst != 0 ct expiration > 10s limit rate 1000/second log ...
 //!     meta l4proto udp ct status & seen-reply != 0                             <once> log ...
 //!   }
 //!   chain from-ipsec { type filter hook forward priority 2147483647; policy accept;
@@ -57,6 +58,8 @@
 //! - The rule tests `assured`, which a connection keeps while it closes, and the ACK of a FIN
 //!   carries no FIN: after a re-arm it is a sight. The state in the record
 //!   ([`CtEntry::tcp_state`](super::conntrack::CtEntry::tcp_state)) tells.
+//! - A RST is no sight: what is logged of them are those that conntrack did not believe and left more time than
+//!   one that it believes ([`Sight::is_reset`](super::nflog::Sight::is_reset)).
 //! - With the rules on packets and on bytes the kernel switches accounting (`net.netfilter.nf_conntrack_acct`) on for
 //!   the namespace, and leaves it on. Connections that are older than that have no counters: to the
 //!   rule on bytes they never carry anything; that on packets lets them pass.
@@ -93,7 +96,7 @@ use netdev_providers::{Direction, Ifindex};
 use nix::errno::Errno;
 use tracing::{debug, warn};
 
-pub use self::rules::{CHAIN, Hook};
+pub use self::rules::{CHAIN, Hook, TCP_RST};
 use self::rules::{NEEDS_NFT, NEEDS_XFRM, PORTS, SIGHTED, SIGHTED_KEY_LEN, describe};
 use super::conntrack::CtId;
 

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use tracing::debug;
 
 use super::conntrack::{self, CtEntry};
-use super::ledger::Hook;
+use super::ledger::{Hook, TCP_RST};
 
 // linux/netfilter/nfnetlink_log.h
 const NFULNL_MSG_PACKET: u16 = 0;
@@ -120,22 +120,38 @@ impl Sight {
     #[must_use]
     pub fn leaving_tuple(&self) -> Option<Tuple> {
         let b = &self.packet;
-        let (proto, src, dst, l4): (u8, IpAddr, IpAddr, &[u8]) = match b.first()? {
-            0x45 => {
-                let src: [u8; 4] = *b.get(12..)?.first_chunk()?;
-                let dst: [u8; 4] = *b.get(16..)?.first_chunk()?;
-                (*b.get(9)?, Ipv4Addr::from(src).into(), Ipv4Addr::from(dst).into(), b.get(20..)?)
-            }
-            v if v >> 4 == 6 => {
-                let src: [u8; 16] = *b.get(8..)?.first_chunk()?;
-                let dst: [u8; 16] = *b.get(24..)?.first_chunk()?;
-                (*b.get(6)?, Ipv6Addr::from(src).into(), Ipv6Addr::from(dst).into(), b.get(40..)?)
-            }
-            _ => return None,
+        let (proto, l4) = self.l4()?;
+        let (src, dst): (IpAddr, IpAddr) = if b.first()? >> 4 == 4 {
+            let src: [u8; 4] = *b.get(12..)?.first_chunk()?;
+            let dst: [u8; 4] = *b.get(16..)?.first_chunk()?;
+            (Ipv4Addr::from(src).into(), Ipv4Addr::from(dst).into())
+        } else {
+            let src: [u8; 16] = *b.get(8..)?.first_chunk()?;
+            let dst: [u8; 16] = *b.get(24..)?.first_chunk()?;
+            (Ipv6Addr::from(src).into(), Ipv6Addr::from(dst).into())
         };
         let [s0, s1, d0, d1] = *l4.first_chunk()?;
-        let proto = L4Proto::from_number(proto)?;
         Tuple::new(proto, src, u16::from_be_bytes([s0, s1]), dst, u16::from_be_bytes([d0, d1]))
+    }
+
+    /// Whether it has the RST flag of TCP. Of those only some are logged, and none for its path: see
+    /// [`ledger`](super::ledger).
+    #[must_use]
+    pub fn is_reset(&self) -> bool {
+        let flags =
+            self.l4().filter(|(proto, _)| *proto == L4Proto::Tcp).and_then(|(_, l4)| l4.get(13));
+        flags.is_some_and(|f| f & TCP_RST != 0)
+    }
+
+    /// The protocol, and the packet from its header on; see [`leaving_tuple`](Self::leaving_tuple).
+    fn l4(&self) -> Option<(L4Proto, &[u8])> {
+        let b = &self.packet;
+        let (proto, l4) = match b.first()? {
+            0x45 => (*b.get(9)?, b.get(20..)?),
+            v if v >> 4 == 6 => (*b.get(6)?, b.get(40..)?),
+            _ => return None,
+        };
+        Some((L4Proto::from_number(proto)?, l4))
     }
 }
 
@@ -444,6 +460,24 @@ mod tests {
         assert_eq!(header[12..], [8, 0]);
         let tuple = "tcp 10.7.0.2:5001 > 10.7.0.1:39626".parse().unwrap();
         assert_eq!(s.leaving_tuple(), Some(tuple));
+    }
+
+    #[test]
+    fn a_reset_is_told_by_its_flag() {
+        // Where the header of L4 begins, whose byte 13 has the flags.
+        for (text, l4) in [(WITH_CT, 20), (WITHOUT_CT, 40)] {
+            let (mut sights, _) = read(&unhex(text), &mut None);
+            let s = &mut sights[0];
+            assert!(!s.is_reset());
+            s.packet[l4 + 13] = 0x04 | 0x10;
+            assert!(s.is_reset());
+            s.packet = s.packet[..l4 + 13].into();
+            assert!(!s.is_reset(), "cut before the flags");
+        }
+        let (mut sights, _) = read(&unhex(WITH_CT), &mut None);
+        sights[0].packet[20 + 13] = 0x04;
+        sights[0].packet[9] = 17;
+        assert!(!sights[0].is_reset(), "UDP");
     }
 
     #[test]

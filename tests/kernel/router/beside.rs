@@ -260,6 +260,7 @@ fn programs_of_others_come_and_go_while_rules_carry_packets(provider: &str) {
         stream.is_offloaded(r, &ALL);
     };
     carried(&r, &mut c);
+    let began = Instant::now();
     let wire = in_netns(host, || Wire::open("e0", false)).join().expect("a socket");
     for (dev, mode) in [("lan", SKB_MODE), ("lan", DRV_MODE), ("wan", DRV_MODE), ("wan", SKB_MODE)]
     {
@@ -282,11 +283,12 @@ fn programs_of_others_come_and_go_while_rules_carry_packets(provider: &str) {
         c.exchange(50_000);
         carried(&r, &mut c);
     }
+    wait_until("datagrams arrive", || stream.arrivals_since(began).len() > 1000);
     drop(stream);
     // Whoever forwarded them: one hop further, to this host.
     let to_server = |f: &[u8]| f.len() > 38 && f[12..14] == [8, 0] && f[26..30] == [10, 1, 0, 2];
     let frames = wire.receive(usize::MAX, Duration::from_millis(100), to_server);
-    assert!(frames.len() > 100, "{}", frames.len());
+    assert!(frames.len() > 1000, "{}", frames.len());
     for f in frames {
         assert_eq!((&f[..6], f[22]), (&mac[..], 63), "{f:02x?}");
     }

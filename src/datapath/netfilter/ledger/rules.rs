@@ -42,6 +42,14 @@ const ETH_P_IPV6: u16 = 0x86dd;
 /// The L3 and L4 headers: 40 + 20 bytes in IPv6, rounded up.
 const SNAPLEN: u32 = 64;
 
+/// The flag, in byte 13 of the header (RFC 9293).
+pub const TCP_RST: u8 = 0x04;
+/// A RST that conntrack believes leaves so many milliseconds (its default for CLOSE; where that was made longer, more
+/// are logged, which is harmless).
+const CLOSE_MS: u32 = 10_000;
+/// RSTs that are logged at most in a second: more are somebody's flood, and sights are not to be lost for it.
+const RESETS_PER_SECOND: u32 = 1000;
+
 pub(super) const NEEDS_NFT: &str = "nf_tables (CONFIG_NF_TABLES)";
 const NEEDS_INET: &str = "family inet of nf_tables (CONFIG_NF_TABLES_INET)";
 const NEEDS_BRIDGE: &str = "family bridge of nf_tables (CONFIG_NF_TABLES_BRIDGE)";
@@ -247,6 +255,20 @@ pub(super) fn describe(
         expr::mask(m, &[0x07]); // RST | SYN | FIN
         expr::cmp(m, Cmp::Eq, &[0]);
         once(m);
+    });
+    // Of a connection that is offloaded conntrack may not believe a RST, and tells nobody (see `ends::unbelieved`).
+    rule(Step::new("the rule on RST", NEEDS_LOG), &|m| {
+        expr::meta(m, expr::NFT_META_L4PROTO, expr::NFT_REG_1);
+        expr::cmp(m, Cmp::Eq, &[6]);
+        status(m, CtStatus::ASSURED);
+        expr::payload(m, expr::NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1);
+        expr::mask(m, &[TCP_RST]);
+        expr::cmp(m, Cmp::Neq, &[0]);
+        expr::ct(m, expr::NFT_CT_EXPIRATION, expr::NFT_REG_1);
+        expr::to_be32(m);
+        expr::cmp(m, Cmp::Gt, &CLOSE_MS.to_be_bytes());
+        expr::limit_per_second(m, RESETS_PER_SECOND);
+        expr::log(m, config.group, SNAPLEN);
     });
     rule(Step::new("the rule on UDP", NEEDS_LOG), &|m| {
         expr::meta(m, expr::NFT_META_L4PROTO, expr::NFT_REG_1);

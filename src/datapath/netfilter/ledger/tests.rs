@@ -47,10 +47,10 @@ fn described(hooks: &[Hook], config: &LedgerConfig, with_xfrm: bool) -> Vec<u8> 
 fn the_table_is_what_an_independent_decoder_reads() {
     // In a bridge, and in a kernel without IPsec, without the two on that.
     for (hook, family, with_xfrm, rules) in [
-        (Hook::Inet, 1, true, 10),
-        (Hook::Inet, 1, false, 8),
-        (Hook::Bridge, 7, true, 8),
-        (Hook::Bridge, 7, false, 8),
+        (Hook::Inet, 1, true, 11),
+        (Hook::Inet, 1, false, 9),
+        (Hook::Bridge, 7, true, 9),
+        (Hook::Bridge, 7, false, 9),
     ] {
         is_read(hook, family, with_xfrm, rules);
     }
@@ -158,7 +158,7 @@ fn bridges_have_a_table_where_it_was_asked_for() {
     assert_eq!(hooks(true), ["inet", "bridge"]);
 }
 
-/// `ct status`, for what cannot be offloaded, for TCP, for UDP.
+/// `ct status`, for what cannot be offloaded, for TCP, for RST, for UDP.
 #[test]
 fn udp_without_a_reply_is_sighted_if_asked_for() {
     let tests_of_status = |one_way_udp| {
@@ -172,7 +172,7 @@ fn udp_without_a_reply_is_sighted_if_asked_for() {
         }
         tests
     };
-    assert_eq!((tests_of_status(false), tests_of_status(true)), (3, 2));
+    assert_eq!((tests_of_status(false), tests_of_status(true)), (4, 3));
 }
 
 /// Only then is the installation tried again when modules have come.
@@ -259,6 +259,26 @@ fn the_test_of_bytes_is_the_bytes_of_nft() {
     assert!(with.windows(of_nft.len()).any(|w| w == of_nft));
     let load = &of_nft[..32];
     assert!(!of(0).windows(load.len()).any(|w| w == load));
+}
+
+/// The end of the rule on RST, byte for byte what `nft` 1.0.6 sends for `ct expiration > 10s limit rate 1000/second
+/// burst 1000 packets log group 77 snaplen 64 queue-threshold 1`.
+#[test]
+fn the_rule_on_rst_ends_in_the_bytes_of_nft() {
+    let of_nft = unhex(
+        "20000180 0700010063740000 14000280 0800020000000005 0800010000000001 \
+         40000180 0e00010062797465 6f72646572000000 2c000280 0800010000000001 \
+         0800020000000001 0800030000000001 0800040000000004 0800050000000004 \
+         2c000180 08000100636d7000 20000280 0800010000000001 0800020000000004 \
+         0c000380 0800010000002710 \
+         44000180 0a0001006c696d6974000000 34000280 0c00010000000000000003e8 \
+         0c0002000000000000000001 08000300000003e8 0800040000000000 0800050000000000 \
+         28000180 080001006c6f6700 1c000280 06000100004d0000 0800030000000040 0600040000010000",
+    );
+    for hook in Hook::BOTH {
+        let bytes = built_in(hook, &LedgerConfig { group: 77, ..LedgerConfig::default() });
+        assert!(bytes.windows(of_nft.len()).any(|w| w == of_nft), "{hook}");
+    }
 }
 
 /// The rule on UDP, byte for byte what `nft` 1.0.6 sends for its part that is the same: dynset

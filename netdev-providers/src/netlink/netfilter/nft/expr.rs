@@ -50,6 +50,8 @@ pub const NFT_META_SECPATH: u32 = 25;
 pub const NFT_CT_DIRECTION: u32 = 1;
 /// `NFT_CT_STATUS`.
 pub const NFT_CT_STATUS: u32 = 2;
+/// `NFT_CT_EXPIRATION`: the milliseconds that the entry has left, in host order.
+pub const NFT_CT_EXPIRATION: u32 = 5;
 /// `NFT_CT_PROTO_SRC`.
 pub const NFT_CT_PROTO_SRC: u32 = 11;
 /// `NFT_CT_PROTO_DST`.
@@ -88,8 +90,10 @@ pub enum Cmp {
     Eq = 0,
     /// Not equal.
     Neq = 1,
-    /// Less, as numbers in network order are ([`to_be64`]).
+    /// Less, as numbers in network order are ([`to_be64`], [`to_be32`]).
     Lt = 2,
+    /// Greater, likewise.
+    Gt = 4,
 }
 
 fn expr(m: &mut Message<'_>, name: &str, data: impl FnOnce(&mut Message<'_>)) {
@@ -149,10 +153,20 @@ pub fn cmp(m: &mut Message<'_>, op: Cmp, data: &[u8]) {
 
 /// The 64 bits of register 1 from host into network order, in place: what [`cmp`] can order.
 pub fn to_be64(m: &mut Message<'_>) {
+    hton(m, 8);
+}
+
+/// The 32 bits of register 1 from host into network order, in place.
+pub fn to_be32(m: &mut Message<'_>) {
+    hton(m, 4);
+}
+
+fn hton(m: &mut Message<'_>, len: u32) {
     const NFT_BYTEORDER_HTON: u32 = 1;
     expr(m, "byteorder", |m| {
         // NFTA_BYTEORDER_SREG, _DREG, _OP, _LEN, _SIZE
-        m.be32(1, NFT_REG_1).be32(2, NFT_REG_1).be32(3, NFT_BYTEORDER_HTON).be32(4, 8).be32(5, 8);
+        m.be32(1, NFT_REG_1).be32(2, NFT_REG_1).be32(3, NFT_BYTEORDER_HTON);
+        m.be32(4, len).be32(5, len);
     });
 }
 
@@ -234,12 +248,22 @@ pub fn add_counting_once_an_hour(m: &mut Message<'_>, set: &str, set_id: u32) {
         m.be32(4, NFT_REG_1).be32(3, NFT_DYNSET_OP_ADD).str(1, set).be32(2, set_id);
         m.nested(10, |m| {
             expr(m, COUNTER, |_| {});
-            expr(m, "limit", |m| {
-                // NFTA_LIMIT_RATE, _UNIT (seconds), _BURST, _TYPE (NFT_LIMIT_PKTS), _FLAGS
-                m.be64(1, 1).be64(2, 3600).be32(3, 1).be32(4, 0).be32(5, 0);
-            });
+            limit(m, (1, 3600), 1);
         });
         m.be32(9, NFT_DYNSET_F_EXPR);
+    });
+}
+
+/// `limit rate N/second burst N packets`: the rule ends here when more come.
+pub fn limit_per_second(m: &mut Message<'_>, packets: u32) {
+    limit(m, (packets.into(), 1), packets);
+}
+
+/// So many packets in so many seconds.
+fn limit(m: &mut Message<'_>, (packets, seconds): (u64, u64), burst: u32) {
+    expr(m, "limit", |m| {
+        // NFTA_LIMIT_RATE, _UNIT (seconds), _BURST, _TYPE (NFT_LIMIT_PKTS), _FLAGS
+        m.be64(1, packets).be64(2, seconds).be32(3, burst).be32(4, 0).be32(5, 0);
     });
 }
 
