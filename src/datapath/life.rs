@@ -31,7 +31,7 @@ const FIRST_LOOK_MS: u64 = 1000;
 /// At least so often what carries packets is looked at: conntrack may have lowered a timeout because of a
 /// packet that missed the rules (to 300 s at least, if the connection lives).
 const LOOK_MS: u64 = 60_000;
-/// So often what has no events is looked at.
+/// So often what has no events is looked at, and what is to be assured in the kernel's flowtable.
 pub(super) const POLL_MS: u64 = 5000;
 /// A decision that something is silent needs counters that are not older: what comes between the two is
 /// missed. It is made right after a sweep.
@@ -229,7 +229,9 @@ impl Life {
         let timeout = self.timeout_of(seen.assured || (becomes && after(0)), timeouts);
         if seen.kept {
             self.looked = None;
-            self.due_ms = now_ms.saturating_add(LOOK_MS.min(ms(timeout / 2)));
+            // What may yet become assured is looked at soon: nobody tells when it has come to that.
+            let pause_ms = if becomes { POLL_MS } else { LOOK_MS.min(ms(timeout / 2)) };
+            self.due_ms = now_ms.saturating_add(pause_ms);
             // What was acknowledged grows old there, and is not told of; only newer kernels (6.14) forget it
             // themselves when the connection leaves.
             let forget_acked = self.proto == L4Proto::Tcp && !self.kept;

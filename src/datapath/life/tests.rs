@@ -90,6 +90,8 @@ fn what_the_kernels_flowtable_has_is_left_to_it_also_when_it_is_silent() {
     let mut l = life(L4Proto::Udp, None);
     let assured = Verdict::Keep(Some(Write { assure: true, ..Write::default() }));
     let stream = Seen { assured: false, ..kept() };
+    assert_eq!(look(&mut l, stream, Some(1500), 2000), Verdict::Keep(None));
+    assert_eq!(l.due_ms(), 7000, "it may have become one by then");
     assert_eq!(look(&mut l, stream, Some(8000), 9000), assured);
     assert_eq!(
         look(&mut l, Seen { assured: true, ..stream }, Some(8000), 99_000),
