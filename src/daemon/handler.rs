@@ -320,7 +320,7 @@ fn help_for(reason: Reason) -> Option<&'static str> {
             "see whether the NIC was reset, and what its driver says in the kernel log"
         }
         Reason::FirewallBehind => {
-            "give the chain a lower priority than 2147483647, or register it after the daemon's start"
+            "in postrouting, give the chain a lower priority than 2147483647, or register it after the daemon's start; at egress, take its rules to postrouting"
         }
         Reason::HashRouted => {
             "for IPv4, set net.ipv4.fib_multipath_hash_policy to 0: addresses alone choose then"

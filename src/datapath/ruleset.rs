@@ -137,6 +137,7 @@ impl Watch {
         };
         watch.read_all();
         watch.tell_zones();
+        watch.tell_egress();
         watch.tell_marks();
         watch.look();
         Ok(watch)
@@ -229,6 +230,7 @@ impl Watch {
         }
         // First: what was sighted before is not installed any more.
         self.tell_zones();
+        self.tell_egress();
         let marks = self.tell_marks();
         self.backend.firewall().changed();
         if marks {
@@ -299,6 +301,20 @@ impl Watch {
         }
     }
 
+    /// What stands at egress now.
+    fn tell_egress(&self) {
+        let egress = self.model.egress_chains();
+        let told: Vec<_> = egress.iter().map(|c| (c.what.clone(), c.netdevs.clone())).collect();
+        if self.backend.firewall().set_egress(egress) {
+            for (what, netdevs) in told {
+                tracing::warn!(
+                    ?netdevs,
+                    "{what} can refuse packets as they leave: what leaves there is not offloaded"
+                );
+            }
+        }
+    }
+
     /// What chooses conntrack zones now.
     fn tell_zones(&self) {
         let unclear = self.model.unclear_zones();
@@ -331,6 +347,7 @@ impl Watch {
     fn look(&mut self) -> bool {
         self.looked = Some(Instant::now());
         self.tell_zones();
+        self.tell_egress();
         let marks = self.tell_marks();
         let mut silent = self.model.silent();
         let (mut others, mut legacy) = (Vec::new(), false);

@@ -14,6 +14,7 @@ use super::firewall::Quarantine;
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
 use super::netfilter::ledger::{Hook, LedgerKey};
 use super::netfilter::nflog::{LogRead, NflogError, Sight, SightLog};
+use super::routing::links::Links;
 use super::supervisor::Failures;
 use crate::engine::Engine;
 use crate::engine::conn::{ConnHandle, ConnKey};
@@ -189,8 +190,9 @@ impl Reader {
         let ipv6 = entry.original.is_ipv6();
         let firewall_says = || {
             self.backend.firewall().is_last(sight.hook, ipv6)?;
-            // Packets of a VRF have passed prerouting on a netdev that is enslaved to it before.
             let links = self.backend.links();
+            self.backend.firewall().none_at_egress(|name| leaves_by(links, sight.out_dev, name))?;
+            // Packets of a VRF have passed prerouting on a netdev that is enslaved to it before.
             let mut passed = if links.is_vrf(iif) { links.ports_of(iif) } else { Vec::new() };
             passed.push(iif);
             let mut clear = passed
@@ -286,6 +288,13 @@ impl Reader {
         let keys: Vec<_> = self.refused.drain(..due).map(|(_, key)| key).collect();
         self.backend.rearming().soon(keys);
     }
+}
+
+/// Whether what was routed or bridged to a netdev leaves by the one of this name: itself, or one below it. Of
+/// `eth*`, and where it is not known what it was sent to, that is taken for granted.
+fn leaves_by(links: &Links, out: Option<Ifindex>, name: &str) -> bool {
+    let Some(link) = links.by_name(name) else { return name.ends_with('*') };
+    out.is_none_or(|out| link.ifindex == out || links.above(link.ifindex).contains(&out))
 }
 
 /// The element that a sight has made.

@@ -8,7 +8,8 @@
 //!   are thrown away ([`Quarantine`]), offers that wait in a port's queue are refused when they are
 //!   looked at ([`Firewall::is_current`]), and what is installed is taken back.
 //! - [`model`] tells what a change concerns: nothing, connections with certain addresses, or all.
-//! - Nothing of others may stand behind the chain that sights ([`Firewall::is_last`]).
+//! - Nothing of others may stand behind the chain that sights ([`Firewall::is_last`],
+//!   [`Firewall::none_at_egress`]).
 //! - Packets that a rule of ours takes for one connection's must not be another's, in another conntrack
 //!   zone ([`zones`], [`Firewall::zone_is_clear`]).
 
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::{Ifindex, Reason, Rejection, Zone};
 
+use self::model::EgressChain;
 use self::zones::UnclearZone;
 use super::netfilter::ledger::Hook;
 
@@ -34,6 +36,7 @@ pub(super) struct Firewall {
     generation: AtomicU64,
     /// By [`Hook`], family IPv4 or IPv6: what stands behind our chain.
     behind: RwLock<Vec<Behind>>,
+    egress: RwLock<Vec<EgressChain>>,
     zones: RwLock<Zones>,
 }
 
@@ -101,6 +104,30 @@ impl Firewall {
             Some(b) => Err(Rejection::with_detail(
                 Reason::FirewallBehind,
                 format!("{} can refuse packets yet when they have been seen", b.what),
+            )),
+        }
+    }
+
+    /// The chains at egress that can refuse packets now. True when that is news.
+    pub(super) fn set_egress(&self, now: Vec<EgressChain>) -> bool {
+        let mut egress = self.egress.write().unwrap_or_else(PoisonError::into_inner);
+        let news = *egress != now;
+        *egress = now;
+        news
+    }
+
+    /// Whether packets meet no chain any more when they leave. Rules in software send by the last netdev's own
+    /// egress, and past those above it; rules in a NIC, and XDP, past all.
+    ///
+    /// # Errors
+    /// Names a chain of a netdev that they leave by, which `leaves_by` tells of a name (or of `eth*`).
+    pub(super) fn none_at_egress(&self, leaves_by: impl Fn(&str) -> bool) -> Result<(), Rejection> {
+        let egress = self.egress.read().unwrap_or_else(PoisonError::into_inner);
+        match egress.iter().find(|c| c.netdevs.iter().any(|n| leaves_by(n))) {
+            None => Ok(()),
+            Some(c) => Err(Rejection::with_detail(
+                Reason::FirewallBehind,
+                format!("{}, at egress, can refuse packets yet when they have been seen", c.what),
             )),
         }
     }
@@ -236,5 +263,23 @@ mod tests {
         firewall.changed();
         assert!(firewall.is_current(before).is_err());
         assert!(firewall.is_current(firewall.generation()).is_ok());
+    }
+
+    #[test]
+    fn a_chain_at_egress_is_named_to_what_leaves_by_its_netdev() {
+        let firewall = Firewall::default();
+        let chain = EgressChain {
+            what: "chain c of table netdev t".to_owned(),
+            netdevs: ["wan".to_owned(), "eth*".to_owned()].into(),
+        };
+        assert!(firewall.set_egress(vec![chain.clone()]) && !firewall.set_egress(vec![chain]));
+        assert_eq!(firewall.none_at_egress(|name| name == "lan"), Ok(()));
+        for of_it in ["wan", "eth*"] {
+            let refused = firewall.none_at_egress(|name| name == of_it).unwrap_err();
+            assert_eq!(refused.reason, Reason::FirewallBehind);
+            assert!(refused.detail.unwrap().contains("chain c of table netdev t"));
+        }
+        assert!(firewall.set_egress(Vec::new()));
+        assert_eq!(firewall.none_at_egress(|_| true), Ok(()));
     }
 }

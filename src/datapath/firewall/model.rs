@@ -31,9 +31,15 @@ const NFT_MSG_DELSET: u16 = 11;
 const NFT_MSG_NEWOBJ: u16 = 18;
 // linux/netfilter.h: families and hooks
 const NFPROTO_NETDEV: u8 = 5;
+const NF_NETDEV_EGRESS: u32 = 1;
 const NF_INET_LOCAL_IN: u32 = 1;
 const NF_INET_LOCAL_OUT: u32 = 3;
 const NF_DROP: u32 = 0;
+// enum nft_hook_attributes, nft_devices_attributes: the netdevs of a chain at ingress or egress
+const NFTA_HOOK_DEV: u16 = 3;
+const NFTA_HOOK_DEVS: u16 = 4;
+const NFTA_DEVICE_NAME: u16 = 1;
+const NFTA_DEVICE_PREFIX: u16 = 2;
 // enum nft_list_attributes, nft_expr_attributes, nft_data_attributes, nft_verdict_attributes
 const NFTA_EXPR_NAME: u16 = 1;
 const NFTA_EXPR_DATA: u16 = 2;
@@ -103,6 +109,12 @@ struct Chain {
     on_the_way: bool,
     /// A base chain that packets meet when they have been routed.
     after_routing: bool,
+    /// A base chain that packets meet when they leave by a netdev.
+    at_egress: bool,
+    /// Of a base chain at ingress or egress: the netdevs; `eth*` where it says so.
+    netdevs: BTreeSet<String>,
+    /// Its rules, by their handles.
+    rules: BTreeSet<u64>,
     /// Its policy is to drop.
     drops: bool,
     has_rules: bool,
@@ -125,6 +137,15 @@ struct Set {
     /// Of a verdict map.
     to: BTreeSet<String>,
     silent: Option<&'static str>,
+}
+
+/// A chain at egress that can refuse packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct EgressChain {
+    /// What it is, for people.
+    pub(crate) what: String,
+    /// The netdevs that it is about; `eth*`: all whose names begin so.
+    pub(crate) netdevs: BTreeSet<String>,
 }
 
 /// What a transaction can concern.
@@ -274,6 +295,20 @@ impl Model {
         all
     }
 
+    /// Chains that packets meet behind the one that sights, as they leave by a netdev.
+    pub(crate) fn egress_chains(&self) -> Vec<EgressChain> {
+        let mut all = Vec::new();
+        for ((_, table), t) in &self.tables {
+            let refuse = |c: &&Chain| c.at_egress && (c.drops || !c.rules.is_empty());
+            all.extend(t.chains.iter().filter(|(_, c)| refuse(c)).map(|(name, c)| EgressChain {
+                what: format!("chain {name} of table netdev {table}"),
+                netdevs: c.netdevs.clone(),
+            }));
+        }
+        all.sort_by(|a, b| a.what.cmp(&b.what));
+        all
+    }
+
     /// What can set a packet's mark after it was routed, in IPv4 and in IPv6.
     pub(crate) fn late_marks(&self) -> [Option<Arc<str>>; 2] {
         let mut late: [Option<Arc<str>>; 2] = [None, None];
@@ -378,6 +413,8 @@ impl Model {
                 let number = hook.and_then(|h| h.nested().find_type(NFTA_HOOK_HOOKNUM)?.be32());
                 let is_nat = text(NFTA_CHAIN_TYPE).is_some_and(|t| t == "nat");
                 let chain = table.chains.entry(chain).or_default();
+                chain.at_egress |= (id.0, number) == (NFPROTO_NETDEV, Some(NF_NETDEV_EGRESS));
+                chain.netdevs.extend(hook.as_ref().map(netdevs_of).unwrap_or_default());
                 chain.on_the_way |= number.is_some_and(|n| is_on_the_way(id.0, n)) && !is_nat;
                 chain.after_routing |= number.is_some_and(|n| is_after_routing(id.0, n)) && !is_nat;
                 let policy = attrs.find_type(NFTA_CHAIN_POLICY).and_then(|a| a.be32());
@@ -386,10 +423,16 @@ impl Model {
                 }
             }
             NFT_MSG_DELCHAIN => {
-                // A netdev that goes is announced so too (the chain's hook stands in the message).
-                if let Some(chain) = text(NFTA_CHAIN_NAME) {
-                    table.chains.remove(&chain);
+                let Some(name) = text(NFTA_CHAIN_NAME) else { return };
+                // So it is announced, too, that a chain gives up some of its netdevs: they stand in the message.
+                let given_up = attrs.find_type(NFTA_CHAIN_HOOK).as_ref().map(netdevs_of);
+                if let (Some(chain), Some(given_up)) = (table.chains.get_mut(&name), given_up) {
+                    chain.netdevs.retain(|n| !given_up.contains(n));
+                    if !chain.netdevs.is_empty() {
+                        return;
+                    }
                 }
+                table.chains.remove(&name);
             }
             NFT_MSG_NEWRULE => {
                 let (Some(chain), Some(e)) =
@@ -410,6 +453,7 @@ impl Model {
                 if rule.marks {
                     chain.marks.insert(handle);
                 }
+                chain.rules.insert(handle);
                 chain.to.extend(rule.to);
                 chain.sets.extend(rule.sets);
                 chain.objects.extend(rule.objects);
@@ -423,6 +467,7 @@ impl Model {
                 {
                     chain.zones.remove(&handle);
                     chain.marks.remove(&handle);
+                    chain.rules.remove(&handle);
                 }
             }
             NFT_MSG_NEWSET => {
@@ -516,6 +561,20 @@ fn is_after_routing(family: u8, hook: u32) -> bool {
 /// Whether a target of iptables can set the packet's mark; who takes packets from a queue can, too.
 fn target_marks(name: &str) -> bool {
     matches!(name, "MARK" | "CONNMARK" | "HMARK" | "SET" | "NFQUEUE")
+}
+
+/// The netdevs of a chain's hook.
+fn netdevs_of(hook: &Attr<'_>) -> BTreeSet<String> {
+    let hook = hook.nested();
+    let text = |a: &Attr<'_>| a.str().map(str::to_owned);
+    let one = hook.find_type(NFTA_HOOK_DEV);
+    let list = hook.find_type(NFTA_HOOK_DEVS).map(|a| a.nested());
+    let of_list = list.into_iter().flatten().filter_map(|a| match a.ty {
+        NFTA_DEVICE_NAME => text(&a),
+        NFTA_DEVICE_PREFIX => Some(text(&a)? + "*"),
+        _ => None,
+    });
+    one.iter().filter_map(text).chain(of_list).collect()
 }
 
 fn verdict_chain(data: Nested<'_>) -> Option<String> {

@@ -417,3 +417,71 @@ fn what_sets_marks_after_the_routing_decision_is_named_as_long_as_it_is_there() 
     rule(&mut r, NFT_MSG_NEWRULE, "fwd", 7, &|m| expression(m, "queue", |_| {}));
     assert_eq!(named(&r), both("fwd"));
 }
+
+/// A chain of family netdev, announced with these netdevs; `eth*` is told as a prefix.
+fn with_netdevs(m: &mut Message<'_>, chain: &str, hook: u32, netdevs: &[&str]) {
+    m.str(NFTA_CHAIN_TABLE, "t").str(NFTA_CHAIN_NAME, chain).str(NFTA_CHAIN_TYPE, "filter");
+    m.be32(NFTA_CHAIN_POLICY, 1).nested(NFTA_CHAIN_HOOK, |m| {
+        m.be32(NFTA_HOOK_HOOKNUM, hook);
+        if let [one] = netdevs {
+            m.str(NFTA_HOOK_DEV, one);
+        }
+        m.nested(NFTA_HOOK_DEVS, |m| {
+            for name in netdevs {
+                match name.strip_suffix('*') {
+                    Some(prefix) => m.str(NFTA_DEVICE_PREFIX, prefix),
+                    None => m.str(NFTA_DEVICE_NAME, name),
+                };
+            }
+        });
+    });
+}
+
+fn handled_rule(m: &mut Message<'_>, chain: &str, handle: u64) {
+    m.str(NFTA_RULE_TABLE, "t").str(NFTA_RULE_CHAIN, chain);
+    m.be64(NFTA_RULE_HANDLE, handle).nested(NFTA_RULE_EXPRESSIONS, |_| {});
+}
+
+#[test]
+fn a_chain_at_egress_can_refuse_while_it_has_rules() {
+    const INGRESS: u32 = 0;
+    let mut r = Ruleset::default();
+    let told = |r: &Ruleset| {
+        let names = |c: EgressChain| (c.what, c.netdevs.into_iter().collect::<Vec<_>>().join(" "));
+        r.0.egress_chains().into_iter().map(names).collect::<Vec<_>>()
+    };
+    let of = NFPROTO_NETDEV;
+    r.say_of(of, NFT_MSG_NEWCHAIN, |m| with_netdevs(m, "in", INGRESS, &["wan"]));
+    r.say_of(of, NFT_MSG_NEWCHAIN, |m| with_netdevs(m, "out", NF_NETDEV_EGRESS, &["wan", "eth*"]));
+    r.say_of(of, NFT_MSG_NEWRULE, |m| handled_rule(m, "in", 1));
+    assert_eq!(told(&r), []);
+    assert_eq!(r.say_of(of, NFT_MSG_NEWRULE, |m| handled_rule(m, "out", 2)), Concerns::All);
+    let out = |netdevs: &str| vec![("chain out of table netdev t".to_owned(), netdevs.to_owned())];
+    assert_eq!(told(&r), out("eth* wan"));
+    // Another comes to it, and one goes.
+    r.say_of(of, NFT_MSG_NEWCHAIN, |m| with_netdevs(m, "out", NF_NETDEV_EGRESS, &["dmz"]));
+    r.say_of(of, NFT_MSG_DELCHAIN, |m| with_netdevs(m, "out", NF_NETDEV_EGRESS, &["wan"]));
+    assert_eq!(told(&r), out("dmz eth*"));
+    r.say_of(of, NFT_MSG_DELRULE, |m| handled_rule(m, "out", 2));
+    assert_eq!(told(&r), []);
+    // Of another family hook 1 is another.
+    r.base("other", NF_NETDEV_EGRESS, "filter", NF_DROP);
+    assert_eq!(told(&r), []);
+    r.say_of(of, NFT_MSG_NEWRULE, |m| handled_rule(m, "out", 3));
+    r.say_of(of, NFT_MSG_DELCHAIN, |m| {
+        m.str(NFTA_CHAIN_TABLE, "t").str(NFTA_CHAIN_NAME, "out");
+    });
+    assert_eq!(told(&r), []);
+}
+
+/// It is announced as a chain that is deleted, with that netdev.
+#[test]
+fn a_chain_that_gives_up_one_of_its_netdevs_goes_on() {
+    let mut r = Ruleset::default();
+    let of = NFPROTO_NETDEV;
+    r.say_of(of, NFT_MSG_NEWCHAIN, |m| with_netdevs(m, "in", 0, &["lan", "tun0"]));
+    r.say_of(of, NFT_MSG_DELCHAIN, |m| with_netdevs(m, "in", 0, &["tun0"]));
+    assert_eq!(r.say_of(of, NFT_MSG_NEWRULE, |m| handled_rule(m, "in", 1)), Concerns::All);
+    r.say_of(of, NFT_MSG_DELCHAIN, |m| with_netdevs(m, "in", 0, &["lan"]));
+    assert_eq!(r.say_of(of, NFT_MSG_NEWRULE, |m| handled_rule(m, "in", 1)), Concerns::Nobody);
+}

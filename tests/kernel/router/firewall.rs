@@ -270,6 +270,41 @@ fn a_chain_that_stands_behind_ours_keeps_from_offloading_and_is_named() {
     drop(flow);
 }
 
+/// What a netdev sends is not seen before by the chain that sights.
+#[test]
+fn a_chain_at_egress_with_rules_keeps_what_leaves_there_from_offloading() {
+    let mut r = Router::new("egress");
+    if !r.try_run("nft 'table netdev out { chain c { type filter hook egress device wan priority 0; }; }'").status.success() {
+        let kernel = std::env::var("LAB_KERNEL").unwrap_or_default();
+        assert!(!["6.1", "6.12", "6.18", "7.3"].contains(&&*kernel), "no egress hook");
+        return;
+    }
+    r.start(&PORTS);
+    let flow = Flow::start(&r, VICTIM);
+    wait_until("a chain without rules refuses nothing", || r.installed() == BOTH);
+    for (rule, passes) in [("udp dport 9 drop", true), ("udp dport 5000 drop", false)] {
+        r.run(&format!("nft add rule netdev out c {rule}"));
+        wait_until("it is refused, and the chain is named", || {
+            let found = r.refusal("lan", "original").unwrap_or_default();
+            found.0 == "firewall-behind" && found.1.contains("chain c of table netdev out")
+        });
+        wait_until("packets go through the stack", || r.rules("lan") == 0);
+        let settled = Instant::now();
+        if passes {
+            wait_until("packets arrive", || flow.since(settled).len() > 20);
+        } else {
+            std::thread::sleep(STAYS);
+            assert_eq!(flow.since(settled + Duration::from_millis(500)).len(), 0, "{rule}");
+        }
+        assert_eq!(r.rules("lan"), 0, "{rule}");
+        r.run("nft flush chain netdev out c");
+        wait_until("it is offloaded again", || r.installed() == BOTH);
+    }
+    // What leaves by another netdev is not concerned: replies.
+    r.run("nft add rule netdev out c udp dport 9 drop");
+    wait_until("replies are offloaded", || r.installed() == ["wan reply"]);
+}
+
 #[test]
 fn by_address_mark_label_set_and_policy() {
     let mut r = Router::new("kinds");

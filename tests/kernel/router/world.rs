@@ -175,6 +175,43 @@ fn a_switch_of_forwarding_stops_offloaded_flows_and_lets_them_return() {
     stream.is_offloaded(&r, &BOTH);
 }
 
+/// Rules, routes and addresses by which the router has another answer than to forward; and how it forgets them.
+#[test]
+fn what_the_router_answers_otherwise_by_rule_route_and_address_stops_offloaded_flows() {
+    let mut r = Router::new("answers");
+    r.with_ipv6();
+    r.start(&PORTS);
+    let v4 = [
+        ("ip route add blackhole 10.2.0.2", "ip route del blackhole 10.2.0.2"),
+        ("ip route add prohibit 10.2.0.0/30", "ip route del prohibit 10.2.0.0/30"),
+        ("ip rule add pref 9 ipproto udp sport 7000 dport 5000 unreachable", "ip rule del pref 9"),
+        ("ip rule add pref 9 iif lan from 10.1.0.0/24 blackhole", "ip rule del pref 9"),
+        // It is the router's own now.
+        ("ip addr add 10.2.0.2/32 dev lo", "ip addr del 10.2.0.2/32 dev lo"),
+        // The network behind `wan` goes with it.
+        ("ip addr del 10.2.0.1/24 dev wan", "ip addr add 10.2.0.1/24 dev wan"),
+    ];
+    let v6 = [
+        ("ip -6 route add blackhole fd02::2", "ip -6 route del blackhole fd02::2"),
+        ("ip -6 rule add pref 9 ipproto udp dport 5000 prohibit", "ip -6 rule del pref 9"),
+        ("ip addr add fd02::2/128 dev lo", "ip addr del fd02::2/128 dev lo"),
+    ];
+    for (from, to, changes) in [("10.1.0.2", "10.2.0.2", &v4[..]), ("fd01::2", "fd02::2", &v6[..])]
+    {
+        let stream = Stream::start(&r, from, to, 100);
+        for (change, back) in changes {
+            stream.is_offloaded(&r, &BOTH);
+            stream.stops(change, || drop(r.run(change)));
+            assert_eq!(r.rules("lan"), 0, "{change}");
+            r.run(back);
+        }
+        stream.is_offloaded(&r, &BOTH);
+        drop(stream);
+        r.run("conntrack -D -p udp");
+        wait_until("it has ended", || r.rules("lan") + r.rules("wan") == 0);
+    }
+}
+
 #[test]
 fn an_ipsec_policy_stops_plaintext() {
     let mut r = Router::new("ipsec");
