@@ -43,6 +43,15 @@ const RTA_FLOWLABEL: u16 = 31;
 /// with the packet's mark.
 const QUIET: [&str; 3] = ["accept_local", "route_localnet", "src_valid_mark"];
 
+/// Switches of IPv6 (`net.ipv6.conf.*`) that are not announced when they are changed by hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Switched6 {
+    /// Its own MTU, which can be below the netdev's; `None`: there is no IPv6 on the netdev.
+    mtu: Option<u32>,
+    /// What arrives there, or would leave, is dropped (`ip6_rcv_core`, `ip6_output`).
+    disabled: bool,
+}
+
 /// What a route look-up answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Route {
@@ -62,8 +71,8 @@ pub struct PathResolver {
     socket: Mutex<Socket>,
     /// Switches of netdevs that packets are routed on, as first read or last looked at.
     switched: Mutex<HashMap<Ifindex, [Option<String>; QUIET.len()]>>,
-    /// IPv6's own MTU of netdevs that paths lead to, as first read or last looked at.
-    ipv6_mtus: Mutex<HashMap<Ifindex, Option<u32>>>,
+    /// The same of IPv6, of netdevs that paths come by or lead to.
+    switched6: Mutex<HashMap<Ifindex, Switched6>>,
     /// What chooses among the next hops of IPv4's and IPv6's routes and is in no look-up, as last looked at.
     unasked: Mutex<[Option<&'static str>; 2]>,
     /// A group of next hops can be one that looks at how idle flows are.
@@ -85,7 +94,7 @@ impl PathResolver {
     ) -> Result<Self, NetlinkError> {
         let socket = Mutex::new(Socket::open(Family::Route)?);
         let unasked = Mutex::new([false, true].map(unasked));
-        let (ipv6_mtus, switched) = (Mutex::default(), Mutex::default());
+        let (switched, switched6) = (Mutex::default(), Mutex::default());
         Ok(Self {
             links,
             fdb,
@@ -95,7 +104,7 @@ impl PathResolver {
             marks,
             socket,
             switched,
-            ipv6_mtus,
+            switched6,
             unasked,
             resilient: AtomicBool::new(false),
         })
@@ -142,7 +151,9 @@ impl PathResolver {
             let why = format!("net.{} is 0", switch.replace('*', &self.links.name(l3)));
             return Err(Rejection::with_detail(Reason::NotForwarded, why));
         }
-        if !leaving.is_ipv6() {
+        if leaving.is_ipv6() {
+            self.ipv6_of(l3)?;
+        } else {
             let mut switched = self.switched.lock().unwrap_or_else(PoisonError::into_inner);
             // Not if other ones were seen before: older paths were resolved with those.
             switched.entry(l3).or_insert_with(|| self.quiet_switches(l3));
@@ -221,11 +232,7 @@ impl PathResolver {
         if leaving.is_ipv6() {
             // The route's counts only where it is locked (`ip6_dst_mtu_maybe_forward`): what is below both
             // certainly passes.
-            let own = self.ipv6_mtu(oif);
-            let mut seen = self.ipv6_mtus.lock().unwrap_or_else(PoisonError::into_inner);
-            // Not if another one was seen before: older paths were resolved with that.
-            seen.entry(oif).or_insert(own);
-            mtu = mtu.min(own.unwrap_or(u32::MAX));
+            mtu = mtu.min(self.ipv6_of(oif)?.mtu.unwrap_or(u32::MAX));
         }
         Ok(Path {
             eth_dst: Some(in_mac),
@@ -324,13 +331,13 @@ impl PathResolver {
 
     /// Looks at what the kernel tells nobody of: true when paths may be others since the last look.
     pub fn look(&self) -> bool {
-        let mut seen = self.ipv6_mtus.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = self.switched6.lock().unwrap_or_else(PoisonError::into_inner);
         let mut changed = false;
         seen.retain(|netdev, before| {
-            let now = self.ipv6_mtu(*netdev);
+            let now = self.quiet_switches6(*netdev);
             changed |= now != *before;
             *before = now;
-            now.is_some()
+            self.links.get(*netdev).is_some()
         });
         drop(seen);
         let mut switched = self.switched.lock().unwrap_or_else(PoisonError::into_inner);
@@ -360,12 +367,35 @@ impl PathResolver {
         })
     }
 
-    /// IPv6's own MTU of a netdev (`net.ipv6.conf.*.mtu`), which can be below the netdev's. Nobody tells when it
-    /// is changed by hand.
-    fn ipv6_mtu(&self, netdev: Ifindex) -> Option<u32> {
-        let link = self.links.get(netdev)?;
-        let file = format!("/proc/sys/net/ipv6/conf/{}/mtu", link.name);
-        std::fs::read_to_string(file).ok()?.trim().parse().ok()
+    /// IPv6's switches of a netdev that a path comes by or leads to, which are looked at from now on.
+    ///
+    /// # Errors
+    /// IPv6 is disabled there.
+    fn ipv6_of(&self, netdev: Ifindex) -> Result<Switched6, Rejection> {
+        let now = self.quiet_switches6(netdev);
+        let mut seen = self.switched6.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not if other ones were seen before: older paths were resolved with those.
+        seen.entry(netdev).or_insert(now);
+        let name = || self.links.name(netdev);
+        let why = match now {
+            Switched6 { disabled: true, .. } => {
+                format!("net.ipv6.conf.{}.disable_ipv6 is 1", name())
+            }
+            Switched6 { mtu: None, .. } => {
+                format!("there is no IPv6 on {} (with an MTU below 1280 there is none)", name())
+            }
+            _ => return Ok(now),
+        };
+        Err(Rejection::with_detail(Reason::NotForwarded, why))
+    }
+
+    fn quiet_switches6(&self, netdev: Ifindex) -> Switched6 {
+        let name = self.links.get(netdev).map(|l| l.name);
+        let read = |switch: &str| -> Option<u32> {
+            let file = format!("/proc/sys/net/ipv6/conf/{}/{switch}", name.as_ref()?);
+            std::fs::read_to_string(file).ok()?.trim().parse().ok()
+        };
+        Switched6 { mtu: read("mtu"), disabled: read("disable_ipv6").is_some_and(|d| d != 0) }
     }
 
     /// The MAC address of a netdev that routes, and what stands below it.

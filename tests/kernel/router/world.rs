@@ -107,17 +107,21 @@ impl Stream {
 
     /// Makes a change that stops the flow, and returns how long after it the last datagram arrived.
     fn stops(&self, what: &str, change: impl FnOnce()) -> Duration {
+        self.stops_within(SETTLED, what, change)
+    }
+
+    fn stops_within(&self, settled: Duration, what: &str, change: impl FnOnce()) -> Duration {
         let control = Instant::now();
         wait_until(&format!("it flows before the change: {what}"), || {
             self.arrivals_since(control).len() > 10
         });
         change();
         let changed = Instant::now();
-        std::thread::sleep(SETTLED + WATCHED);
+        std::thread::sleep(settled + WATCHED);
         let after = self.arrivals_since(changed);
         let last = after.last().map_or(Duration::ZERO, |last| *last - changed);
         println!("{what}: {} datagrams after the change, the last {last:?}", after.len());
-        assert!(last < SETTLED, "{what}: a datagram {last:?} after the change");
+        assert!(last < settled, "{what}: a datagram {last:?} after the change");
         last
     }
 }
@@ -210,6 +214,35 @@ fn what_the_router_answers_otherwise_by_rule_route_and_address_stops_offloaded_f
         r.run("conntrack -D -p udp");
         wait_until("it has ended", || r.rules("lan") + r.rules("wan") == 0);
     }
+}
+
+/// It does not arrive there any more, or leave; its addresses and routes go with it.
+#[test]
+fn ipv6_that_is_switched_off_on_a_netdev_stops_offloaded_flows() {
+    let mut r = Router::new("disabled");
+    r.with_ipv6();
+    r.start(&PORTS);
+    let stream = Stream::start(&r, "fd01::2", "fd02::2", 100);
+    let addresses =
+        "ip addr replace fd01::1/64 dev lan nodad; ip addr replace fd02::1/64 dev wan nodad";
+    for (change, back) in [
+        (
+            "sysctl -qw net.ipv6.conf.lan.disable_ipv6=1",
+            "sysctl -qw net.ipv6.conf.lan.disable_ipv6=0",
+        ),
+        (
+            "sysctl -qw net.ipv6.conf.wan.disable_ipv6=1",
+            "sysctl -qw net.ipv6.conf.wan.disable_ipv6=0",
+        ),
+        ("ip link set lan mtu 1200", "ip link set lan mtu 1500"),
+    ] {
+        stream.is_offloaded(&r, &BOTH);
+        // Nobody tells: it is looked at once a second.
+        stream.stops_within(2 * SETTLED, change, || drop(r.run(change)));
+        assert_eq!(r.rules("lan"), 0, "{change}");
+        r.run(&format!("{back}; {addresses}"));
+    }
+    stream.is_offloaded(&r, &BOTH);
 }
 
 #[test]
