@@ -149,6 +149,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::unhex;
     use super::*;
     use crate::bpf::load::tests::is_not_for_us;
     use crate::bpf::machine::{Packet, run_with_map};
@@ -171,14 +172,6 @@ mod tests {
         080002000a0002021c00028005000100060000000600020088f1000006000300c6ae000008000c0032c44003 \
         080003000000020e080007000006977f100004800c0001800500010003000000";
     const DESTROYED: CtId = CtId(0x32c4_4003);
-
-    fn unhex(hex: &str) -> Vec<u8> {
-        let digits: Vec<_> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
-        digits
-            .chunks(2)
-            .map(|two| u8::from_str_radix(std::str::from_utf8(two).unwrap(), 16).unwrap())
-            .collect()
-    }
 
     fn is_kept(bytes: &[u8], wanted: &[CtId]) -> bool {
         let mut map = vec![0; Tally::SIZE];

@@ -34,3 +34,13 @@ pub const fn nfgenmsg(family: u8, res_id: u16) -> [u8; NFGENMSG_LEN] {
     let id = res_id.to_be_bytes();
     [family, 0, id[0], id[1]]
 }
+
+/// Bytes of a hex text, for the messages captured from real kernels.
+#[cfg(test)]
+fn unhex(text: &str) -> Vec<u8> {
+    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+    digits
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect()
+}

@@ -13,6 +13,7 @@ use super::table::{self, NetdevSet};
 use super::*;
 use crate::contract::types::{Direction, Ifindex};
 use crate::netlink::error::KernelError;
+use crate::netlink::netfilter::unhex;
 use crate::netlink::socket::{CREATE, EXCL, Family, Socket};
 use crate::netlink::wire::{AttrIter, MessageIter};
 
@@ -31,12 +32,6 @@ fn looked_up(e: &IterableExprLookupAttrs<'_>) -> (u32, u32, u32) {
     let attrs = AttrIter::new(e.get_buf());
     let number = |ty| attrs.find_type(ty).and_then(|a| a.be32());
     (number(2).unwrap(), number(4).unwrap(), number(5).unwrap_or(0))
-}
-
-fn unhex(hex: &str) -> Vec<u8> {
-    let digits: String = hex.split_whitespace().collect();
-    let byte = |i: usize| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).unwrap();
-    (0..digits.len() / 2).map(byte).collect()
 }
 
 /// The one expression that was written.
