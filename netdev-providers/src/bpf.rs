@@ -30,6 +30,8 @@ const BPF_MAP_UPDATE_BATCH: c_long = 26;
 #[cfg(feature = "ebpf")]
 const BPF_MAP_DELETE_BATCH: c_long = 27;
 #[cfg(feature = "ebpf")]
+const BPF_LINK_GET_FD_BY_ID: c_long = 30;
+#[cfg(feature = "ebpf")]
 const BPF_LINK_DETACH: c_long = 34;
 /// As many programs of one netdev are asked for.
 const AT_MOST: u8 = 16;
@@ -84,8 +86,25 @@ unsafe fn bpf(command: c_long, attr: &mut Attr) -> io::Result<c_long> {
 pub(crate) fn detach_pinned(link: &CStr) -> io::Result<()> {
     let mut attr = Attr::new().pointer(0, link.as_ptr().cast_mut());
     // SAFETY: `pathname` is a string that ends with 0 and lives during the call; the kernel only reads it.
-    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    detach(unsafe { bpf(BPF_OBJ_GET, &mut attr) }?)
+}
+
+/// The same of a link that has no pin, by its id: another process that is being forked may have its descriptor for a
+/// moment longer than we.
+///
+/// # Errors
+/// There is no such link, or one may not ask for it.
+#[cfg(feature = "ebpf")]
+pub(crate) fn detach_link(id: u32) -> io::Result<()> {
+    let mut attr = Attr::new().u32(0, id);
+    // SAFETY: no pointer is in it.
+    detach(unsafe { bpf(BPF_LINK_GET_FD_BY_ID, &mut attr) }?)
+}
+
+/// `link`: a descriptor that the kernel has just opened for us.
+#[cfg(feature = "ebpf")]
+fn detach(link: c_long) -> io::Result<()> {
+    let fd = RawFd::try_from(link).map_err(io::Error::other)?;
     // SAFETY: the kernel has just opened it, for us alone.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let mut attr = Attr::new().u32(0, fd.as_raw_fd().cast_unsigned());

@@ -1,19 +1,20 @@
 //! Where the program of a port stands: how it is put there, found again, replaced, taken away; and who is in front of it
 //! and behind.
 
-use std::fmt;
 use std::os::fd::AsFd;
+use std::{fmt, io};
 
 use aya::programs::links::{FdLink, LinkType, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{LinkOrder, ProgramError, TcAttachType};
 use nix::errno::Errno;
+use tracing::debug;
 
 use super::clsact::{Clsact, Filter, PRIO};
 use super::object::{Object, fault};
 use super::pins::Pins;
-use crate::bpf::{program_maps, tcx_ingress};
+use crate::bpf::{detach_link, program_maps, tcx_ingress};
 use crate::contract::provider::Fault;
 use crate::contract::types::Ifindex;
 use crate::netlink::error::NetlinkError;
@@ -258,7 +259,12 @@ impl Standing {
     /// Takes it away. What is pinned goes with its pins.
     pub(super) fn remove(self) -> Result<(), NetlinkError> {
         if self.place != Place::Clsact {
-            // With the last descriptor of the link.
+            if let Some(link) = &self.link
+                && let Err(e) =
+                    link.info().map_err(io::Error::other).and_then(|i| detach_link(i.id()))
+            {
+                debug!(ifindex = %self.ifindex, "a link goes with its last descriptor: {e}");
+            }
             return Ok(());
         }
         let remove = || {
