@@ -5,6 +5,7 @@ use super::*;
 
 /// Two gateways behind `wan`, and a server behind both; the table of mark 1 leads by the second.
 pub(super) fn with_two_gateways(r: &Router) {
+    r.track();
     let host = r.host("wan");
     r.run(&format!(
         "ip -n {host} addr add 10.99.0.2/32 dev lo

@@ -136,6 +136,12 @@ impl Drop for Stream {
 }
 
 impl Router {
+    /// Connections are tracked from now on, and not from where the daemon's first rule asks conntrack: of a flow that is
+    /// older than that an answer can be what is seen first, and then it is the answers that have the original direction.
+    pub(super) fn track(&self) {
+        self.run("nft 'table inet track { chain o { type filter hook output priority 0; ct state new; }; }'");
+    }
+
     pub(super) fn with_ipv6(&self) {
         for (i, dev) in [(1, "lan"), (2, "wan")] {
             let host = self.host(dev);
@@ -347,6 +353,7 @@ fn what_was_refused_for_a_route_is_offloaded_when_the_route_comes_back() {
 /// A second way to the host behind `wan`, and an address of its there that both lead to; its neighbours are known for
 /// good, so that nothing but the cable tells.
 fn with_backup(r: &Router) {
+    r.track();
     let host = r.host("wan");
     r.run(&format!(
         "ip link add wan2 type veth peer name e2 netns {host}
