@@ -70,7 +70,8 @@ impl Reader {
                     let firewall = self.backend.firewall().generation();
                     let (resets, sights): (Vec<_>, Vec<_>) =
                         sights.into_iter().partition(Sight::is_reset);
-                    let reset = resets.iter().filter_map(|s| self.identify(s)).map(|(e, ..)| e);
+                    let reset =
+                        resets.iter().filter_map(|s| self.identify_quickly(s)).map(|(e, ..)| e);
                     ends::unbelieved(&self.backend, &self.engine, &reset.collect::<Vec<_>>());
                     let identified: Vec<_> = sights.iter().map(|s| (s, self.identify(s))).collect();
                     if self.quarantine.passed(firewall, emptied, Instant::now()) {
@@ -260,24 +261,30 @@ impl Reader {
     /// The conntrack entry of a sight: in the log message itself, or, where the kernel does not put
     /// it there, looked up.
     fn identify(&self, sight: &Sight) -> Option<Whose> {
+        self.identify_quickly(sight).or_else(|| {
+            // Of another zone: no look-up finds it by this packet.
+            let packet = sight.leaving_tuple().filter(|_| sight.ct.is_none())?;
+            let entries = self.backend.conntrack().dump().ok()?;
+            let (entry, direction) = entries.into_iter().find_map(|e| {
+                let of = |d: &Direction| e.outgoing(*d) == packet;
+                Direction::BOTH.into_iter().find(of).map(|d| (e, d))
+            })?;
+            let id = entry.id?;
+            Some((entry, id, direction))
+        })
+    }
+
+    /// The same, but where that would take a dump of all connections: not for what somebody may send at will.
+    fn identify_quickly(&self, sight: &Sight) -> Option<Whose> {
         if let (Some(entry), Some(direction)) = (&sight.ct, sight.direction) {
             return Some((entry.clone(), entry.id?, direction));
         }
         let packet = sight.leaving_tuple()?;
-        let mut conntrack = self.backend.conntrack();
-        let found = match conntrack.find_leaving(Zone(0), &packet) {
-            Ok(Some(found)) => Some(found),
-            // Of another zone: no look-up finds it by this packet.
-            Ok(None) => conntrack.dump().ok()?.into_iter().find_map(|e| {
-                let of = |d: &Direction| e.outgoing(*d) == packet;
-                Direction::BOTH.into_iter().find(of).map(|d| (e, d))
-            }),
-            Err(e) => {
-                tracing::warn!("a sight could not be looked up: {e}");
-                None
-            }
-        };
-        let (entry, direction) = found?;
+        let found = self.backend.conntrack().find_leaving(Zone(0), &packet);
+        let (entry, direction) = found.unwrap_or_else(|e| {
+            tracing::warn!("a sight could not be looked up: {e}");
+            None
+        })?;
         let id = entry.id?;
         Some((entry, id, direction))
     }
