@@ -214,12 +214,11 @@ fn removals_overtake_what_waits_to_be_added() {
     // One batch after the other.
     dummy.set_latency(Some(Duration::MAX));
     dummy.let_go();
-    wait_for(|| dummy.pending().len() >= 2);
+    // The add that is with it, and both deletes: those of a retraction in a batch of their own.
+    wait_for(|| dummy.pending().len() >= 3);
     let first: Vec<_> = dummy.pending().into_iter().map(|p| p.request).collect();
-    let deletes = first.iter().take_while(|r| !matches!(r, Request::Add { .. })).count()
-        + first.iter().skip(1).filter(|r| matches!(r, Request::Delete { .. })).count();
-    assert!(deletes >= 2, "{first:?}");
-    assert_eq!(first.iter().filter(|r| matches!(r, Request::Add { .. })).count(), 1, "{first:?}");
+    let deletes = first.iter().filter(|r| matches!(r, Request::Delete { .. })).count();
+    assert!(deletes == 2 && first.len() == 3, "{first:?}");
     dummy.set_latency(None);
     dummy.release_pending();
     // That of the rule that was there, and that of the one that was being added.
