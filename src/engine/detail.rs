@@ -206,8 +206,8 @@ mod tests {
         assert!(d.take_said().is_some() && d.said().is_none() && d.take_said().is_none());
         d.forget_trouble();
         assert_eq!((d.attempts(), d.retry_at()), (0, Moment::default()));
-        let refused = Detail::of_refused(3, Pace::UNKNOWN, 7);
-        assert_eq!((refused.attempts(), refused.used_ms), (3, 7));
+        let refused = Detail::of_refused(3, Pace(5), 7);
+        assert_eq!((refused.attempts(), refused.pace, refused.used_ms), (3, Pace(5), 7));
         assert!(Detail::of_refused(0, Pace::UNKNOWN, 7).trouble.is_none());
     }
 }

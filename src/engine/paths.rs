@@ -88,4 +88,15 @@ mod tests {
         (0..20_000).for_each(|n| drop(paths.kept(path(n))));
         assert!(paths.known.len() <= FEW, "{}", paths.known.len());
     }
+
+    #[test]
+    fn it_is_looked_who_has_a_path_when_they_are_twice_as_many_and_not_for_each() {
+        let mut paths = Paths::default();
+        let all: Vec<_> = (0..200).map(|n| paths.kept(path(n))).collect();
+        drop(all);
+        (200..256).for_each(|n| drop(paths.kept(path(n))));
+        assert_eq!(paths.known.len(), 256);
+        paths.kept(path(256));
+        assert_eq!(paths.known.len(), 1);
+    }
 }

@@ -431,3 +431,147 @@ impl Queue {
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(all(test, not(ctoffload_loom)))]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::engine::conn::ConnKey;
+    use crate::engine::conn::tests::conn;
+    use crate::engine::datapath::PathHint;
+    use netdev_providers::{Epoch, Zone};
+
+    /// Longer than anything here takes that does not wait.
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// An offer of a packet thread, by its number.
+    fn offer(queue: &Queue, lane: usize, n: u64) -> bool {
+        let known = conn();
+        let key = ConnKey { zone: Zone(0), ..known.key() };
+        let conn = ConnHandle::new(key, known.reply(), Epoch(n), n, 0);
+        queue.put_add(lane, conn, Direction::Original, PathSpec::Resolve(PathHint::default()))
+    }
+
+    /// What is taken, one after the other: offers by their numbers, all else as 0.
+    fn taken(queue: &Queue, how_many: usize) -> Vec<u64> {
+        let number = |command| match command {
+            Command::Add(conn, ..) => conn.tag(),
+            _ => 0,
+        };
+        (0..how_many).map_while(|_| queue.pop()).map(number).collect()
+    }
+
+    fn barrier() -> Command {
+        Command::Barrier(std::sync::mpsc::channel().0)
+    }
+
+    #[test]
+    fn each_packet_thread_has_room_for_so_many_offers_and_has_it_again() {
+        let queue = Queue::new(2);
+        for n in 0..LANES {
+            assert!(offer(&queue, n, 1) && offer(&queue, n, 2) && !offer(&queue, n, 3), "{n}");
+            assert_eq!((queue.pending_of(n), queue.pending()), (2, 2 * (n + 1)));
+        }
+        // One more shares that of the first.
+        assert!(!offer(&queue, LANES, 1));
+        assert_eq!((queue.pending_of(LANES), queue.offered()), (2, 2 * LANES));
+        assert_eq!(taken(&queue, usize::MAX).len(), 2 * LANES);
+        for _ in 0..3 {
+            assert!(offer(&queue, 0, 1) && offer(&queue, 0, 2) && !offer(&queue, 0, 3));
+            assert_eq!(taken(&queue, usize::MAX), [1, 2]);
+        }
+        assert_eq!((queue.pending_of(0), queue.pending()), (0, 0));
+    }
+
+    #[test]
+    fn packet_threads_take_turns_and_what_waits_for_offers_waits_for_no_others() {
+        let queue = Queue::new(16);
+        for (lane, n) in [(0, 1), (3, 11), (3, 12), (3, 13)] {
+            assert!(offer(&queue, lane, n));
+        }
+        queue.push(barrier());
+        for n in 2..7 {
+            assert!(offer(&queue, 0, n));
+        }
+        assert_eq!(taken(&queue, usize::MAX), [1, 11, 2, 12, 3, 13, 0, 4, 5, 6]);
+        // Where nothing has been offered nothing is waited for.
+        queue.push(barrier());
+        assert!(offer(&queue, 5, 7));
+        assert_eq!(taken(&queue, usize::MAX), [0, 7]);
+    }
+
+    #[test]
+    fn all_is_finished_when_as_much_was_carried_out_as_was_asked_for() {
+        let queue = Queue::new(16);
+        assert!(queue.is_finished());
+        queue.push(Command::Repair);
+        assert!(offer(&queue, 1, 1) && offer(&queue, 2, 2));
+        for finished in [0, 1, 2] {
+            queue.finished(finished);
+            assert_eq!(queue.is_finished(), finished == 2, "{finished}");
+        }
+    }
+
+    #[test]
+    fn who_sleeps_sees_what_was_put_before_whatever_it_is() {
+        let queue = Queue::new(16);
+        queue.set_writer();
+        let puts: [fn(&Queue); 3] = [
+            // Nobody is told of it.
+            |queue| assert!(offer(queue, 1, 1)),
+            |queue| queue.push(Command::Repair),
+            |queue| queue.push(Command::DeleteRule(RuleId(1), cookie())),
+        ];
+        for put in puts {
+            put(&queue);
+            let since = Instant::now();
+            queue.park(LONG);
+            assert!(since.elapsed() < LONG / 2);
+            assert_eq!(taken(&queue, usize::MAX).len(), 1);
+        }
+        // It was awake all the time: nobody has woken it, and now it sleeps.
+        let (since, short) = (Instant::now(), Duration::from_millis(20));
+        queue.park(short);
+        assert!(since.elapsed() >= short);
+    }
+
+    fn cookie() -> Cookie {
+        let instance = netdev_providers::Instance(std::num::NonZeroU32::MIN);
+        Cookie { instance, epoch: Epoch(1), direction: Direction::Original }
+    }
+
+    #[test]
+    fn a_thread_is_started_for_who_rests_once_and_for_nobody_else() {
+        let queue = Queue::new(16);
+        let started = Arc::new(AtomicUsize::new(0));
+        let times = Arc::clone(&started);
+        queue.set_start(Box::new(move || {
+            times.fetch_add(1, Ordering::SeqCst);
+        }));
+        let started = || started.load(Ordering::SeqCst);
+        queue.push(Command::Repair);
+        assert_eq!(started(), 0, "it does not rest");
+        // It goes on at once with what has come.
+        let ran = Arc::new(AtomicBool::new(false));
+        let note = Arc::clone(&ran);
+        let last = Job(Box::new(move || {
+            note.store(true, Ordering::SeqCst);
+            None
+        }));
+        let goes_on = queue.rest(Job(Box::new(move || Some(last)))).expect("there is one to do");
+        assert!(queue.take_job().is_none());
+        queue.push(Command::Repair);
+        assert_eq!(started(), 0, "it is awake");
+        assert_eq!(taken(&queue, usize::MAX).len(), 2);
+        assert!(queue.rest(goes_on).is_none(), "nothing is to be done");
+        queue.push(Command::Repair);
+        queue.push(Command::Repair);
+        assert_eq!(started(), 1);
+        queue.take_job().expect("that of who rested").run();
+        assert!(ran.load(Ordering::SeqCst), "and what it goes on with");
+        assert!(queue.take_job().is_none());
+    }
+}

@@ -35,13 +35,13 @@ impl Threads {
             return Ok(starter.clone());
         }
         let (tx, rx) = mpsc::channel();
-        std::thread::Builder::new().name("ports".into()).spawn(move || start_all(&rx))?;
+        std::thread::Builder::new().name("ports".into()).spawn(move || start_all(&rx, start))?;
         *starter = Some(tx.clone());
         Ok(tx)
     }
 }
 
-fn start_all(due: &Receiver<Arc<Port>>) {
+fn start_all(due: &Receiver<Arc<Port>>, mut start: impl FnMut(&Arc<Port>) -> std::io::Result<()>) {
     for port in due {
         let mut tried = false;
         while let Err(e) = start(&port) {
@@ -69,4 +69,35 @@ fn start(port: &Arc<Port>) -> std::io::Result<()> {
             }
         })
         .map(drop)
+}
+
+#[cfg(all(test, not(ctoffload_loom)))]
+mod tests {
+    use netdev_providers::{Generation, HwFlags, Ifindex, Netdev};
+
+    use super::*;
+    use crate::engine::Limits;
+
+    #[test]
+    fn a_thread_that_cannot_be_started_is_tried_again_and_until_then_its_port_does_not_go_on() {
+        let netdev = Netdev {
+            ifindex: Ifindex::new(1).unwrap(),
+            generation: Generation::new(1).unwrap(),
+            name: "p1".to_owned(),
+            hw_flags: HwFlags::default(),
+        };
+        let limits = Limits::default();
+        let port = Arc::new(Port::new(netdev, None, vec![], std::iter::empty(), &limits, None));
+        let (due, is_due) = mpsc::channel();
+        due.send(Arc::clone(&port)).unwrap();
+        drop(due);
+        // What there is to be waited for, at each attempt.
+        let mut awaited = Vec::new();
+        start_all(&is_due, |port| {
+            awaited.push(port.progress.thread.out());
+            if awaited.len() < 3 { Err(std::io::Error::other("no more threads")) } else { Ok(()) }
+        });
+        assert_eq!(awaited, [0, 1, 1]);
+        assert_eq!(port.progress.thread.out(), 0);
+    }
 }

@@ -517,17 +517,41 @@ mod tests {
         assert!(zones.find(&key).is_none() && all(&zones, None).is_empty());
     }
 
+    fn conn_of(zone: u16, n: u32) -> ConnHandle {
+        let [src, dst] = [n, !n].map(|bits| std::net::Ipv4Addr::from_bits(bits).into());
+        let original = Tuple::new(netdev_providers::L4Proto::Tcp, src, 1, dst, 2).unwrap();
+        let key = ConnKey { zone: Zone(zone), original };
+        ConnHandle::new(key, original.inverted(), Epoch(n.into()), 0, 0)
+    }
+
+    /// How many connections each part has, for somebody who goes through a zone.
+    fn parts(zones: &Zones, zone: u16) -> Vec<usize> {
+        let mut walk = Walk::of(Some(Zone(zone)));
+        std::iter::from_fn(|| zones.next_part(&mut walk)).map(|part| part.len()).collect()
+    }
+
+    /// So that nobody holds a lock for long; and many zones do not cost what a large one does.
+    #[test]
+    fn a_shard_has_few_connections_and_a_zone_beside_the_default_one_few_shards() {
+        let zones = Zones::new(1 << 19);
+        for n in 0..10_000 {
+            let conn = conn_of(u16::from(n % 5 == 0), n);
+            zones.enter(&conn.key(), |_| true, |_| Some(conn.clone()));
+        }
+        let [default, other] = [0, 1].map(|zone| parts(&zones, zone));
+        assert_eq!((default.len(), other.len()), ((1 << 19) / PER_SHARD, ZONE_SHARDS));
+        assert_eq!([&default, &other].map(|parts| parts.iter().sum::<usize>()), [8000, 2000]);
+        // Some 30 of each.
+        assert!(default.iter().chain(&other).all(|n| *n < 200), "{default:?} {other:?}");
+    }
+
     /// Who walks sees what stays, once, whatever comes and goes meanwhile, and tables that grow.
     #[test]
     fn who_walks_sees_each_that_stays_once() {
         let zones = Zones::new(1 << 16);
         let create = |n: u32| {
-            let src = std::net::Ipv4Addr::from_bits(n).into();
-            let dst = std::net::Ipv4Addr::from_bits(!n).into();
-            let original = Tuple::new(netdev_providers::L4Proto::Tcp, src, 1, dst, 2).unwrap();
-            let key = ConnKey { zone: Zone((n % 3) as u16), original };
-            let conn = ConnHandle::new(key, original.inverted(), Epoch(n.into()), 0, 0);
-            zones.enter(&key, |_| true, |_| Some(conn.clone()));
+            let conn = conn_of((n % 3) as u16, n);
+            zones.enter(&conn.key(), |_| true, |_| Some(conn.clone()));
             conn
         };
         let conns: Vec<_> = (0..3000).map(create).collect();
