@@ -146,6 +146,8 @@ fn assemble(map: i32) -> Vec<Insn> {
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
+    use std::os::unix::net::UnixDatagram;
+    use std::time::Duration;
 
     use proptest::prelude::*;
 
@@ -251,6 +253,43 @@ mod tests {
         assert_eq!(counted(UPDATED), 1);
         drop(last);
         assert_eq!(counted(UPDATED), 0);
+    }
+
+    /// By the kernel, of whatever socket the datagrams are.
+    #[test]
+    fn a_socket_is_given_events_of_what_is_wanted_now_and_what_is_no_event() {
+        let heard = match Heard::new() {
+            Err(e) if is_not_for_us(&e) => return,
+            heard => heard.unwrap(),
+        };
+        let (to, from) = UnixDatagram::pair().unwrap();
+        from.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        attach(from.as_fd(), &heard.program).unwrap();
+        let given = || {
+            let mut given = Vec::new();
+            for datagram in [unhex(UPDATE), unhex(DESTROY), vec![0; 4]] {
+                to.send(&datagram).unwrap();
+            }
+            loop {
+                let mut datagram = [0; 256];
+                let len = from.recv(&mut datagram).unwrap();
+                given.push(len);
+                if len == 4 {
+                    return given;
+                }
+            }
+        };
+        let [update, destroy] = [UPDATE, DESTROY].map(|event| unhex(event).len());
+        assert_eq!(given(), [4]);
+        let wanted = heard.of(UPDATED);
+        assert_eq!(given(), [update, 4]);
+        let both = (heard.of(DESTROYED), wanted);
+        assert_eq!(given(), [update, destroy, 4]);
+        drop(both);
+        assert_eq!(given(), [4]);
+        // What is no socket cannot have one.
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(attach(file.as_fd(), &heard.program).is_err());
     }
 
     proptest! {
