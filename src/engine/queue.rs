@@ -432,7 +432,8 @@ impl Queue {
     }
 }
 
-#[cfg(all(test, not(ctoffload_loom)))]
+#[cfg(test)]
+#[cfg(not(ctoffload_loom))]
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicBool;

@@ -71,7 +71,8 @@ fn start(port: &Arc<Port>) -> std::io::Result<()> {
         .map(drop)
 }
 
-#[cfg(all(test, not(ctoffload_loom)))]
+#[cfg(test)]
+#[cfg(not(ctoffload_loom))]
 mod tests {
     use netdev_providers::{Generation, HwFlags, Ifindex, Netdev};
 
