@@ -539,6 +539,37 @@ mod tests {
         assert!(since.elapsed() >= short);
     }
 
+    #[test]
+    fn who_sleeps_is_woken_by_who_pushes_and_for_offers_by_who_says_so() {
+        let queue = Arc::new(Queue::new(16));
+        queue.set_writer();
+        let wakes: [fn(&Queue); 2] = [
+            |queue| queue.push(Command::Repair),
+            |queue| {
+                assert!(offer(queue, 1, 1));
+                queue.wake();
+            },
+        ];
+        for wake in wakes {
+            let since = Instant::now();
+            let other = std::thread::spawn({
+                let queue = Arc::clone(&queue);
+                move || {
+                    // Until it sleeps, as far as one can tell.
+                    while queue.state.load(Ordering::SeqCst) != ASLEEP {
+                        std::thread::yield_now();
+                    }
+                    std::thread::sleep(Duration::from_millis(20));
+                    wake(&queue);
+                }
+            });
+            queue.park(LONG);
+            assert!(since.elapsed() < LONG / 2);
+            other.join().unwrap();
+            assert_eq!(taken(&queue, usize::MAX).len(), 1);
+        }
+    }
+
     fn cookie() -> Cookie {
         let instance = netdev_providers::Instance(std::num::NonZeroU32::MIN);
         Cookie { instance, epoch: Epoch(1), direction: Direction::Original }

@@ -24,6 +24,28 @@ fn delete_goes_only_to_slots_that_hold_something() {
 }
 
 #[test]
+fn one_slot_is_retracted_and_no_other_of_its_connection() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let [first, second] = [1, 2].map(|n| b.port(n));
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    b.install(1, &conn, Reply);
+    b.install(2, &conn, Reply);
+    b.rearmed();
+    assert!(b.engine.slot_retract(&conn, Reply, first));
+    b.settle();
+    assert_eq!([1, 2].map(|n| dummy.rules(ifindex(n)).len()), [1, 1]);
+    assert_eq!(b.state(1, &conn, Original), Some(SlotState::Installed));
+    assert_eq!(b.rearmed().len(), 1, "its next packet offers it again");
+    // There is nothing of it any more; there never was; there is no such port.
+    assert!(!b.engine.slot_retract(&conn, Reply, first));
+    assert!(!b.engine.slot_retract(&conn, Original, second));
+    b.engine.port_del(ifindex(2)).unwrap();
+    assert!(!b.engine.slot_retract(&conn, Reply, second));
+}
+
+#[test]
 fn a_port_delete_flushes_that_port_and_retracts_what_forwards_into_it() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
