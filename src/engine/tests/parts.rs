@@ -12,7 +12,7 @@ use crate::engine::detail::Moment;
 use crate::engine::latency::OpKind;
 use crate::engine::queue::{Command, Queue};
 use crate::engine::shapes::{MAX_SHAPES, Shape};
-use crate::engine::sync::Patience;
+use crate::engine::sync::{Patience, thread_number};
 
 /// A hasher that keeps what it is given.
 #[derive(Default)]
@@ -425,6 +425,15 @@ fn a_port_is_empty_when_nothing_is_held_queued_or_with_the_provider_and_nothing_
     assert!(!port.is_empty(), "taken, and not carried out yet");
     port.queue.finished(1);
     assert!(port.is_empty());
+}
+
+/// It chooses the lane of its offers: two threads that have first sights at the same time write none in common.
+#[test]
+fn each_thread_has_a_number_of_its_own_and_keeps_it() {
+    let twice = || (thread_number(), thread_number());
+    let here = twice();
+    let there = std::thread::spawn(twice).join().unwrap();
+    assert!(here.0 == here.1 && there.0 == there.1 && here.0 != there.0, "{here:?} {there:?}");
 }
 
 #[test]
