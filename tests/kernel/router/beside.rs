@@ -64,8 +64,8 @@ fn a_shaper_starts_beside_the_daemon_and_goes_again() {
     c.exchange(20_000);
     assert!(r.forwarded() > before, "the rule is not reached");
     // Its end: theirs goes, ours comes.
-    r.run("tc qdisc del dev lan ingress && ip link del ifb4lan");
     let gone = Instant::now();
+    r.run("tc qdisc del dev lan ingress && ip link del ifb4lan");
     wait_until("rules are in place again", || {
         c.ping();
         r.installed() == BOTH

@@ -175,7 +175,7 @@ fn router_a_udp_flow_answered_once_lives_from_push_to_push() {
     let mut router = Router::new("push");
     router.start(&["--port", "lan", "--port", "wan"]);
     router.run(
-        "sysctl -qw net.netfilter.nf_conntrack_udp_timeout=9 net.netfilter.nf_conntrack_udp_timeout_stream=28
+        "sysctl -qw net.netfilter.nf_conntrack_udp_timeout=12 net.netfilter.nf_conntrack_udp_timeout_stream=28
          nft 'table inet fw { chain f { type filter hook forward priority 0; policy drop;
            ct state established,related accept; iifname lan accept; }; }'",
     );
