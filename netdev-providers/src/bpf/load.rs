@@ -9,6 +9,24 @@ use super::assembler::Insn;
 // linux/bpf.h
 const BPF_PROG_LOAD: c_int = 5;
 
+/// The verifier gives up, with EAGAIN, when the thread is to look after a signal or other work of the kernel's
+/// (`do_check` in `kernel/bpf/verifier.c`), and wants to be asked again. libbpf asks as often (its `PROG_LOAD_ATTEMPTS`).
+const ATTEMPTS: usize = 5;
+
+/// Loads a program, several times if `again` says of an error that it can be that one.
+pub(crate) fn insist<T, E>(
+    again: impl Fn(&E) -> bool,
+    mut load: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    for _ in 1..ATTEMPTS {
+        match load() {
+            Err(e) if again(&e) => {}
+            done => return done,
+        }
+    }
+    load()
+}
+
 /// `union bpf_attr` of `BPF_PROG_LOAD`, as far as it is used.
 #[repr(C)]
 #[derive(Default)]
@@ -41,7 +59,8 @@ pub(crate) fn load_program(prog_type: u32, name: &CStr, insns: &[Insn]) -> io::R
     for (to, from) in attr.prog_name.iter_mut().zip(name.to_bytes()) {
         *to = *from;
     }
-    let error = match bpf_prog_load(&attr) {
+    let is_eagain = |e: &io::Error| e.raw_os_error() == Some(libc::EAGAIN);
+    let error = match insist(is_eagain, || bpf_prog_load(&attr)) {
         Ok(fd) => return Ok(fd),
         Err(e) => e,
     };
@@ -96,6 +115,25 @@ pub(crate) mod tests {
     /// No privilege or no bpf(): the kernel tests of the lab decide then.
     pub(crate) fn is_not_for_us(e: &io::Error) -> bool {
         matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS))
+    }
+
+    #[test]
+    fn who_is_to_ask_again_does_so_five_times_in_all() {
+        let ask = |succeeds_at: u32, again: bool| {
+            let mut asked = 0;
+            let done = insist(
+                |_| again,
+                || {
+                    asked += 1;
+                    if asked == succeeds_at { Ok(()) } else { Err(asked) }
+                },
+            );
+            (done, asked)
+        };
+        assert_eq!(ask(1, true), (Ok(()), 1));
+        assert_eq!(ask(5, true), (Ok(()), 5));
+        assert_eq!(ask(6, true), (Err(5), 5));
+        assert_eq!(ask(2, false), (Err(1), 1));
     }
 
     #[test]

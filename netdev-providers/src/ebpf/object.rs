@@ -8,6 +8,7 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned};
 
 use super::maps::{Egress, errno_of};
 use super::pins::Pins;
+use crate::bpf::load::insist;
 use crate::contract::provider::Fault;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flows.bpf.o"));
@@ -89,7 +90,7 @@ impl Object {
         let what = "loading the program for XDP";
         let program: &mut Xdp = program.try_into().map_err(|e: ProgramError| fault(what, &e))?;
         if program.fd().is_err() {
-            program.load().map_err(|e| fault(what, &e))?;
+            insist(perhaps_again, || program.load()).map_err(|e| fault(what, &e))?;
         }
         Ok(program)
     }
@@ -102,8 +103,14 @@ impl Object {
         let program: &mut SchedClassifier =
             program.try_into().map_err(|e: ProgramError| fault(what, &e))?;
         if program.fd().is_err() {
-            program.load().map_err(|e| fault(what, &e))?;
+            insist(perhaps_again, || program.load()).map_err(|e| fault(what, &e))?;
         }
         Ok(program)
     }
+}
+
+/// A program that could not be loaded: with which error is not known. The library has asked once more by then, with
+/// room for a log that nobody wants, and that is refused without a word (EINVAL).
+const fn perhaps_again(e: &ProgramError) -> bool {
+    matches!(e, ProgramError::LoadError { .. })
 }
