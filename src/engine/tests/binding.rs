@@ -203,7 +203,8 @@ fn a_batch_of_offers_does_what_as_many_offers_do() {
     }));
     assert!(result.is_err());
     wait_for(|| dummy.rules(ifindex(1)).len() == 32);
-    assert_eq!(b.engine.slots(&more[0])[0].state, SlotState::Installed);
+    // The provider has it before the engine has heard of that.
+    wait_for(|| b.engine.slots(&more[0])[0].state == SlotState::Installed);
     // The port's thread sleeps by now, and is woken by one that queues all that it offers.
     b.settle();
     std::thread::sleep(Duration::from_millis(100));
