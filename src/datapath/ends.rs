@@ -132,31 +132,28 @@ pub(super) fn updated(backend: &Backend, engine: &Engine, entry: &CtEntry) {
 ///
 /// (Those that conntrack itself left no more are found when the connection is looked at: see `life`.)
 pub(super) fn unbelieved(backend: &Backend, engine: &Engine, entries: &[CtEntry]) {
-    let offloaded = entries.iter().filter(|entry| {
+    let mut updates = Vec::new();
+    for entry in entries {
         let known = backend.known.get(&key_of(entry)).filter(|k| Some(k.id) == entry.id);
-        let Some(conn) = known.and_then(|k| k.conn.clone()) else { return false };
-        let has_rules = engine.conn_update(&conn) != Usage::NotOffloaded;
-        if has_rules {
-            tracing::debug!(%conn, "goes back into software: it was reset");
-            engine.conn_retract(&conn);
+        let Some(conn) = known.and_then(|k| k.conn.clone()) else { continue };
+        if engine.conn_update(&conn) == Usage::NotOffloaded {
+            continue;
         }
-        has_rules && !entry.status.fixed_timeout()
-    });
-    let offloaded: Vec<_> = offloaded.collect();
-    if offloaded.is_empty() {
+        tracing::debug!(%conn, "goes back into software: it was reset");
+        engine.conn_retract(&conn);
+        if !entry.status.fixed_timeout() {
+            updates.push(CtUpdate::of(entry.zone, entry.original));
+        }
+    }
+    if updates.is_empty() {
         return;
     }
     let shortened = timeouts().and_then(|timeouts| {
-        let timeout = Some(timeouts.tcp_close);
-        let update = |e: &&CtEntry| CtUpdate { timeout, ..CtUpdate::of(e.zone, e.original) };
-        backend.conntrack().update(&offloaded.iter().map(update).collect::<Vec<_>>())
+        updates.iter_mut().for_each(|u| u.timeout = Some(timeouts.tcp_close));
+        backend.conntrack().update_what_is_there(&updates)
     });
-    match shortened {
-        // What has ended meanwhile has ended.
-        Ok(acks) => acks.into_iter().filter_map(Result::err).for_each(|e| {
-            tracing::debug!("a connection that was reset keeps its timeout: {e}");
-        }),
-        Err(e) => tracing::warn!("connections that were reset keep their timeouts: {e}"),
+    if let Err(e) = shortened {
+        tracing::warn!("connections that were reset keep their timeouts: {e}");
     }
 }
 

@@ -191,7 +191,8 @@ impl Lives {
                 }
             }
         }
-        write_all(conntrack, &updates)?;
+        // What has ended is told by its event, or found when it is due again.
+        conntrack.update_what_is_there(&updates)?;
         // A FIN can have come between the question and the write.
         let entries = entries_of(conntrack, written.iter())?;
         let mut mends = Vec::new();
@@ -204,7 +205,7 @@ impl Lives {
                 mends.push(update(conn, &entry, write));
             }
         }
-        write_all(conntrack, &mends)
+        conntrack.update_what_is_there(&mends)
     }
 }
 
@@ -228,14 +229,4 @@ fn update(conn: &ConnHandle, entry: &CtEntry, write: Write) -> CtUpdate {
         status: write.assure.then_some(CtStatus(entry.status.0 | CtStatus::ASSURED)),
         ..CtUpdate::of(conn.key().zone, conn.key().original)
     }
-}
-
-fn write_all(conntrack: &mut Conntrack, updates: &[CtUpdate]) -> Result<(), ConntrackError> {
-    for (update, ack) in updates.iter().zip(conntrack.update(updates)?) {
-        // What has ended meanwhile is told by its event, or found when it is due again.
-        if let Err(e) = ack {
-            tracing::debug!(original = %update.original, "not written: {e}");
-        }
-    }
-    Ok(())
 }

@@ -95,11 +95,7 @@ fn revive(
             });
         }
     }
-    for ack in conntrack.update(&updates)? {
-        if let Err(e) = ack {
-            tracing::debug!("conntrack was not told that a reset connection lives: {e}");
-        }
-    }
+    conntrack.update_what_is_there(&updates)?;
     // Their next packets are sights of connections that are open.
     backend.rearming().soon(alive.iter().flat_map(|(_, keys)| keys).copied());
     Ok(())

@@ -136,9 +136,7 @@ impl Watch {
             failures: Failures::default(),
         };
         watch.read_all();
-        watch.tell_zones();
-        watch.tell_egress();
-        watch.tell_marks();
+        watch.tell();
         watch.look();
         Ok(watch)
     }
@@ -229,9 +227,7 @@ impl Watch {
             return;
         }
         // First: what was sighted before is not installed any more.
-        self.tell_zones();
-        self.tell_egress();
-        let marks = self.tell_marks();
+        let marks = self.tell();
         self.backend.firewall().changed();
         if marks {
             ask_marked_again(engine);
@@ -301,6 +297,13 @@ impl Watch {
         }
     }
 
+    /// What is known of the ruleset now. True when what sets marks of packets that have been routed is news.
+    fn tell(&self) -> bool {
+        self.tell_zones();
+        self.tell_egress();
+        self.tell_marks()
+    }
+
     /// What stands at egress now.
     fn tell_egress(&self) {
         let egress = self.model.egress_chains();
@@ -346,9 +349,7 @@ impl Watch {
     /// Looks who stands in the hooks. True when something else sets marks of packets that have been routed.
     fn look(&mut self) -> bool {
         self.looked = Some(Instant::now());
-        self.tell_zones();
-        self.tell_egress();
-        let marks = self.tell_marks();
+        let marks = self.tell();
         let mut silent = self.model.silent();
         let (mut others, mut legacy) = (Vec::new(), false);
         let hooks = [NF_INET_PRE_ROUTING, NF_INET_FORWARD, NF_INET_POST_ROUTING];

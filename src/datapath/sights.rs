@@ -64,15 +64,15 @@ impl Reader {
         self.worker.offline();
         while !stop.load(Ordering::Relaxed) {
             let lost = match failures.passed("sight log", self.log.next(TICK))? {
-                Some(LogRead { sights, lost, emptied }) => {
+                Some(LogRead { mut sights, lost, emptied }) => {
                     // After the read: what comes now is of this firewall, or is refused when it is
                     // looked at.
                     let firewall = self.backend.firewall().generation();
-                    let (resets, sights): (Vec<_>, Vec<_>) =
-                        sights.into_iter().partition(Sight::is_reset);
-                    let reset =
-                        resets.iter().filter_map(|s| self.identify_quickly(s)).map(|(e, ..)| e);
-                    ends::unbelieved(&self.backend, &self.engine, &reset.collect::<Vec<_>>());
+                    let reset: Vec<_> = sights
+                        .extract_if(.., |s| s.is_reset())
+                        .filter_map(|s| Some(self.identify_quickly(&s)?.0))
+                        .collect();
+                    ends::unbelieved(&self.backend, &self.engine, &reset);
                     let identified: Vec<_> = sights.iter().map(|s| (s, self.identify(s))).collect();
                     if self.quarantine.passed(firewall, emptied, Instant::now()) {
                         self.worker.online();

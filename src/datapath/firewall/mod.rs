@@ -86,10 +86,7 @@ impl Firewall {
 
     /// What of others stands behind the chain that sights now. True when that is news.
     pub(super) fn set_behind(&self, now: Vec<Behind>) -> bool {
-        let mut behind = self.behind.write().unwrap_or_else(PoisonError::into_inner);
-        let news = *behind != now;
-        *behind = now;
-        news
+        renew(&self.behind, now)
     }
 
     /// Whether packets that were sighted in this hook can be offloaded.
@@ -110,10 +107,7 @@ impl Firewall {
 
     /// The chains at egress that can refuse packets now. True when that is news.
     pub(super) fn set_egress(&self, now: Vec<EgressChain>) -> bool {
-        let mut egress = self.egress.write().unwrap_or_else(PoisonError::into_inner);
-        let news = *egress != now;
-        *egress = now;
-        news
+        renew(&self.egress, now)
     }
 
     /// Whether packets meet no chain any more when they leave. Rules in software send by the last netdev's own
@@ -136,10 +130,7 @@ impl Firewall {
 impl Firewall {
     /// What chooses conntrack zones now. True when that is news.
     pub(super) fn set_zones(&self, now: Zones) -> bool {
-        let mut zones = self.zones.write().unwrap_or_else(PoisonError::into_inner);
-        let news = *zones != now;
-        *zones = now;
-        news
+        renew(&self.zones, now)
     }
 
     /// Whether a rule for packets of this zone takes those of no other: what arrives by this netdev is of
@@ -163,6 +154,14 @@ impl Firewall {
         }
         Ok(())
     }
+}
+
+/// Stores what is known now. True when that is news.
+fn renew<T: PartialEq>(known: &RwLock<T>, now: T) -> bool {
+    let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
+    let news = *known != now;
+    *known = now;
+    news
 }
 
 /// What the reader of sights does after a change: until the socket was seen empty, a while after it, its

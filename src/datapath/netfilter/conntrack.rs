@@ -343,6 +343,19 @@ impl Conntrack {
         Ok(acks)
     }
 
+    /// [`update`](Self::update) of entries that may have ended meanwhile: what the kernel refuses is logged, and no more.
+    ///
+    /// # Errors
+    /// A failure of the exchange.
+    pub fn update_what_is_there(&mut self, updates: &[CtUpdate]) -> Result<(), ConntrackError> {
+        for (update, ack) in updates.iter().zip(self.update(updates)?) {
+            if let Err(e) = ack {
+                tracing::debug!(original = %update.original, "not written: {e}");
+            }
+        }
+        Ok(())
+    }
+
     /// Ends a connection, if it is still the one of this id. `false` when it is gone, or replaced.
     ///
     /// # Errors

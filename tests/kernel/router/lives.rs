@@ -171,6 +171,25 @@ impl Router {
         Some((state.to_owned(), words[2].parse().expect("seconds")))
     }
 
+    /// Waits until a TCP connection's entry is so, and says what there is meanwhile; returns what there was at last.
+    fn wait_life(
+        &self,
+        what: &str,
+        port: u16,
+        done: impl Fn(Option<&(String, u64)>) -> bool,
+    ) -> Option<(String, u64)> {
+        let mut last = None;
+        wait_until(what, || {
+            let life = self.life("tcp", port);
+            if life != last {
+                println!("{port}: {life:?}");
+                last.clone_from(&life);
+            }
+            done(life.as_ref())
+        });
+        last
+    }
+
     /// Ports of one provider, with short timeouts.
     fn start_short(&mut self, provider: &str, established: u64) {
         self.run(&format!(
@@ -246,14 +265,9 @@ fn a_reset_after_gigabytes_ends_the_connection(provider: &str) {
         // So long that it has been looked at.
         std::thread::sleep(Duration::from_secs(3));
         c.say(who, RST, 0);
-        let mut last = None;
-        wait_until("conntrack has closed it", || {
-            let life = r.life("tcp", port);
-            if life != last {
-                println!("offloaded: {offloaded}: {life:?}");
-                last.clone_from(&life);
-            }
-            life.is_none_or(|(state, left)| state == "CLOSE" && left <= 10)
+        println!("offloaded: {offloaded}");
+        r.wait_life("conntrack has closed it", port, |life| {
+            life.is_none_or(|(state, left)| state == "CLOSE" && *left <= 10)
         });
         if offloaded {
             wait_until("its rules are gone", || r.installed().is_empty());
@@ -285,14 +299,8 @@ fn a_reset_that_is_not_believed_ends_the_connection(provider: &str) {
         c.talk();
         let by_rules = r.forwarded() == before;
         c.say(who, RST, 0);
-        let mut last = None;
-        wait_until("its entry is that of one that was reset", || {
-            let life = r.life("tcp", port);
-            if life != last {
-                println!("{port}: {life:?}");
-                last.clone_from(&life);
-            }
-            life.is_none_or(|(_, left)| left <= 10)
+        let last = r.wait_life("its entry is that of one that was reset", port, |life| {
+            life.is_none_or(|(_, left)| *left <= 10)
         });
         wait_until("its rules are gone", || r.installed().is_empty());
         // (The kernel's flowtable has given the connection back with the packet that it could not forward.)
