@@ -212,6 +212,10 @@ impl ProviderClass for EbpfClass {
         Ok(Arc::new(provider))
     }
 
+    fn bind_in_hardware(&self, _: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        Err(BindError::Declined("a program forwards in software".into()))
+    }
+
     fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
         if !ifindex.is_netdev() {
             return Ok(0);
@@ -228,6 +232,8 @@ impl ProviderClass for EbpfClass {
                         counted.map_err(|e| fault("reading the table", &e))?;
                     }
                     if let Some(Ok(Some(standing))) = standing {
+                        // The program is something too.
+                        rules = rules.max(1);
                         standing.remove().map_err(|e| e.into_fault("removing the filter"))?;
                     }
                 }
