@@ -30,13 +30,16 @@ pub(super) fn bind(
     let mut asked = rounds.iter().flat_map(|&how| classes.iter().map(move |class| (how, class)));
     let binding = asked.find_map(|(how, class)| {
         let bound = ask(how, &**class, netdev, instance).and_then(|provider| {
-            // Filters and programs of a dead engine's other class were there when it looked, maybe a qdisc that is
-            // nobody's then: it looks again.
-            if clear(all, Some(class.name()), netdev.ifindex) == 0 {
-                return Ok(provider);
+            // What a dead engine's other class has there was in its way, and its own is in the way of that one's
+            // qdisc: it looks again.
+            let others = || all.iter().filter(|c| c.name() != class.name());
+            let has = |c: &Arc<dyn ProviderClass>| contained(|| c.has_leftovers(netdev.ifindex));
+            let in_its_way = others().any(|c| has(c).unwrap_or(false));
+            if in_its_way {
+                release(netdev, &*provider);
             }
-            release(netdev, &*provider);
-            ask(how, &**class, netdev, instance)
+            clear(all, Some(class.name()), netdev.ifindex);
+            if in_its_way { ask(how, &**class, netdev, instance) } else { Ok(provider) }
         });
         match bound {
             Ok(provider) => Some(Binding { class: class.name(), chosen: how, provider }),
@@ -80,15 +83,13 @@ pub(super) fn release(netdev: &Netdev, provider: &dyn Provider) {
     }
 }
 
-/// Removes what engines that died have left on a netdev, of all classes but one; how much there was.
-pub(super) fn clear(classes: &Classes, but: Option<&str>, ifindex: Ifindex) -> u64 {
-    let mut removed = 0;
+/// Removes what engines that died have left on a netdev, of all classes but one.
+pub(super) fn clear(classes: &Classes, but: Option<&str>, ifindex: Ifindex) {
     for class in classes.iter().filter(|c| Some(c.name()) != but) {
         let cleared = contained(|| class.clear_leftovers(ifindex));
         match cleared.unwrap_or_else(|panicked| Err(Fault::new(panicked))) {
             Ok(0) => {}
             Ok(rules) => {
-                removed += rules;
                 tracing::info!(%ifindex, class = class.name(), rules, "left by a dead engine: removed");
             }
             Err(fault) => {
@@ -96,5 +97,4 @@ pub(super) fn clear(classes: &Classes, but: Option<&str>, ifindex: Ifindex) -> u
             }
         }
     }
-    removed
 }

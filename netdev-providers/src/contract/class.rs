@@ -27,8 +27,8 @@ pub enum BindError {
 /// have the best that there is: all classes are asked in the order of their registration whether the NIC carries their
 /// rules ([`bind_in_hardware`](Self::bind_in_hardware); not for a port that is to have none in hardware), and if no NIC
 /// does, to `bind`, in the same order. The first that accepts has the netdev; why the others did not is shown. What
-/// dead engines have left there of other classes' rules is removed then, and the class is asked once more, so that it
-/// finds the netdev without them.
+/// dead engines have left there of other classes' rules is removed then, and the class is asked once more if there was
+/// any, so that it finds the netdev without them.
 pub trait ProviderClass: Send + Sync {
     /// The name in configuration and output, e.g. `tc-flower`. Unique within an engine; never
     /// changes.
@@ -76,9 +76,15 @@ pub trait ProviderClass: Send + Sync {
         Err(BindError::Declined("it has nothing in hardware".into()))
     }
 
+    /// Whether engines that died have left something of this class on a netdev. Where another class has accepted it,
+    /// that one is released, this one [clears](Self::clear_leftovers) the netdev, and the other is asked once more.
+    fn has_leftovers(&self, ifindex: Ifindex) -> bool {
+        let _ = ifindex;
+        false
+    }
+
     /// Removes what engines that died have left on a netdev that is **not** to become a port of this class;
-    /// returns how many rules there were, guards and programs of theirs included: 0 says that the netdev is as it
-    /// was. Rules of anybody else are left alone. A class that keeps nothing beyond its process has nothing to do.
+    /// returns how many rules there were. Rules of anybody else are left alone. A class that keeps nothing beyond its process has nothing to do.
     ///
     /// # Errors
     /// When something of a dead engine may be left.

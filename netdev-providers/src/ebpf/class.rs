@@ -8,8 +8,9 @@ use tracing::{debug, info};
 
 use super::choose::Choice;
 pub use super::choose::Mode;
+use super::clsact::Clsact;
 use super::maps::{Flows, id_of};
-use super::object::{Loader, fault};
+use super::object::{CURRENT, Loader, fault};
 use super::pins::Pins;
 use super::place::{Standing, remove_stray_filter};
 use super::provider::{About, Ebpf};
@@ -216,6 +217,12 @@ impl ProviderClass for EbpfClass {
         Err(BindError::Declined("a program forwards in software".into()))
     }
 
+    fn has_leftovers(&self, ifindex: Ifindex) -> bool {
+        let pinned = || Pins::of(&self.config.pins, ifindex).is_ok_and(|p| p.has(CURRENT));
+        let filter = || Clsact::open(ifindex).and_then(|mut c| c.filter());
+        ifindex.is_netdev() && (pinned() || filter().is_ok_and(|f| f.is_some()))
+    }
+
     fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
         if !ifindex.is_netdev() {
             return Ok(0);
@@ -232,8 +239,6 @@ impl ProviderClass for EbpfClass {
                         counted.map_err(|e| fault("reading the table", &e))?;
                     }
                     if let Some(Ok(Some(standing))) = standing {
-                        // The program is something too.
-                        rules = rules.max(1);
                         standing.remove().map_err(|e| e.into_fault("removing the filter"))?;
                     }
                 }

@@ -152,6 +152,12 @@ impl Capabilities {
         guards: Guards,
     ) -> Result<Result<(), String>, NetlinkError> {
         let mut trials = Trials { hook, found, guards };
+        // What a dead engine has left there tells as much, also of a NIC that has no room for one rule more.
+        for family in Family::UNTAGGED {
+            if trials.has_in_hw(family, |handle| handle != TRIAL.0.get())? {
+                return Ok(Ok(()));
+            }
+        }
         let mut said = String::new();
         for shape in Shape::all().filter(|s| s.does == Does::Nothing) {
             said = match trials.carried(shape)? {
@@ -327,12 +333,27 @@ impl Trials<'_> {
         if let Err(e) = put {
             return Ok(Err(e));
         }
-        let mut in_hw = false;
-        let read = self.hook.filters_at(prio, family, |f| {
-            in_hw |= f.at.handle == TRIAL.0.get() && f.in_hw() == Some(true);
-        });
+        let in_hw = self.has_in_hw(family, |handle| handle == TRIAL.0.get());
         self.hook.delete(prio, family, TRIAL)?;
-        read.map(|()| Ok(in_hw))
+        in_hw.map(Ok)
+    }
+
+    /// Whether the NIC has one of the rules of ours that have these handles.
+    fn has_in_hw(
+        &mut self,
+        family: Family,
+        wanted: impl Fn(u32) -> bool,
+    ) -> Result<bool, NetlinkError> {
+        let prio = self.found.prios.of(Use::Flows, family);
+        let mut in_hw = false;
+        let read = self.hook.filters_terse(prio, family, |f| {
+            in_hw |= wanted(f.at.handle) && f.ours().is_some() && f.in_hw() == Some(true);
+        });
+        match read {
+            // What it has found stands.
+            Ok(()) | Err(NetlinkError::Interrupted) => Ok(in_hw),
+            Err(e) => Err(e),
+        }
     }
 
     /// Puts a trial rule there. The kernel's words, if it refuses it.

@@ -9,7 +9,7 @@ use super::bpf::Programs;
 use super::handles::MAX_LANES;
 use super::hook::Hook;
 pub use super::hook::QdiscKind;
-use super::occupants;
+use super::occupants::{self, Occupants};
 use super::plan::Plan;
 use super::prios::Prios;
 use super::probe;
@@ -178,6 +178,17 @@ impl ProviderClass for TcFlowerClass {
             return Err(BindError::Declined("nothing is to be in hardware (skip_hw)".into()));
         }
         self.bind_where(netdev, instance, true)
+    }
+
+    fn has_leftovers(&self, ifindex: Ifindex) -> bool {
+        let look = || -> Result<bool, NetlinkError> {
+            let mut hook = Hook::open(ifindex)?;
+            if hook.qdisc()?.is_none() {
+                return Ok(false);
+            }
+            Ok(Occupants::read(&mut hook)?.has_ours())
+        };
+        ifindex.is_netdev() && look().unwrap_or(false)
     }
 
     fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
