@@ -56,6 +56,7 @@ fn port(name: &str) -> PortInfo {
         slow: None,
         undeleted: 0,
         in_front: vec!["matchall at prio 10 (all): mirred".into()],
+        chosen: None,
         refusals: vec![],
         pending: 2,
         installed: 1200,

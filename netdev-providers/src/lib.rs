@@ -1,8 +1,8 @@
 //! The offload-provider contract of ctoffload, and the backends that implement it.
 //!
 //! A **provider class** ([`ProviderClass`]) is a kind of backend, registered with an engine by
-//! name. When a netdev is added to the engine as a port, the classes are asked in order of priority
-//! whether they can serve *that* netdev; the first that accepts makes a **provider**
+//! name. When a netdev is added to the engine as a port, the classes are asked in an order
+//! ([`ProviderClass`] says which) whether they can serve *that* netdev; the first that accepts makes a **provider**
 //! ([`Provider`]), which lives exactly as long as the port. The engine then hands the provider
 //! [`Operation`]s: add this flow, delete that rule.
 //!

@@ -148,7 +148,7 @@ pub(super) struct PortAdd {
     /// The netdev.
     #[arg(value_parser = netdev_name)]
     pub(super) name: String,
-    /// A provider class to ask; may be repeated, asked in this order. Without it: as configured.
+    /// A provider class to ask; may be repeated, asked in this order. Without it: as configured, or what is best on the netdev.
     #[arg(long = "provider", value_name = "CLASS")]
     pub(super) providers: Vec<String>,
     /// Where rules may live. Without it: as configured.

@@ -149,6 +149,7 @@ fn port(out: &mut String, p: &PortInfo) {
             let _ = writeln!(out, "    {name:<11} {text}");
         }
     };
+    line("chosen", p.chosen.as_deref().unwrap_or(""));
     line("about", &p.about);
     line("fault", p.fault.as_deref().unwrap_or(""));
     line("slow", p.slow.as_deref().unwrap_or(""));
@@ -255,8 +256,10 @@ pub(super) fn port_added(out: &mut String, p: &PortInfo, detail: bool) {
     match &p.provider {
         Some(provider) => {
             let _ = writeln!(out, "{} is a port, bound to {provider}", p.name);
-            if !p.about.is_empty() {
-                let _ = writeln!(out, "    {}", p.about);
+            for line in [p.chosen.as_deref().unwrap_or(""), &p.about] {
+                if !line.is_empty() {
+                    let _ = writeln!(out, "    {line}");
+                }
             }
         }
         None => {

@@ -19,6 +19,8 @@ pub struct PortInfo {
     pub generation: u32,
     /// The class of the provider it is bound to.
     pub provider: Option<String>,
+    /// Why it is that one.
+    pub chosen: Option<String>,
     /// What the provider found out about the netdev, in one line.
     pub about: String,
     /// What the netdev takes and what not, as far as the provider tried.
@@ -504,7 +506,7 @@ attributes! {
         fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
         sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
         latency = 20, capacity = 21, capacity_learnt = 22, evictions = 23,
-        capabilities = 24, slow = 25, undeleted = 26, in_front = 27,
+        capabilities = 24, slow = 25, undeleted = 26, in_front = 27, chosen = 28,
     }
     CapabilityInfo {
         name = 1, software = 2, software_why = 3, hardware = 4, hardware_why = 5,

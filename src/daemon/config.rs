@@ -47,8 +47,8 @@
 //!
 //! [[port]]                   # the first that matches a netdev's name counts
 //! match = "eth*"             # *, ?, [abc]
-//! # in order; ["none"]: attach without offload; default: all, tc-flower first, ebpf last
-//! providers = ["tc-flower", "nf-flowtable", "ebpf"]
+//! # in order; ["none"]: attach without offload; default: the best that the netdev can have, see below
+//! providers = ["tc-flower", "ebpf", "nf-flowtable"]
 //! offload = "both"           # or "skip-sw" (hardware only), "skip-hw" (software only)
 //! capacity = 100000          # rules at most; default: until the NIC says that it is full
 //!
@@ -75,6 +75,14 @@
 //! connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`. `[[port]]` holds for
 //! netdevs that come from then on, and for `ctoffload port add`: ports stay what they are bound to. All others
 //! are read at the start only: one that says something else is named in the log, and stays as it was.
+//!
+//! # Providers
+//!
+//! Without `providers` a port gets what is best on its netdev: the provider whose rules the NIC carries (`tc-flower` is
+//! asked first, then `nf-flowtable`; not with `offload = "skip-hw"`); where there is none, `ebpf`, then `tc-flower` in
+//! software, then `nf-flowtable`: the first that accepts. A list is asked in its own order, whether in hardware or not.
+//! A port keeps what it got for as long as it is one. `ctoffload port show NAME` says what was chosen, and what
+//! the others said; `in hardware:` stands before the answers of those that were asked for hardware alone.
 //!
 //! # The firewall
 //!

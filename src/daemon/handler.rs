@@ -27,7 +27,7 @@ use crate::engine::datapath::SlotChange;
 use crate::engine::latency::LatencyBucket;
 use crate::engine::slot::SlotState;
 use crate::engine::usage::Usage;
-use crate::engine::view::{PortView, SlotView};
+use crate::engine::view::{Chosen, PortView, SlotView};
 use crate::engine::{Engine, FlushFilter, NO_PROVIDER, PortAddError, PortDeleted};
 
 /// The daemon, as the control server sees it.
@@ -141,6 +141,16 @@ impl Handler {
     }
 }
 
+/// Why a port has the class that it has.
+const fn chosen_by(chosen: Chosen, hw_flags: HwFlags) -> &'static str {
+    match (chosen, hw_flags) {
+        (Chosen::Listed, _) => "the first of its list that accepts",
+        (Chosen::InHardware, _) => "by default: the NIC carries its rules",
+        (Chosen::First, HwFlags::SkipHw) => "by default: the first that accepts",
+        (Chosen::First, _) => "by default: the first that accepts, as the NIC carries no rules",
+    }
+}
+
 fn port_info(links: &Links, v: PortView) -> PortInfo {
     let state = match (v.draining, &v.fault, &v.slow, v.provider) {
         (true, ..) => "draining",
@@ -154,6 +164,7 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         name: links.name(v.netdev.ifindex),
         generation: v.netdev.generation.get(),
         provider: v.provider.map(str::to_owned),
+        chosen: v.chosen.map(|chosen| chosen_by(chosen, v.netdev.hw_flags).to_owned()),
         about: v.about,
         capabilities: v.capabilities.into_iter().map(capability_info).collect(),
         offload: v.netdev.hw_flags.to_string(),

@@ -43,8 +43,8 @@ use crate::engine::registry::RegistryError;
 use crate::engine::{Engine, Limits};
 use crate::one_line::one_line;
 
-/// The provider classes that there are, in order of priority.
-const CLASSES: [&str; 3] = ["tc-flower", "nf-flowtable", "ebpf"];
+/// The provider classes that there are, in the order in which they are asked.
+const CLASSES: [&str; 3] = ["ebpf", "tc-flower", "nf-flowtable"];
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -267,18 +267,18 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         Limits { connections: config.connections, queue: config.queue, ..Limits::default() },
         Clock::default(),
     );
-    let class: Arc<dyn ProviderClass> = Arc::new(TcFlowerClass::new(tc_config));
-    engine.register(class)?;
-    let flowtable = Arc::new(NfFlowtableClass::new(NfFlowtableConfig {
-        accounting: config.flowtable_accounting,
-        ..NfFlowtableConfig::default()
-    }));
-    engine.register(Arc::clone(&flowtable) as Arc<dyn ProviderClass>)?;
+    // A netdev whose NIC carries rules gets the class that it carries; of the others these are asked in this order.
     engine.register(Arc::new(EbpfClass::new(EbpfConfig {
         mode: config.ebpf_mode,
         max_rules: config.ebpf_max_rules,
         ..EbpfConfig::default()
     })))?;
+    engine.register(Arc::new(TcFlowerClass::new(tc_config)))?;
+    let flowtable = Arc::new(NfFlowtableClass::new(NfFlowtableConfig {
+        accounting: config.flowtable_accounting,
+        ..NfFlowtableConfig::default()
+    }));
+    engine.register(Arc::clone(&flowtable) as Arc<dyn ProviderClass>)?;
     backend.set_own_changes(Box::new(move |port_id| flowtable.is_own_change(port_id)));
     backend.set_observer(Box::new(handler::Events(server.publisher())));
 

@@ -16,7 +16,7 @@
 //! * `held`, `paths`, `shapes`, `counters`: what a port holds, where that leads, what it does not take, has done;
 //! * `ports`, `flush`: ports that come and go, and what takes rules away from them;
 //! * [`progress`]: whether a port's provider goes on;
-//! * [`registry`]: provider classes;
+//! * [`registry`], `bind`: provider classes, and which of them a netdev gets;
 //! * [`datapath`]: what the engine asks of the datapath;
 //! * [`capacity`], `pace`: how many rules a port may have, and which give way;
 //! * [`latency`]: how long providers take;
@@ -57,6 +57,7 @@
 //! slow passes ([`view::PortView::slow`]). No call panics.
 
 mod ask;
+mod bind;
 pub mod capacity;
 pub mod clock;
 pub mod conn;
@@ -155,7 +156,8 @@ pub struct NewPort {
     pub name: String,
     /// Where its rules may live.
     pub hw_flags: HwFlags,
-    /// The classes to try, in this order; `None`: all, by priority. `["none"]`: no provider.
+    /// The classes to try, in this order; `None`: all, those first whose rules a NIC carries. `["none"]`: no
+    /// provider.
     pub providers: Option<Vec<String>>,
     /// How many rules it may have; `None`: until the provider says that there is no more room.
     pub capacity: Option<u32>,

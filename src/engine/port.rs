@@ -22,18 +22,30 @@ use super::progress::{Progress, Slow};
 use super::queue::Queue;
 use super::shapes::{Shape, Shapes};
 
+/// Why the class of a port is the one that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chosen {
+    /// The first of the port's list that accepts.
+    Listed,
+    /// Without a list: the first whose rules the NIC carries.
+    InHardware,
+    /// Without a list: the first that accepts, since no NIC carries rules, or none is to.
+    First,
+}
+
 /// Why an earlier class did not bind a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// Which class.
     pub class: &'static str,
-    /// In its own words.
+    /// In its own words; `in hardware: ...` where it was asked only for what a NIC carries.
     pub why: String,
 }
 
 /// The class that bound a port, and what it made.
 pub(super) struct Binding {
     pub class: &'static str,
+    pub chosen: Chosen,
     pub provider: Arc<dyn Provider>,
 }
 

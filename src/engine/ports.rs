@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use netdev_providers::{BindError, Fault, Generation, Ifindex, Netdev};
+use netdev_providers::{Fault, Generation, Ifindex, Netdev};
 
 use super::ask::{Asked, NoAnswer};
-use super::contain::contained;
-use super::port::{Binding, Port, Refusal};
+use super::bind::{bind, clear, release};
+use super::port::Port;
 use super::queue::{Command, Stopped};
 use super::state::undeleted_towards;
 use super::table::PortTable;
@@ -16,8 +16,11 @@ use super::writer::Writer;
 use super::{Admin, Engine, NO_PROVIDER, NewPort, NoSuchPort, PortAddError, PortDeleted};
 
 impl Engine {
-    /// Attaches a netdev and binds it, for its whole life, to the first class that accepts it. When
-    /// none does, the port is attached without a provider and its refusals are kept.
+    /// Attaches a netdev and binds it, for its whole life, to the first class that accepts it: of
+    /// [its list](NewPort::providers), or without one of those whose rules a NIC carries
+    /// ([`ProviderClass::bind_in_hardware`](netdev_providers::ProviderClass::bind_in_hardware)), then of all. When
+    /// none does, the port is attached without a provider. Refusals are kept. What engines that died have left
+    /// there of other classes is removed.
     ///
     /// # Errors
     /// [`PortAddError`]; nothing has changed then.
@@ -49,17 +52,8 @@ impl Engine {
         };
         let netdev =
             Netdev { ifindex: new.ifindex, generation, name: new.name, hw_flags: new.hw_flags };
-        let mut refusals = Vec::new();
-        let binding = classes.iter().find_map(|class| {
-            let why = match contained(|| class.bind(&netdev, self.0.instance)) {
-                Ok(Ok(provider)) => return Some(Binding { class: class.name(), provider }),
-                Ok(Err(BindError::Declined(why))) | Err(why) => why,
-                Ok(Err(BindError::Failed(fault))) => fault.to_string(),
-            };
-            tracing::info!(port = %netdev, class = class.name(), why, "not bound");
-            refusals.push(Refusal { class: class.name(), why });
-            None
-        });
+        let (all, by_default) = (admin.registry.select(None)?, names.is_none());
+        let (binding, refusals) = bind(&netdev, self.0.instance, &classes, by_default, &all);
         let limits = &self.0.limits;
         let living = table.iter().map(|p| p.generation());
         let port = Arc::new(Port::new(netdev, binding, refusals, living, limits, new.capacity));
@@ -70,10 +64,7 @@ impl Engine {
                 .begin();
             if let Err(e) = self.0.threads.serve(&port) {
                 drop(port.queue.take_job());
-                let released = contained(|| binding.provider.release());
-                if let Ok(Err(fault)) | Err(fault) = released.map_err(Fault::new) {
-                    tracing::warn!(port = %port.netdev, "release: {fault}");
-                }
+                release(&port.netdev, &*binding.provider);
                 return Err(PortAddError::Thread(e));
             }
         }
@@ -115,24 +106,13 @@ impl Engine {
         asked.into_iter().map(slow).filter(|is_slow| *is_slow).count() == 0
     }
 
-    /// Removes what engines that died have left on a netdev that is not a port. Blocks.
+    /// Removes what engines that died have left on a netdev that is not to become a port. Blocks.
     pub fn clear_leftovers(&self, ifindex: Ifindex) {
         let admin = self.admin();
         if self.0.publication.table().get(ifindex).is_some() {
             return;
         }
-        for class in admin.registry.select(None).unwrap_or_default() {
-            let cleared = contained(|| class.clear_leftovers(ifindex));
-            match cleared.unwrap_or_else(|panicked| Err(Fault::new(panicked))) {
-                Ok(0) => {}
-                Ok(rules) => {
-                    tracing::info!(%ifindex, class = class.name(), rules, "left by a dead engine: removed");
-                }
-                Err(fault) => {
-                    tracing::warn!(%ifindex, class = class.name(), "leftovers of a dead engine: {fault}");
-                }
-            }
-        }
+        clear(&admin.registry.select(None).unwrap_or_default(), None, ifindex);
     }
 
     /// Deletes a port: no worker offers on it any more, rules on other ports that forward into it

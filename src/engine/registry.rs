@@ -1,4 +1,4 @@
-//! Provider classes by name, in order of priority.
+//! Provider classes by name, in the order in which they were registered, which is that in which they are asked.
 
 use std::sync::Arc;
 

@@ -9,7 +9,7 @@ use super::conn::{ConnHandle, PathTaken};
 use super::detail::Said;
 use super::latency::LatencyBucket;
 use super::port::Port;
-pub use super::port::Refusal;
+pub use super::port::{Chosen, Refusal};
 pub use super::progress::Slow;
 use super::slot::SlotState;
 
@@ -20,6 +20,8 @@ pub struct PortView {
     pub netdev: Netdev,
     /// The class it is bound to.
     pub provider: Option<&'static str>,
+    /// Why to that one.
+    pub chosen: Option<Chosen>,
     /// What the provider found out about the netdev.
     pub about: String,
     /// Filters and programs of others that packets pass before they come to its rules, in words.
@@ -234,6 +236,7 @@ fn port_view(port: &Port) -> PortView {
             .visit(|provider| provider.capabilities())
             .and_then(Result::ok)
             .unwrap_or_default(),
+        chosen: port.binding.as_ref().map(|b| b.chosen),
         refusals: port.refusals.clone(),
         fault: port.fault(),
         slow: port.slow(),

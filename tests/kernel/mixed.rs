@@ -292,8 +292,8 @@ fn mixed_a_class_that_declines_leaves_the_port_to_the_next_and_is_shown_with_its
 #[test]
 fn mixed_what_is_asked_for_by_hand_is_bound_or_refused_with_the_reasons() {
     let mut r = router("hand");
-    r.start(&["--port", "wan"]);
-    assert_eq!(provider(&r, "wan"), FLOWER, "the first in order of priority");
+    r.start_by_default("[[port]]\nmatch = \"wan\"\n");
+    assert_eq!(provider(&r, "wan"), EBPF, "the best that a veth can have");
     ok(&r, &["port", "add", "lan", "--provider", FLOWTABLE]);
     assert_eq!(provider(&r, "lan"), FLOWTABLE);
     let refused = |args: &[&str], status: i32| {

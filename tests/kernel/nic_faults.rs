@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::router::{BOTH, Connection, Router};
@@ -273,6 +274,47 @@ fn tags_are_changed_in_the_nic() {
     for part in ["vlan_id 10", "vlan  pop pipe", "vlan  push id 20", "  in_hw "] {
         assert!(rules.contains(part), "no {part} in {rules}");
     }
+}
+
+#[test]
+fn a_nic_gets_tc_flower_without_a_list_while_it_carries_its_rules() {
+    const PORT: &str = "[[port]]\nmatch = \"?an\"\n";
+    let mut h = Hardware::without_daemon("default", &[]);
+    let bound = |h: &Hardware| PORTS.map(|p| h.port(p)["provider"].clone());
+    h.router.start_by_default(PORT);
+    assert_eq!(bound(&h), ["tc-flower"; 2], "{}", h.port("lan"));
+    assert!(h.port("lan")["chosen"].to_string().contains("the NIC carries"), "{}", h.port("lan"));
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    // Its rules are adopted, and asked for again they are found there.
+    h.router.signal(Signal::SIGKILL);
+    let before = h.rules("lan", "active");
+    h.router.start_by_default(PORT);
+    assert_eq!(bound(&h), ["tc-flower"; 2], "{}", h.port("lan"));
+    h.wait_in_hardware(&mut c);
+    assert_eq!(h.rules("lan", "active"), before);
+    assert_eq!(h.router.signal(Signal::SIGTERM), Some(0));
+    let wants = |h: &mut Hardware, class: &str, words: &str| {
+        h.router.start_by_default(PORT);
+        assert_eq!(bound(h), [class; 2], "{}", h.port("lan"));
+        let refused = h.port("lan")["refusals"].to_string();
+        assert!(refused.contains(words), "no '{words}' in {refused}");
+        // No trial has stayed there.
+        assert_eq!(h.rules("lan", "active"), 0);
+        assert_eq!(h.router.signal(Signal::SIGTERM), Some(0));
+    };
+    // A NIC that takes none of it, or only what is of no use, offloads by a flowtable alone.
+    for (knob, words) in [
+        ("match-ttl", "the NIC does not take the TTL guard"),
+        ("act-redirect", "the NIC does not take a rule for a flow"),
+    ] {
+        PORTS.iter().for_each(|port| h.set(port, "unsupported", knob));
+        wants(&mut h, "nf-flowtable", words);
+        PORTS.iter().for_each(|port| h.set(port, "unsupported", ""));
+    }
+    // One that is switched off is a netdev like any other.
+    h.router.run("ethtool -K lan hw-tc-offload off; ethtool -K wan hw-tc-offload off");
+    wants(&mut h, "ebpf", "the NIC does not take the TTL guard");
 }
 
 #[test]

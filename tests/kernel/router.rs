@@ -25,6 +25,7 @@ mod admission;
 mod beside;
 mod blind;
 mod bridge;
+mod choice;
 mod ebpf;
 mod ecmp;
 mod ends;
@@ -94,20 +95,23 @@ impl Router {
         self.ns.try_run(line)
     }
 
-    pub(crate) fn start(&mut self, args: &[&str]) {
-        let mut args = args.to_vec();
-        let file;
-        if !args.contains(&"--config") {
-            file = self.configure("");
-            args.extend(["--config", &file]);
-        }
-        self.start_logging(&args, Stdio::inherit());
+    /// With these ports (`--port NAME`), which are tc-flower's.
+    pub(crate) fn start(&mut self, ports: &[&str]) {
+        let ports = ports.iter().filter(|arg| **arg != "--port");
+        let config: String = ports.map(|name| format!("[[port]]\nmatch = \"{name}\"\n")).collect();
+        self.start_with(&config);
     }
 
-    /// The same, with this configuration.
+    /// With this configuration.
     pub(crate) fn start_with(&mut self, config: &str) {
         let file = self.configure(config);
-        self.start(&["--config", &file]);
+        self.start_logging(&["--config", &file], Stdio::inherit());
+    }
+
+    /// With this configuration, in which ports that have no list get what is best.
+    pub(crate) fn start_by_default(&mut self, config: &str) {
+        let file = self.written(config);
+        self.start_logging(&["--config", &file], Stdio::inherit());
     }
 
     /// Two ports of this provider alone.
@@ -117,9 +121,24 @@ impl Router {
         ));
     }
 
+    /// The name of a file with this configuration. Ports that have no list are tc-flower's, a line longer each: most
+    /// tests are about the rules that `tc` shows, and would ask another class for them.
+    pub(crate) fn configure(&self, config: &str) -> String {
+        const PORT: &str = "[[port]]\n";
+        let mut sections = config.split(PORT);
+        let mut listed = sections.next().unwrap_or_default().to_owned();
+        for section in sections {
+            let of_port = section.split("\n[").next().unwrap_or_default();
+            let list =
+                if of_port.contains("providers") { "" } else { "providers = [\"tc-flower\"]\n" };
+            listed += &format!("{PORT}{list}{section}");
+        }
+        self.written(&listed)
+    }
+
     /// The name of a file with this configuration. Where it does not say from how many packets on, from the first
     /// that can be: tests count them.
-    pub(crate) fn configure(&self, config: &str) -> String {
+    fn written(&self, config: &str) -> String {
         let file = std::env::temp_dir().join(format!("ctoffload-{}.toml", self.name));
         let mut config = config.to_owned();
         if !config.contains("min-packets") {

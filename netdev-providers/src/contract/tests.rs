@@ -75,7 +75,18 @@ impl ProviderClass for Least {
 #[test]
 fn a_backend_that_keeps_nothing_beyond_its_process_has_nothing_to_observe_or_to_tell() {
     assert_eq!(Least.init(), Ok(()));
-    assert_eq!(Least.clear_leftovers(ifindex(1)), Ok(0));
+    assert_eq!(
+        (Least.clear_leftovers(ifindex(1)), Least.has_leftovers(ifindex(1))),
+        (Ok(0), false)
+    );
+    let netdev = Netdev {
+        ifindex: ifindex(1),
+        generation: Generation::new(1).unwrap(),
+        name: "eth0".to_owned(),
+        hw_flags: HwFlags::Both,
+    };
+    let hardware = Least.bind_in_hardware(&netdev, cookie().instance);
+    assert!(matches!(hardware, Err(BindError::Declined(why)) if why.contains("hardware")));
     assert_eq!(Least.observe(), Ok(Observed::default()));
     assert!(Least.capabilities().is_empty());
     assert_eq!(Least.describe(), "");

@@ -40,6 +40,28 @@ impl ProviderClass for DummyClass {
 
     fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
         self.enter(Call::Bind, Some(netdev.ifindex));
+        self.bind_netdev(netdev, instance)
+    }
+
+    fn bind_in_hardware(
+        &self,
+        netdev: &Netdev,
+        instance: Instance,
+    ) -> Result<Arc<dyn Provider>, BindError> {
+        self.enter(Call::BindInHardware, Some(netdev.ifindex));
+        if !self.state().hardware.contains(&netdev.ifindex) {
+            return Err(BindError::Declined("the NIC does not carry its rules".into()));
+        }
+        self.bind_netdev(netdev, instance)
+    }
+}
+
+impl DummyClass {
+    fn bind_netdev(
+        &self,
+        netdev: &Netdev,
+        instance: Instance,
+    ) -> Result<Arc<dyn Provider>, BindError> {
         let mut state = self.state();
         let why =
             state.decline.get(&Some(netdev.ifindex)).or_else(|| state.decline.get(&None)).cloned();

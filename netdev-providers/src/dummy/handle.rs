@@ -176,6 +176,11 @@ impl DummyClass {
         self.state().decline.insert(ifindex, why.into());
     }
 
+    /// The NIC of this netdev carries rules of the class from now on; none does at the beginning.
+    pub fn carry_in_hardware(&self, ifindex: Ifindex) {
+        self.state().hardware.insert(ifindex);
+    }
+
     /// Bind accepts again whatever [`decline`](Self::decline) was told of.
     pub fn accept(&self) {
         self.state().decline.clear();

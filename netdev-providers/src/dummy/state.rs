@@ -44,6 +44,8 @@ pub enum Call {
     Deinit,
     /// `bind`
     Bind,
+    /// `bind_in_hardware`
+    BindInHardware,
     /// `can_offload`
     CanOffload,
     /// `submit`
@@ -209,6 +211,8 @@ pub(super) struct State {
     pub(super) held: usize,
     pub(super) shape_refusal: Option<Rejection>,
     pub(super) decline: BTreeMap<Option<Ifindex>, String>,
+    /// Netdevs whose NIC has its rules.
+    pub(super) hardware: BTreeSet<Ifindex>,
     pub(super) bind_fault: Option<Fault>,
     pub(super) init_fault: Option<Fault>,
     pub(super) flush_fault: Option<Fault>,
@@ -242,6 +246,7 @@ impl Default for State {
             held: 0,
             shape_refusal: None,
             decline: BTreeMap::new(),
+            hardware: BTreeSet::new(),
             bind_fault: None,
             init_fault: None,
             flush_fault: None,

@@ -8,8 +8,9 @@ use tracing::{debug, info};
 
 use super::choose::Choice;
 pub use super::choose::Mode;
+use super::clsact::Clsact;
 use super::maps::{Flows, id_of};
-use super::object::{Loader, fault};
+use super::object::{CURRENT, Loader, fault};
 use super::pins::Pins;
 use super::place::{Standing, remove_stray_filter};
 use super::provider::{About, Ebpf};
@@ -210,6 +211,16 @@ impl ProviderClass for EbpfClass {
             .inspect_err(|e| debug!(%netdev, "ebpf not bound: {e}"))?;
         info!(%netdev, "ebpf bound: {}", provider.describe());
         Ok(Arc::new(provider))
+    }
+
+    fn bind_in_hardware(&self, _: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        Err(BindError::Declined("a program forwards in software".into()))
+    }
+
+    fn has_leftovers(&self, ifindex: Ifindex) -> bool {
+        let pinned = || Pins::of(&self.config.pins, ifindex).is_ok_and(|p| p.has(CURRENT));
+        let filter = || Clsact::open(ifindex).and_then(|mut c| c.filter());
+        ifindex.is_netdev() && (pinned() || filter().is_ok_and(|f| f.is_some()))
     }
 
     fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {

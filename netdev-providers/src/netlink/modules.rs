@@ -6,6 +6,7 @@
 //! the request is refused.
 
 use std::fmt::Display;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tracing::debug;
@@ -36,9 +37,54 @@ pub fn while_modules_come<T, E: Display>(
     ask()
 }
 
+/// Whether a kernel was found to lack something, for who asks it again and again: it is waited for once, and not for
+/// every netdev.
+#[derive(Debug, Default)]
+pub struct Lacking(AtomicBool);
+
+impl Lacking {
+    /// As [`while_modules_come`], if nobody has waited in vain yet; without a pause otherwise.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn ask<T, E: Display>(
+        &self,
+        lacks: impl Fn(&E) -> bool,
+        mut ask: impl FnMut() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let answer =
+            if self.0.load(Ordering::Relaxed) { ask() } else { while_modules_come(&lacks, ask) };
+        self.0.store(answer.as_ref().is_err_and(lacks), Ordering::Relaxed);
+        answer
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_lacking_is_waited_for_once() {
+        let lacking = Lacking::default();
+        let tries = |answer: Result<(), &'static str>| {
+            let mut tries = 0;
+            let asked = lacking.ask(
+                |e| *e == "lacking",
+                || {
+                    tries += 1;
+                    answer
+                },
+            );
+            assert_eq!(asked, answer);
+            tries
+        };
+        assert_eq!(tries(Err("forbidden")), 1);
+        assert_eq!(tries(Err("lacking")), 4);
+        assert_eq!(tries(Err("lacking")), 1);
+        // It has come meanwhile.
+        assert_eq!(tries(Ok(())), 1);
+        assert_eq!(tries(Err("lacking")), 4);
+    }
 
     #[test]
     fn what_is_lacking_is_asked_for_again_and_nothing_else_is() {

@@ -6,14 +6,18 @@ use nix::errno::Errno;
 use tracing::{debug, info};
 
 use super::provider::NfFlowtable;
-use super::shared::{NfFlowtableConfig, Shared};
+use super::shared::{NfFlowtableConfig, Shared, Wants};
 use crate::contract::class::{BindError, ProviderClass};
 use crate::contract::provider::{Fault, Provider};
 use crate::contract::types::{HwFlags, Instance, Netdev};
+use crate::netlink::generic::has_feature;
 use crate::netlink::link::Links;
 
 /// `ARPHRD_ETHER` (`linux/if_arp.h`).
 const ARPHRD_ETHER: u16 = 1;
+
+/// A feature of netdevs: they offload filters, and flowtables (`ethtool -K NAME hw-tc-offload on`).
+const OFFLOADS: &str = "hw-tc-offload";
 
 /// The class `nf-flowtable`: the kernel's flowtable. See the [module](super).
 #[derive(Debug, Default)]
@@ -32,22 +36,8 @@ impl NfFlowtableClass {
     pub fn is_own_change(&self, port_id: u32) -> bool {
         self.0.port_id().is_some_and(|ours| ours.get() == port_id)
     }
-}
 
-impl ProviderClass for NfFlowtableClass {
-    fn name(&self) -> &'static str {
-        "nf-flowtable"
-    }
-
-    fn init(&self) -> Result<(), Fault> {
-        let name = &self.0.config.table;
-        if name.is_empty() || name.len() > 127 || name.contains('\0') {
-            return Err(Fault::new("the table's name: 1 to 127 bytes"));
-        }
-        Ok(())
-    }
-
-    fn bind(&self, netdev: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+    fn attach(&self, netdev: &Netdev, wants: Wants) -> Result<Arc<dyn Provider>, BindError> {
         if !netdev.ifindex.is_netdev() {
             return Err(BindError::Declined("a port of the datapath's own, and no netdev".into()));
         }
@@ -75,13 +65,53 @@ impl ProviderClass for NfFlowtableClass {
             ));
         }
         self.0
-            .attach(&link, netdev.hw_flags == HwFlags::Both)
+            .attach(&link, wants)
             .map_err(|e| BindError::Declined(e.to_string()))
             .inspect_err(|e| debug!(%netdev, "nf-flowtable not bound: {e}"))?;
         let provider = NfFlowtable::new(Arc::clone(&self.0), netdev.clone());
         provider.look_in_front();
         info!(%netdev, "nf-flowtable bound: {}", provider.describe());
         Ok(Arc::new(provider))
+    }
+}
+
+impl ProviderClass for NfFlowtableClass {
+    fn name(&self) -> &'static str {
+        "nf-flowtable"
+    }
+
+    fn init(&self) -> Result<(), Fault> {
+        let name = &self.0.config.table;
+        if name.is_empty() || name.len() > 127 || name.contains('\0') {
+            return Err(Fault::new("the table's name: 1 to 127 bytes"));
+        }
+        Ok(())
+    }
+
+    fn bind(&self, netdev: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        let hardware = netdev.hw_flags == HwFlags::Both;
+        self.attach(netdev, if hardware { Wants::HardwareIfPossible } else { Wants::Software })
+    }
+
+    fn bind_in_hardware(
+        &self,
+        netdev: &Netdev,
+        _: Instance,
+    ) -> Result<Arc<dyn Provider>, BindError> {
+        if netdev.hw_flags == HwFlags::SkipHw {
+            return Err(BindError::Declined("nothing is to be in hardware (skip_hw)".into()));
+        }
+        // A flowtable cannot be tried: whether the NIC carries what is in it turns out with the first connection. That
+        // the driver takes its flag is all that there is, and that it is not switched off.
+        let on = !netdev.ifindex.is_netdev()
+            || has_feature(netdev.ifindex, OFFLOADS)
+                .map_err(|e| BindError::Failed(e.into_fault("reading the netdev's features")))?;
+        if !on {
+            return Err(BindError::Declined(
+                "the NIC offloads nothing, or is not to (ethtool -k NAME: hw-tc-offload)".into(),
+            ));
+        }
+        self.attach(netdev, Wants::Hardware)
     }
 }
 

@@ -16,7 +16,7 @@ use super::table::{Table, TableError};
 use crate::contract::provider::Fault;
 use crate::contract::types::Netdev;
 use crate::netlink::link::{Link, Links};
-use crate::netlink::modules::while_modules_come;
+use crate::netlink::modules::Lacking;
 use crate::netlink::{Family, NetlinkError, Socket};
 
 /// Whether conntrack counts, in the network namespace of the thread that opens it.
@@ -49,6 +49,18 @@ pub(super) struct Shared {
     /// The netlink port of the table's socket, 0 when there was none yet.
     port_id: AtomicU32,
     next_rule: AtomicU64,
+    /// The kernel has no flowtables, which every netdev without a list is asked for.
+    lacking: Lacking,
+}
+
+/// Where the flowtable is to forward what a port receives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wants {
+    Software,
+    /// In hardware where the driver takes it.
+    HardwareIfPossible,
+    /// Or not at all.
+    Hardware,
 }
 
 /// What changes with every port and every element.
@@ -104,7 +116,10 @@ impl Shared {
     }
 
     /// Adds the port to the table, which is made when there is none.
-    pub(super) fn attach(&self, link: &Link, wants_hardware: bool) -> Result<(), TableError> {
+    pub(super) fn attach(&self, link: &Link, wants: Wants) -> Result<(), TableError> {
+        let wants_hardware = wants != Wants::Software;
+        let otherwise = wants != Wants::Hardware;
+        let refused = |e: &TableError| otherwise && e.errno() == Some(Errno::EOPNOTSUPP);
         let mut state = self.state();
         let Some(table) = &mut state.table else {
             let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,8 +130,8 @@ impl Shared {
                 Table::install(socket, &self.config.table, Links::open()?, link, hardware)
             };
             let lacks = |e: &TableError| e.errno() == Some(Errno::ENOENT);
-            let table = while_modules_come(lacks, || match made(wants_hardware) {
-                Err(e) if wants_hardware && e.errno() == Some(Errno::EOPNOTSUPP) => made(false),
+            let table = self.lacking.ask(lacks, || match made(wants_hardware) {
+                Err(e) if wants_hardware && refused(&e) => made(false),
                 other => other,
             })?;
             *readback = Some(Readback::open()?);
@@ -128,7 +143,7 @@ impl Shared {
         if table.is_hardware() {
             if wants_hardware {
                 match table.add_port(link, true) {
-                    Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => {}
+                    Err(e) if refused(&e) => {}
                     other => return other,
                 }
             }
@@ -136,6 +151,9 @@ impl Shared {
                 port = link.name,
                 "the flowtable goes on without its offload flag, which holds for all its ports or for none"
             );
+        }
+        if !otherwise {
+            return Err(TableError::SoftwareOnly);
         }
         table.add_port(link, false)
     }

@@ -60,6 +60,10 @@ pub(super) enum TableError {
         "netdev {top} stands above ports of this provider and above {egress}, which is none: where a packet leaves cannot be told"
     )]
     Ambiguous { top: Ifindex, egress: Ifindex },
+    #[error(
+        "the flowtable of the other ports has no offload flag, which holds for all its ports or for none"
+    )]
+    SoftwareOnly,
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
 }
@@ -73,7 +77,8 @@ impl TableError {
             | Self::TableExists { .. }
             | Self::BelowBond { .. }
             | Self::BelowVrf { .. }
-            | Self::Ambiguous { .. } => None,
+            | Self::Ambiguous { .. }
+            | Self::SoftwareOnly => None,
         }
     }
 }

@@ -22,6 +22,9 @@ use crate::contract::reason::{Reason, Rejection};
 use crate::contract::types::{Direction, Ifindex, L4Proto, MacAddr, Tuple, VlanId, Zone};
 use crate::netlink::error::{KernelError, NetlinkError};
 
+/// The handle of trial rules: the last one, no flow's.
+const TRIAL: Handle = Handle(NonZeroU32::MAX);
+
 /// What the kernel said to a trial: `None` where it was not made.
 type Answer = Option<Result<(), KernelError>>;
 
@@ -139,6 +142,31 @@ impl Capabilities {
             lines.push(trials.flow(shape)?);
         }
         Ok(Self(lines))
+    }
+
+    /// Whether the NIC carries a flow of some shape: it takes the rule, and has it when it is read back. What it
+    /// said, where it does not.
+    pub(super) fn carried(
+        hook: &mut Hook,
+        found: &Found,
+        guards: Guards,
+    ) -> Result<Result<(), String>, NetlinkError> {
+        let mut trials = Trials { hook, found, guards };
+        // What a dead engine has left there tells as much, also of a NIC that has no room for one rule more.
+        for family in Family::UNTAGGED {
+            if trials.has_in_hw(family, |handle| handle != TRIAL.0.get())? {
+                return Ok(Ok(()));
+            }
+        }
+        let mut said = String::new();
+        for shape in Shape::all().filter(|s| s.does == Does::Nothing) {
+            said = match trials.carried(shape)? {
+                Ok(true) => return Ok(Ok(())),
+                Ok(false) => format!("{shape}: taken, but it is not in_hw"),
+                Err(e) => format!("{shape}: {e}"),
+            };
+        }
+        Ok(Err(said))
     }
 
     /// For people.
@@ -279,24 +307,71 @@ impl Trials<'_> {
         write: impl Fn((&mut Vec<u8>, u32, Place, Handle)) -> bool,
     ) -> Result<Answer, NetlinkError> {
         let prio = self.found.prios.of(Use::Flows, family);
-        // The last one: no flow's.
-        let handle = Handle(NonZeroU32::MAX);
-        if !write((&mut Vec::new(), 0, Place { ifindex: self.hook.ifindex, prio, family }, handle))
-        {
+        if !write((&mut Vec::new(), 0, Place { ifindex: self.hook.ifindex, prio, family }, TRIAL)) {
             return Ok(None);
         }
-        let tried = self.hook.request(|buf, seq, ifindex| {
-            write((buf, seq, Place { ifindex, prio, family }, handle));
+        let tried = self.put(family, |m| _ = write(m))?;
+        if tried.is_ok() {
+            self.hook.delete(prio, family, TRIAL)?;
+        }
+        Ok(Some(tried))
+    }
+
+    /// Whether the NIC has the rule of a flow of this shape, or why it does not take it.
+    fn carried(&mut self, shape: Shape) -> Result<Result<bool, KernelError>, NetlinkError> {
+        let (flow, family) = (trial_flow(self.hook.ifindex, shape), shape.family());
+        let (cookie, prio) = (self.guards.cookie(), self.found.prios.of(Use::Flows, family));
+        let form = Form {
+            flags: TCA_CLS_FLAGS_SKIP_SW,
+            nat: None,
+            header: None,
+            percpu_stats: self.found.percpu_stats(TCA_CLS_FLAGS_SKIP_SW),
+        };
+        let put = self.put(family, |(buf, seq, place, handle)| {
+            rule::add(buf, seq, place, handle, &flow, cookie, form);
+        })?;
+        if let Err(e) = put {
+            return Ok(Err(e));
+        }
+        let in_hw = self.has_in_hw(family, |handle| handle == TRIAL.0.get());
+        self.hook.delete(prio, family, TRIAL)?;
+        in_hw.map(Ok)
+    }
+
+    /// Whether the NIC has one of the rules of ours that have these handles.
+    fn has_in_hw(
+        &mut self,
+        family: Family,
+        wanted: impl Fn(u32) -> bool,
+    ) -> Result<bool, NetlinkError> {
+        let prio = self.found.prios.of(Use::Flows, family);
+        let mut in_hw = false;
+        let read = self.hook.filters_terse(prio, family, |f| {
+            in_hw |= wanted(f.at.handle) && f.ours().is_some() && f.in_hw() == Some(true);
+        });
+        match read {
+            // What it has found stands.
+            Ok(()) | Err(NetlinkError::Interrupted) => Ok(in_hw),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Puts a trial rule there. The kernel's words, if it refuses it.
+    fn put(
+        &mut self,
+        family: Family,
+        write: impl FnOnce((&mut Vec<u8>, u32, Place, Handle)),
+    ) -> Result<Result<(), KernelError>, NetlinkError> {
+        let prio = self.found.prios.of(Use::Flows, family);
+        let put = self.hook.request(|buf, seq, ifindex| {
+            write((buf, seq, Place { ifindex, prio, family }, TRIAL));
             rule::ask_for_ack(buf, 0);
         });
-        match tried {
-            Ok(()) => {
-                self.hook.delete(prio, family, handle)?;
-                Ok(Some(Ok(())))
-            }
+        match put {
+            Ok(()) => Ok(Ok(())),
             Err(NetlinkError::Kernel(e)) => {
                 debug!(ifindex = %self.hook.ifindex, "a trial rule was refused: {e}");
-                Ok(Some(Err(e)))
+                Ok(Err(e))
             }
             Err(e) => Err(e),
         }

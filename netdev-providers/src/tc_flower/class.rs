@@ -9,7 +9,7 @@ use super::bpf::Programs;
 use super::handles::MAX_LANES;
 use super::hook::Hook;
 pub use super::hook::QdiscKind;
-use super::occupants;
+use super::occupants::{self, Occupants};
 use super::plan::Plan;
 use super::prios::Prios;
 use super::probe;
@@ -17,8 +17,9 @@ use super::provider::{Sockets, TcFlower};
 use super::threads::Threads;
 use crate::contract::class::{BindError, ProviderClass};
 use crate::contract::provider::{Fault, Provider};
-use crate::contract::types::{Ifindex, Instance, Netdev};
+use crate::contract::types::{HwFlags, Ifindex, Instance, Netdev};
 use crate::netlink::error::NetlinkError;
+use crate::netlink::modules::Lacking;
 
 /// Options of the class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +77,8 @@ pub struct TcFlowerClass {
     programs: Mutex<Option<Arc<Programs>>>,
     /// Where writers run that are not alone. Made at the first bind.
     threads: OnceLock<Arc<Threads>>,
+    /// The kernel has no flower, which every netdev without a list is asked for.
+    lacking: Lacking,
 }
 
 impl TcFlowerClass {
@@ -105,6 +108,40 @@ impl TcFlowerClass {
             }
         }
     }
+
+    /// Only if the NIC carries rules, if that is asked for.
+    fn bind_where(
+        &self,
+        netdev: &Netdev,
+        instance: Instance,
+        in_hardware: bool,
+    ) -> Result<Arc<dyn Provider>, BindError> {
+        if !netdev.ifindex.is_netdev() {
+            return Err(BindError::Declined("a port of the datapath's own, and no netdev".into()));
+        }
+        let threads = self.threads();
+        let lanes = threads.lanes();
+        let mut sockets = Sockets::open(netdev.ifindex, lanes)
+            .map_err(|e| BindError::Failed(e.into_fault("opening netlink sockets")))?;
+        let bound = probe::bind(
+            &mut sockets.hook,
+            &probe::Wanted {
+                instance,
+                hw_flags: netdev.hw_flags,
+                prio_base: self.config.prio_base,
+                qdisc: self.config.qdisc,
+                percpu_stats: self.config.percpu_stats,
+                programs: &|| self.programs(),
+                in_hardware: in_hardware.then_some(&self.lacking),
+            },
+        )
+        .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
+        let plan = Plan::new(instance, bound, self.config.batch, self.config.qdisc);
+        let made = TcFlower::new(Arc::new(plan), sockets, threads);
+        let provider = made.map_err(|e| BindError::Failed(e.into_fault("watching the netdev")))?;
+        info!(%netdev, "tc-flower bound: {}", provider.describe());
+        Ok(Arc::new(provider))
+    }
 }
 
 impl ProviderClass for TcFlowerClass {
@@ -129,30 +166,29 @@ impl ProviderClass for TcFlowerClass {
     }
 
     fn bind(&self, netdev: &Netdev, instance: Instance) -> Result<Arc<dyn Provider>, BindError> {
-        if !netdev.ifindex.is_netdev() {
-            return Err(BindError::Declined("a port of the datapath's own, and no netdev".into()));
+        self.bind_where(netdev, instance, false)
+    }
+
+    fn bind_in_hardware(
+        &self,
+        netdev: &Netdev,
+        instance: Instance,
+    ) -> Result<Arc<dyn Provider>, BindError> {
+        if netdev.hw_flags == HwFlags::SkipHw {
+            return Err(BindError::Declined("nothing is to be in hardware (skip_hw)".into()));
         }
-        let threads = self.threads();
-        let lanes = threads.lanes();
-        let mut sockets = Sockets::open(netdev.ifindex, lanes)
-            .map_err(|e| BindError::Failed(e.into_fault("opening netlink sockets")))?;
-        let bound = probe::bind(
-            &mut sockets.hook,
-            &probe::Wanted {
-                instance,
-                hw_flags: netdev.hw_flags,
-                prio_base: self.config.prio_base,
-                qdisc: self.config.qdisc,
-                percpu_stats: self.config.percpu_stats,
-                programs: self.programs(),
-            },
-        )
-        .inspect_err(|e| debug!(%netdev, "tc-flower not bound: {e}"))?;
-        let plan = Plan::new(instance, bound, self.config.batch, self.config.qdisc);
-        let made = TcFlower::new(Arc::new(plan), sockets, threads);
-        let provider = made.map_err(|e| BindError::Failed(e.into_fault("watching the netdev")))?;
-        info!(%netdev, "tc-flower bound: {}", provider.describe());
-        Ok(Arc::new(provider))
+        self.bind_where(netdev, instance, true)
+    }
+
+    fn has_leftovers(&self, ifindex: Ifindex) -> bool {
+        let look = || -> Result<bool, NetlinkError> {
+            let mut hook = Hook::open(ifindex)?;
+            if hook.qdisc()?.is_none() {
+                return Ok(false);
+            }
+            Ok(Occupants::read(&mut hook)?.has_ours())
+        };
+        ifindex.is_netdev() && look().unwrap_or(false)
     }
 
     fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
@@ -177,7 +213,7 @@ impl ProviderClass for TcFlowerClass {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::types::{Generation, HwFlags, Ifindex};
+    use crate::contract::types::Generation;
     use std::num::NonZeroU32;
 
     #[test]

@@ -7,7 +7,7 @@ use super::rule::{self, Place};
 use super::uapi::*;
 use crate::contract::types::Ifindex;
 use crate::netlink::error::{KernelError, NetlinkError};
-use crate::netlink::modules::while_modules_come;
+use crate::netlink::modules::{Lacking, while_modules_come};
 use crate::netlink::socket::{ACK, CREATE, DUMP, EXCL, Family as Netlink, REQUEST, Socket};
 use crate::netlink::wire::Message;
 
@@ -98,6 +98,16 @@ impl Hook {
     ) -> Result<(), NetlinkError> {
         let seq = self.write(write);
         while_modules_come(lacks_a_module, || self.socket.request(&self.buf, seq, |_| ()))
+    }
+
+    /// The same, of which nobody waits again for what the kernel lacks.
+    pub(super) fn request_unless_lacking(
+        &mut self,
+        lacking: &Lacking,
+        write: impl FnOnce(&mut Vec<u8>, u32, Ifindex),
+    ) -> Result<(), NetlinkError> {
+        let seq = self.write(write);
+        lacking.ask(lacks_a_module, || self.socket.request(&self.buf, seq, |_| ()))
     }
 
     fn ask(

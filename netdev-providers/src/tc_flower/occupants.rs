@@ -66,6 +66,16 @@ impl Occupants {
             .collect()
     }
 
+    /// A dead engine has left something.
+    pub(super) fn has_ours(&self) -> bool {
+        self.0.values().any(|o| !o.ours.is_empty())
+    }
+
+    /// A dead engine has left something at this prio.
+    pub(super) fn has_ours_at(&self, prio: Prio) -> bool {
+        self.0.iter().any(|((chain, p, _), o)| *chain == 0 && *p == prio.0 && !o.ours.is_empty())
+    }
+
     /// A dead engine made the qdisc: it is ours to remove.
     pub(super) fn made_qdisc(&self) -> bool {
         self.0.values().any(|o| o.made_qdisc)

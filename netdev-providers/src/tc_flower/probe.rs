@@ -21,20 +21,26 @@ use crate::contract::class::BindError;
 use crate::contract::flow::{Flow, FlowMatch, Forward};
 use crate::contract::types::{HwFlags, Instance, L4Proto, VlanId};
 use crate::netlink::error::NetlinkError;
+use crate::netlink::modules::Lacking;
 
 /// What bind is to find out.
-pub(super) struct Wanted {
+pub(super) struct Wanted<'a> {
     pub(super) instance: Instance,
     pub(super) hw_flags: HwFlags,
     pub(super) prio_base: u16,
     /// What is made where there is none.
     pub(super) qdisc: QdiscKind,
     pub(super) percpu_stats: bool,
-    pub(super) programs: Result<Arc<Programs>, String>,
+    pub(super) programs: &'a dyn Fn() -> Result<Arc<Programs>, String>,
+    /// Only if the NIC carries rules; and whether the kernel was found to lack flower.
+    pub(super) in_hardware: Option<&'a Lacking>,
 }
 
 /// Probes the netdev and prepares it.
-pub(super) fn bind(hook: &mut Hook, wanted: &Wanted) -> Result<(Found, Capabilities), BindError> {
+pub(super) fn bind(
+    hook: &mut Hook,
+    wanted: &Wanted<'_>,
+) -> Result<(Found, Capabilities), BindError> {
     let hardware_type = hook.hardware_type().map_err(|e| failed("reading the link", e))?;
     if hardware_type != ARPHRD_ETHER {
         return Err(BindError::Declined(format!(
@@ -68,7 +74,7 @@ type Undo = (BindError, Option<Prios>);
 
 fn prepare(
     hook: &mut Hook,
-    wanted: &Wanted,
+    wanted: &Wanted<'_>,
     made_qdisc: &mut bool,
 ) -> Result<(Found, Capabilities), Undo> {
     let qdisc = hook
@@ -95,31 +101,62 @@ fn prepare(
             return Err((e, None));
         }
     };
-    let (left, _) = clear(hook, occupants, Some(prios))
-        .map_err(|e| (failed("removing what a dead engine left", e), Some(prios)))?;
     let mut found = Found {
         prios,
-        mode: Mode::Software,
+        mode: Mode::Hardware,
         no_hardware: None,
         qdisc_kind: qdisc.kind,
         made_qdisc: *made_qdisc,
         percpu_stats: wanted.percpu_stats,
-        programs: wanted.programs.clone(),
+        programs: Err("not loaded yet".into()),
         act_bpf: Ok(()),
-        left: left.flows.clone(),
+        left: Vec::new(),
         vlan: Ok(()),
         tagged_in_hw: false,
         length: Ok(()),
         tags: true,
     };
+    if let Some(lacking) = wanted.in_hardware {
+        // Nothing of a dead engine has been touched so far: another class may be asked next, or this one again.
+        is_carried(hook, wanted, &found, &occupants, lacking).map_err(|e| (e, None))?;
+    }
+    let (left, _) = clear(hook, occupants, Some(prios))
+        .map_err(|e| (failed("removing what a dead engine left", e), Some(prios)))?;
+    found.mode = Mode::Software;
+    found.left.clone_from(&left.flows);
+    found.programs = (wanted.programs)();
     let taken = install(hook, wanted, &mut found, &left).map_err(|e| (e, Some(prios)))?;
     Ok((found, taken))
+}
+
+/// Whether the NIC carries rules: the guard of untagged frames, and a flow's of some shape. Leaves everything as it was.
+fn is_carried(
+    hook: &mut Hook,
+    wanted: &Wanted<'_>,
+    found: &Found,
+    occupants: &Occupants,
+    lacking: &Lacking,
+) -> Result<(), BindError> {
+    let guards = Guards { instance: wanted.instance, made_qdisc: found.made_qdisc };
+    let family = Family::Ipv4;
+    let prio = found.prios.of(Use::HardwareGuards, family);
+    // That of a dead engine is one that the NIC has taken.
+    if !occupants.has_ours_at(prio) {
+        hook.request_unless_lacking(lacking, |buf, seq, ifindex| {
+            guard::flower_ttl(buf, seq, ifindex, prio, family, guards.cookie());
+        })
+        .map_err(|e| BindError::Declined(format!("the NIC does not take the TTL guard: {e}")))?;
+        hook.delete_all(prio, family).map_err(|e| failed("removing a trial rule", e))?;
+    }
+    Capabilities::carried(hook, found, guards)
+        .map_err(|e| failed("trying a rule in the NIC", e))?
+        .map_err(|e| BindError::Declined(format!("the NIC does not take a rule for a flow: {e}")))
 }
 
 /// Guards and trial rules, which tell what the netdev takes. The guards of a dead engine stand until ours do.
 fn install(
     hook: &mut Hook,
-    wanted: &Wanted,
+    wanted: &Wanted<'_>,
     found: &mut Found,
     left: &Left,
 ) -> Result<Capabilities, BindError> {

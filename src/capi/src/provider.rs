@@ -119,6 +119,10 @@ impl ProviderClass for Class {
         })
     }
 
+    fn bind_in_hardware(&self, _: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        Err(BindError::Declined("a table of callbacks has bind alone".to_owned()))
+    }
+
     fn clear_leftovers(&self, _: Ifindex) -> Result<u64, Fault> {
         Ok(0)
     }

@@ -1,6 +1,11 @@
 //! Classes, and how a port is bound to one of them.
 
+use std::sync::Arc;
+
+use netdev_providers::{BindError, Flow, Provider, ProviderClass};
+
 use super::*;
+use crate::engine::view::Chosen;
 
 #[test]
 fn a_second_class_of_a_name_is_refused() {
@@ -45,12 +50,140 @@ fn the_first_class_that_accepts_is_bound_and_refusals_are_kept() {
     b.port(1);
     b.port(2);
     let ports = b.engine.ports();
+    let no_hardware = "in hardware: the NIC does not carry its rules";
+    let refused = |n: usize| ports[n].refusals.iter().map(|r| (r.class, r.why.as_str()));
+    let in_hardware = [("first", no_hardware), ("second", no_hardware)];
     assert_eq!(ports[0].provider, Some("second"));
-    assert_eq!(ports[0].refusals.len(), 1);
-    assert_eq!(ports[0].refusals[0].class, "first");
-    assert_eq!(ports[0].refusals[0].why, "not this netdev");
+    let then = [("first", "not this netdev")];
+    assert!(refused(0).eq(in_hardware.into_iter().chain(then)), "{:?}", ports[0].refusals);
     assert_eq!(ports[1].provider, Some("first"));
-    assert!(ports[1].refusals.is_empty());
+    assert!(refused(1).eq(in_hardware), "{:?}", ports[1].refusals);
+    assert_eq!([0, 1].map(|n| ports[n].chosen), [Some(Chosen::First); 2]);
+}
+
+#[test]
+fn without_a_list_what_a_nic_carries_goes_before_what_stands_first() {
+    let (first, second, third) =
+        (DummyClass::new("first"), DummyClass::new("second"), DummyClass::new("third"));
+    let b = Bench::new(&[&first, &second, &third]);
+    for n in 1..=4 {
+        second.carry_in_hardware(ifindex(n));
+        third.carry_in_hardware(ifindex(n));
+    }
+    let listed = |list: &[&str]| Some(list.iter().map(|n| (*n).to_owned()).collect());
+    b.port(1);
+    b.engine.port_add(NewPort { hw_flags: HwFlags::SkipHw, ..new_port(2) }).unwrap();
+    // A list is followed as it stands, and hardware that is asked for is there in the first round.
+    b.engine.port_add(NewPort { providers: listed(&["first", "second"]), ..new_port(3) }).unwrap();
+    b.engine.port_add(NewPort { hw_flags: HwFlags::SkipSw, ..new_port(4) }).unwrap();
+    // Declined and broken in hardware, it is asked once more for all that it has.
+    second.decline(Some(ifindex(5)), "not this one");
+    third.carry_in_hardware(ifindex(5));
+    third.panic_after(Call::BindInHardware, 0);
+    b.port(5);
+    let ports = b.engine.ports();
+    let got: Vec<_> = ports.iter().map(|p| (p.provider, p.chosen)).collect();
+    let why = |n: usize| ports[n].refusals.iter().map(|r| r.why.as_str()).collect::<Vec<_>>();
+    let no_hardware = "in hardware: the NIC does not carry its rules";
+    assert_eq!(
+        got,
+        [
+            (Some("second"), Some(Chosen::InHardware)),
+            (Some("first"), Some(Chosen::First)),
+            (Some("first"), Some(Chosen::Listed)),
+            (Some("second"), Some(Chosen::InHardware)),
+            (Some("first"), Some(Chosen::First)),
+        ]
+    );
+    assert_eq!([0, 1, 2, 3].map(|n| why(n).len()), [1, 0, 0, 1]);
+    assert_eq!(why(0), [no_hardware]);
+    assert_eq!(why(4)[..2], [no_hardware; 2]);
+    assert!(why(4)[2].starts_with("in hardware: ") && why(4)[2].contains("panic"), "{:?}", why(4));
+    let bound = [&first, &second, &third].map(|class| class.ports().len());
+    assert_eq!(bound, [3, 2, 0], "whoever was asked in vain has no port");
+}
+
+/// A class that binds every netdev, and has something left of a dead engine on one.
+struct Leaving {
+    name: &'static str,
+    /// What is there, as it was found by those who bound the netdev.
+    left: Arc<StdMutex<u64>>,
+    log: Arc<StdMutex<Vec<String>>>,
+    declines: bool,
+}
+
+struct Inert(Arc<StdMutex<Vec<String>>>);
+
+impl Provider for Inert {
+    fn can_offload(&self, _: &Flow) -> Result<(), Rejection> {
+        Ok(())
+    }
+    fn submit(&self, _: Vec<netdev_providers::Operation>) {}
+    fn usage(&self, _: &mut dyn FnMut(netdev_providers::RuleReport)) -> Result<(), Fault> {
+        Ok(())
+    }
+    fn flush(&self) -> Result<u64, Fault> {
+        Ok(0)
+    }
+    fn release(&self) -> Result<(), Fault> {
+        self.0.lock().unwrap().push("release".into());
+        Ok(())
+    }
+}
+
+impl ProviderClass for Leaving {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn bind(&self, _: &Netdev, _: Instance) -> Result<Arc<dyn Provider>, BindError> {
+        self.log.lock().unwrap().push(format!("{} binds", self.name));
+        if self.declines {
+            return Err(BindError::Declined("not this one".into()));
+        }
+        Ok(Arc::new(Inert(Arc::clone(&self.log))))
+    }
+    fn has_leftovers(&self, _: Ifindex) -> bool {
+        *self.left.lock().unwrap() > 0
+    }
+    fn clear_leftovers(&self, ifindex: Ifindex) -> Result<u64, Fault> {
+        let left = std::mem::take(&mut *self.left.lock().unwrap());
+        self.log.lock().unwrap().push(format!("{} clears {ifindex}: {left}", self.name));
+        Ok(left)
+    }
+}
+
+#[test]
+fn what_a_dead_engine_left_of_another_class_goes_and_the_netdev_is_looked_at_once_more() {
+    let log = Arc::new(StdMutex::new(Vec::new()));
+    let [of_first, of_second] = [0, 2].map(|left| Arc::new(StdMutex::new(left)));
+    let class = |name, left: &Arc<_>, declines| Leaving {
+        name,
+        left: Arc::clone(left),
+        log: Arc::clone(&log),
+        declines,
+    };
+    let b = Bench::new(&[]);
+    b.engine.register(Arc::new(class("first", &of_first, false))).unwrap();
+    b.engine.register(Arc::new(class("second", &of_second, false))).unwrap();
+    b.engine.register(Arc::new(class("never", &Arc::default(), true))).unwrap();
+    let logged = || std::mem::take(&mut *log.lock().unwrap());
+    b.port(1);
+    assert_eq!(
+        logged(),
+        ["first binds", "release", "second clears 1: 2", "never clears 1: 0", "first binds"]
+    );
+    // Nothing of others is left: it is bound, with what is its own.
+    *of_first.lock().unwrap() = 3;
+    b.port(2);
+    assert_eq!(logged(), ["first binds", "second clears 2: 0", "never clears 2: 0"]);
+    assert_eq!(*of_first.lock().unwrap(), 3);
+    // Nobody has the netdev, or nobody is to: nothing is left there.
+    let named = |list: &[&str]| Some(list.iter().map(|n| (*n).to_owned()).collect());
+    b.engine.port_add(NewPort { providers: named(&["never"]), ..new_port(3) }).unwrap();
+    let cleared = ["first clears 3: 3", "second clears 3: 0", "never clears 3: 0"];
+    assert_eq!(logged(), [&["never binds"], &cleared[..]].concat());
+    b.engine.port_add(NewPort { providers: named(&[NO_PROVIDER]), ..new_port(4) }).unwrap();
+    assert_eq!(logged().len(), 3);
 }
 
 #[test]
@@ -131,7 +264,7 @@ fn a_class_that_fails_is_passed_over_as_one_that_declines() {
     b.port(1);
     let port = b.engine.ports().remove(0);
     assert_eq!(port.provider, Some("second"));
-    assert_eq!(port.refusals[0].why, "adding the clsact qdisc");
+    assert_eq!(port.refusals[2].why, "adding the clsact qdisc");
 }
 
 #[test]

@@ -80,7 +80,7 @@ fn a_class_that_panics_in_bind_is_passed_over_with_its_words() {
     b.port(1);
     let port = b.engine.ports().remove(0);
     assert_eq!(port.provider, Some("good"));
-    assert!(port.refusals[0].why.contains("Bind panics on demand"), "{:?}", port.refusals);
+    assert!(port.refusals[2].why.contains("Bind panics on demand"), "{:?}", port.refusals);
     install(&b, 1, &b.conn(1), Original);
 }
 

@@ -74,7 +74,7 @@ destination-ports = [\"6000-6999\"]
     assert_eq!(r.slots(), [slot("lan", "original"), slot("wan", "reply")]);
     let (status, text) = explain(&r, &excluded);
     assert_eq!(status, Some(0), "{text}");
-    let why = "[[admit]] rule 2, line 9 of the configuration says never";
+    let why = "[[admit]] rule 2, line 10 of the configuration says never";
     assert_eq!(text.matches(&format!("\"{why}\"")).count(), 2, "{text}");
     let stats = String::from_utf8(r.cli(&["stats"]).stdout).expect("text");
     assert!(stats.contains("not-admitted"), "{stats}");

@@ -15,7 +15,8 @@ fn limit_files(r: &Router, limit: u32) {
 
 fn start(r: &mut Router) -> PathBuf {
     let log = std::env::temp_dir().join(format!("ctoffload-{}.log", r.name));
-    r.start_logging(&PORTS, File::create(&log).expect("a file").into());
+    let file = r.configure("[[port]]\nmatch = \"?an\"\n");
+    r.start_logging(&["--config", &file], File::create(&log).expect("a file").into());
     log
 }
 

@@ -5,7 +5,7 @@ use super::*;
 const EBPF: &str = "ebpf";
 
 /// What outlives a daemon is pinned in bpffs, which distributions mount.
-fn with_bpffs(r: &Router) {
+pub(super) fn with_bpffs(r: &Router) {
     r.run("mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf");
 }
 
@@ -32,6 +32,47 @@ fn a_connection_has_its_rules_for_as_long_as_it_lives() {
     c.ping();
     assert_eq!((r.rules("lan"), r.rules("wan")), (0, 0));
     assert_eq!(r.run("tc qdisc show dev lan clsact; nft list tables"), "");
+}
+
+#[test]
+fn a_veth_that_has_no_list_gets_ebpf_and_is_shown_with_the_reasons() {
+    let mut r = Router::new("ebpf-default");
+    r.run("nft add table inet watch");
+    r.start_by_default("[[port]]\nmatch = \"?an\"\n");
+    let port = r.port("lan");
+    assert_eq!(port["provider"], EBPF, "{port}");
+    let out = r.cli(&["port", "show", "lan"]);
+    let shown = String::from_utf8_lossy(&out.stdout).into_owned();
+    let chosen = "by default: the first that accepts, as the NIC carries no rules";
+    let why = ["declined    tc-flower: in hardware: ", "declined    nf-flowtable: in hardware: "];
+    for words in [chosen].iter().chain(&why) {
+        assert!(shown.contains(words), "no '{words}' in {shown}");
+    }
+    // Whoever was asked in vain has left nothing.
+    assert_eq!(r.run("nft list tables"), "table inet watch\ntable inet ctoffload\n");
+    if shown.contains("tcx") {
+        assert_eq!(r.run("tc qdisc show dev lan clsact; tc qdisc show dev lan ingress"), "");
+    }
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    // For hardware only it is none's, and nothing is there.
+    assert!(r.cli(&["port", "del", "wan"]).status.success());
+    let out = r.cli(&["port", "add", "wan", "--offload", "skip-sw"]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(7), "{said}");
+    assert!(said.contains("ebpf declined: in hardware: a program"), "{said}");
+    assert_eq!(r.run("tc qdisc show dev wan clsact; tc qdisc show dev wan ingress"), "");
+    assert!(r.cli(&["port", "add", "wan"]).status.success());
+    r.wait_installed(&BOTH, &mut c);
+    // Where hardware is not asked for, nobody is asked for it.
+    assert!(r.cli(&["port", "del", "wan"]).status.success());
+    assert!(r.cli(&["port", "add", "wan", "--offload", "skip-hw"]).status.success());
+    let port = r.port("wan");
+    assert_eq!(
+        (&port["provider"], port["refusals"].as_array().map(Vec::len)),
+        (&EBPF.into(), Some(0))
+    );
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
 }
 
 #[test]

@@ -27,6 +27,8 @@ fn a_netdev_whose_alias_is_no_text_is_a_netdev_like_any_other() {
     // One that appears, and is made a port by hand.
     r.run("ip link add dmz type veth peer name dmz0");
     alias(&r, "dmz", "\\303\\050");
-    wait_until("it is known", || r.cli(&["port", "add", "dmz"]).status.success());
+    wait_until("it is known", || {
+        r.cli(&["port", "add", "dmz", "--provider", "tc-flower"]).status.success()
+    });
     assert_eq!(r.port("dmz")["provider"], "tc-flower");
 }

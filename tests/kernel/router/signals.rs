@@ -47,7 +47,7 @@ fn at_sighup_the_configuration_is_read_anew_and_what_can_be_applied_is() {
     // A wrong file changes nothing.
     let never = format!("{PORT}[[admit]]\nverdict = \"never\"\ndestination-ports = [5001]\n");
     let told = reload(&r, &never.replace("5001", "70000"), "nothing changes");
-    assert!(told.contains("line 5") && told.contains("70000"), "{told}");
+    assert!(told.contains("line 6") && told.contains("70000"), "{told}");
     c.ping();
     assert_eq!(r.installed(), BOTH);
     // What is not admitted any more goes; what is read at the start only is named, and stays.
@@ -55,7 +55,7 @@ fn at_sighup_the_configuration_is_read_anew_and_what_can_be_applied_is() {
         reload(&r, &format!("[sight]\nledger-size = 1024\n[limits]\nqueue = 7\n{never}"), read);
     assert!(told.contains("[sight] ledger-size, [limits] queue"), "{told}");
     for at in [("lan", "original"), ("wan", "reply")] {
-        r.wait_refused(at, "not-admitted", "line 7", &mut c);
+        r.wait_refused(at, "not-admitted", "line 8", &mut c);
     }
     assert_eq!(r.rules("lan") + r.rules("wan"), 0);
     assert_eq!(r.stats()["ledger_size"].as_u64(), Some(262_144));
