@@ -124,6 +124,8 @@ struct Outcome {
     made: Made,
     cpu: Duration,
     threads: Vec<(String, Duration)>,
+    /// All were offloaded: what it cost was the cost of that.
+    is_offloaded: bool,
     /// Why it is not sustained.
     short: Option<String>,
 }
@@ -229,7 +231,8 @@ impl<'a> Run<'a> {
         let (mut cost, mut threads, mut short) = (measure::Samples::default(), Vec::new(), None);
         for _ in 0..rounds {
             let outcome = self.at(STEADY_RATE, lasting);
-            cost.push(outcome.cpu.as_secs_f64() * 1e6 / f64::from(outcome.made.connections));
+            let each = outcome.cpu.as_secs_f64() * 1e6 / f64::from(outcome.made.connections);
+            cost.push(if outcome.is_offloaded { each } else { f64::NAN });
             threads = outcome.threads;
             short = short.or(outcome.short);
         }
@@ -272,6 +275,7 @@ impl<'a> Run<'a> {
         let (wanted, adds) = (2 * u64::from(made.connections), after.adds - before.adds);
         let lost = after.sights_lost - before.sights_lost;
         let events_lost = after.conntrack_lost - before.conntrack_lost;
+        let is_offloaded = made.ended == made.connections as usize && adds * 100 >= wanted * 99;
         let short = if made.took > lasting.mul_f64(1.02) {
             let could = f64::from(made.connections) / made.took.as_secs_f64();
             Some(format!("the generator and the router made no more than {could:.0}"))
@@ -291,7 +295,7 @@ impl<'a> Run<'a> {
             None
         };
         self.settle();
-        Outcome { made, cpu, threads, short }
+        Outcome { made, cpu, threads, is_offloaded, short }
     }
 
     /// Waits until nothing is left of it.
