@@ -3,7 +3,7 @@
 use std::cell::LazyCell;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use super::firewall::Firewall;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
 use super::rearm::Rearm;
+use super::routing::answers::Changes;
 use super::routing::bridged;
 use super::routing::fdb::Fdb;
 use super::routing::ipsec::Ipsec;
@@ -117,7 +118,7 @@ pub struct Backend {
     marks: Marks,
     resolver: PathResolver,
     /// Of what paths are resolved from.
-    changes: AtomicU64,
+    changes: Changes,
     /// What is in the ledger's set of netdevs: the ports and what can stand above them.
     watched: Mutex<BTreeSet<Ifindex>>,
     /// `None` once it has been removed.
@@ -158,7 +159,9 @@ impl Backend {
         let fdb = Fdb::default();
         let (switches, ipsec, tos) = (Switches::default(), Ipsec::default(), Named::default());
         let marks = Marks::default();
+        let changes = Changes::default();
         let resolver = PathResolver::new(
+            changes.clone(),
             links.clone(),
             fdb.clone(),
             switches.clone(),
@@ -216,7 +219,7 @@ impl Backend {
             tos,
             marks,
             resolver,
-            changes: AtomicU64::new(0),
+            changes,
             watched: Mutex::default(),
             ledger: Mutex::new(Some(ledger)),
             conntrack: Mutex::new(conntrack),
@@ -304,7 +307,7 @@ impl Backend {
     /// Counts a change of what paths are resolved from: after it is known here, before the rules that it
     /// concerns are looked for.
     pub(super) fn changed(&self) {
-        self.changes.fetch_add(1, Ordering::SeqCst);
+        self.changes.count();
     }
     /// The counts.
     #[must_use]
@@ -558,7 +561,7 @@ impl Datapath for Backend {
     }
 
     fn changes(&self) -> u64 {
-        self.changes.load(Ordering::SeqCst)
+        self.changes.so_far()
     }
 
     fn port_panicked(&self, port: &Netdev, words: &str) {

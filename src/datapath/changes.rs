@@ -612,6 +612,8 @@ impl Changes {
     /// lead elsewhere. Where one direction moves from one egress to another, the rules of the other
     /// direction on the old egress go too: its packets will arrive on the new one.
     fn reroute(&self, rerouted: &Rerouted) {
+        // Not all that leads here is an event: what was answered before is not the answer now.
+        self.backend.changed();
         let mut answers: HashMap<_, Result<PathTaken, Reason>> = HashMap::new();
         let (mut rules, mut again) = (0, 0);
         for conn in self.engine.conns() {
@@ -634,10 +636,13 @@ impl Changes {
                 }
                 let Some(iif) = self.routed_on(&conn, slot) else { continue };
                 let mark = self.mark_of(&conn, slot);
-                let source = conn.arriving(slot.direction).src();
-                let now = answers
-                    .entry((slot.netdev.ifindex, iif, source, leaving.dst(), mark))
-                    .or_insert_with(|| self.path_now(&conn, slot, iif, mark));
+                let arriving = conn.arriving(slot.direction);
+                // Where a rule looks at ports, no two have one answer.
+                let closer = self.backend.tos().looks_closer(leaving.is_ipv6());
+                let ports = closer.then(|| (leaving.proto(), arriving.sport(), leaving.dport()));
+                let asked = (slot.netdev.ifindex, iif, arriving.src(), leaving.dst(), mark, ports);
+                let now =
+                    answers.entry(asked).or_insert_with(|| self.path_now(&conn, slot, iif, mark));
                 if let Some(refused) = refused
                     && now.as_ref().err() != Some(&refused)
                 {

@@ -11,8 +11,10 @@
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own), `nexthops` among them;
 //! * [`bridged`]: where a bridge sends the frames of one direction;
 //! * `neighbour`: MAC addresses of neighbours, and which of them are told that they are in use;
-//! * [`path`]: where the packets of one direction go, asked of the kernel for each.
+//! * [`path`]: where the packets of one direction go, asked of the kernel for each;
+//! * [`answers`]: what it has answered, for as long as nothing changes.
 
+pub mod answers;
 pub mod bridged;
 mod dump;
 mod events;

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::wire::{Message, Received};
@@ -17,6 +17,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia,
 };
 
+use super::answers::{Answers, By, Changes, Question};
 use super::bridged;
 use super::fdb::Fdb;
 use super::ipsec::Ipsec;
@@ -38,6 +39,9 @@ const RTA_MULTIPATH: u16 = 9;
 const RTA_NH_ID: u16 = 30;
 const RTA_FLOWLABEL: u16 = 31;
 
+/// Who asks the kernel waits for nobody while there are no more of them.
+const SOCKETS: usize = 4;
+
 /// Switches of IPv4 (`net.ipv4.conf.*`) that a route look-up obeys and that are not announced: whether packets from an
 /// address of the router itself, or from or to 127.0.0.0/8, are routed, and whether the reverse path is looked for
 /// with the packet's mark.
@@ -54,13 +58,13 @@ struct Switched6 {
 
 /// What a route look-up answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Route {
-    egress: Ifindex,
-    gateway: Option<IpAddr>,
-    mtu: Option<u32>,
+pub(super) struct Route {
+    pub egress: Ifindex,
+    pub gateway: Option<IpAddr>,
+    pub mtu: Option<u32>,
 }
 
-/// Resolves paths with blocking requests of its own socket.
+/// Resolves paths with blocking requests of its own sockets, where nobody has asked the same before.
 pub struct PathResolver {
     links: Links,
     fdb: Fdb,
@@ -68,7 +72,8 @@ pub struct PathResolver {
     ipsec: Ipsec,
     tos: Named,
     marks: Marks,
-    socket: Mutex<Socket>,
+    answers: Answers,
+    sockets: [Mutex<Socket>; SOCKETS],
     /// Switches of netdevs that packets are routed on, as first read or last looked at.
     switched: Mutex<HashMap<Ifindex, [Option<String>; QUIET.len()]>>,
     /// The same of IPv6, of netdevs that paths come by or lead to.
@@ -80,11 +85,13 @@ pub struct PathResolver {
 }
 
 impl PathResolver {
-    /// Opens a socket in the network namespace of the calling thread.
+    /// Opens its sockets in the network namespace of the calling thread. `changes`: of all that paths are resolved
+    /// from.
     ///
     /// # Errors
-    /// When the kernel refuses the socket.
+    /// When the kernel refuses a socket.
     pub fn new(
+        changes: Changes,
         links: Links,
         fdb: Fdb,
         switches: Switches,
@@ -92,7 +99,11 @@ impl PathResolver {
         tos: Named,
         marks: Marks,
     ) -> Result<Self, NetlinkError> {
-        let socket = Mutex::new(Socket::open(Family::Route)?);
+        let mut sockets = Vec::with_capacity(SOCKETS);
+        for _ in 0..SOCKETS {
+            sockets.push(Mutex::new(Socket::open(Family::Route)?));
+        }
+        let sockets = sockets.try_into().unwrap_or_else(|_| unreachable!("as many as these"));
         let unasked = Mutex::new([false, true].map(unasked));
         let (switched, switched6) = (Mutex::default(), Mutex::default());
         Ok(Self {
@@ -102,7 +113,8 @@ impl PathResolver {
             ipsec,
             tos,
             marks,
-            socket,
+            answers: Answers::new(changes),
+            sockets,
             switched,
             switched6,
             unasked,
@@ -161,42 +173,10 @@ impl PathResolver {
         if self.ipsec.concerns(&arriving, &leaving) {
             return Err(Reason::IpsecPolicy.into());
         }
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        // At the time of the routing decision the destination is translated, the source is not.
-        let mut request = RouteMessage::default();
-        let (family, bits) =
-            if leaving.is_ipv6() { (AddressFamily::Inet6, 128) } else { (AddressFamily::Inet, 32) };
-        request.header.address_family = family;
-        request.header.destination_prefix_length = bits;
-        request.header.source_prefix_length = bits;
         // Of a VRF, IPv4 asks as for the netdev that is enslaved to it (`ip_rcv_finish`), IPv6 as for the VRF itself
         // (`ip6_route_input`): by both it is the VRF's table.
         let arrived = if leaving.is_ipv6() { iif } else { l3 };
-        request.attributes = vec![
-            RouteAttribute::Destination(RouteAddress::from(leaving.dst())),
-            RouteAttribute::Source(RouteAddress::from(arriving.src())),
-            RouteAttribute::Iif(arrived.get()),
-            RouteAttribute::IpProto(leaving.proto().number()),
-            RouteAttribute::Sport(arriving.sport()),
-            RouteAttribute::Dport(leaving.dport()),
-        ];
-        let route = self.route_of_all(&mut socket, &request, hint.mark)?;
-        let unasked = *self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
-        let by_policy = unasked[usize::from(leaving.is_ipv6())]
-            .map(|by| (by, "net.*.fib_multipath_hash_policy"));
-        let by_idleness = || {
-            let resilient = self.resilient.load(Ordering::Relaxed);
-            resilient.then_some(("how idle a flow is", "a resilient group, `ip nexthop`"))
-        };
-        if let Some((by, see)) = by_policy.or_else(by_idleness)
-            && self.has_next_hops(&mut socket, &request, hint.mark)?
-        {
-            let why = format!(
-                "the route has several next hops, and {by} chooses among them ({})",
-                see.replace('*', if leaving.is_ipv6() { "ipv6" } else { "ipv4" }),
-            );
-            return Err(Rejection::with_detail(Reason::HashRouted, why));
-        }
+        let route = self.route(&Question::of(arrived, hint.mark, &arriving, &leaving))?;
         if let Some(seen) = hint.egress
             && seen != route.egress
         {
@@ -213,8 +193,7 @@ impl PathResolver {
         let oif = route.egress;
         // What cannot be followed whoever the neighbour is, is told before he is asked for.
         let next_hop = route.gateway.unwrap_or(leaving.dst());
-        let neighbour = neighbour::look_up(&mut socket, oif, next_hop)
-            .map_err(|e| reject(e, "neighbour look-up"))?;
+        let neighbour = self.mac_of(oif, next_hop).map_err(|e| reject(e, "neighbour look-up"))?;
         let out_of = |mac| self.stack(oif, Frames::Of(mac), Reason::EgressUnsupported);
         let unresolved = || {
             let at = format!("{next_hop} on {}", self.links.name(oif));
@@ -252,6 +231,86 @@ impl PathResolver {
             // No packet is longer.
             answer: u16::try_from(mtu).unwrap_or(u16::MAX),
         })
+    }
+
+    /// One of the sockets: one that nobody uses now, if there is.
+    fn socket(&self) -> MutexGuard<'_, Socket> {
+        let free = self.sockets.iter().find_map(|s| match s.try_lock() {
+            Ok(socket) => Some(socket),
+            Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        });
+        free.unwrap_or_else(|| self.sockets[0].lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The MAC address that packets for a neighbour are sent to, if they can be.
+    fn mac_of(&self, oif: Ifindex, next_hop: IpAddr) -> Result<Option<MacAddr>, NetlinkError> {
+        if let Some(mac) = self.answers.neighbour(oif, next_hop) {
+            return Ok(Some(mac));
+        }
+        let asked = self.answers.asking();
+        let mac = neighbour::look_up(&mut self.socket(), oif, next_hop)?;
+        if let Some(mac) = mac {
+            self.answers.note_neighbour(asked, oif, next_hop, mac);
+        }
+        Ok(mac)
+    }
+
+    /// How much of a packet its route depends on.
+    fn routed_by(&self, ipv6: bool) -> By {
+        if self.tos.looks_closer(ipv6) {
+            By::Tuple
+        } else if ipv6 || self.tos.shares() {
+            By::Addresses
+        } else {
+            By::Destination
+        }
+    }
+
+    /// The route that packets have, whatever their ToS is.
+    fn route(&self, question: &Question) -> Result<Route, Rejection> {
+        let ipv6 = question.destination.is_ipv6();
+        // In this order: who changes what it depends on counts that afterwards.
+        let asked = self.answers.asking();
+        let by = self.routed_by(ipv6);
+        if let Some(route) = self.answers.route(question, by) {
+            return Ok(route);
+        }
+        let mut socket = self.socket();
+        let mut request = RouteMessage::default();
+        let (family, bits) =
+            if ipv6 { (AddressFamily::Inet6, 128) } else { (AddressFamily::Inet, 32) };
+        request.header.address_family = family;
+        request.header.destination_prefix_length = bits;
+        request.header.source_prefix_length = bits;
+        let (proto, sport, dport) = question.rest;
+        request.attributes = vec![
+            RouteAttribute::Destination(RouteAddress::from(question.destination)),
+            RouteAttribute::Source(RouteAddress::from(question.source)),
+            RouteAttribute::Iif(question.arrived.get()),
+            RouteAttribute::IpProto(proto),
+            RouteAttribute::Sport(sport),
+            RouteAttribute::Dport(dport),
+        ];
+        let route = self.route_of_all(&mut socket, &request, question.mark)?;
+        let unasked = *self.unasked.lock().unwrap_or_else(PoisonError::into_inner);
+        let by_policy =
+            unasked[usize::from(ipv6)].map(|by| (by, "net.*.fib_multipath_hash_policy"));
+        let by_idleness = || {
+            let resilient = self.resilient.load(Ordering::Relaxed);
+            resilient.then_some(("how idle a flow is", "a resilient group, `ip nexthop`"))
+        };
+        if let Some((by, see)) = by_policy.or_else(by_idleness)
+            && self.has_next_hops(&mut socket, &request, question.mark)?
+        {
+            let why = format!(
+                "the route has several next hops, and {by} chooses among them ({})",
+                see.replace('*', if ipv6 { "ipv6" } else { "ipv4" }),
+            );
+            return Err(Rejection::with_detail(Reason::HashRouted, why));
+        }
+        self.answers.note_route(asked, question, by, route);
+        Ok(route)
     }
 
     /// The route that packets have whatever their ToS is, with each mark that they can have had when they were
@@ -372,10 +431,10 @@ impl PathResolver {
     /// # Errors
     /// IPv6 is disabled there.
     fn ipv6_of(&self, netdev: Ifindex) -> Result<Switched6, Rejection> {
-        let now = self.quiet_switches6(netdev);
         let mut seen = self.switched6.lock().unwrap_or_else(PoisonError::into_inner);
-        // Not if other ones were seen before: older paths were resolved with those.
-        seen.entry(netdev).or_insert(now);
+        // Those that older paths were resolved with, if there are any: a change is found for all of them.
+        let now = *seen.entry(netdev).or_insert_with(|| self.quiet_switches6(netdev));
+        drop(seen);
         let name = || self.links.name(netdev);
         let why = match now {
             Switched6 { disabled: true, .. } => {
@@ -417,7 +476,7 @@ impl PathResolver {
     /// The MAC address that packets for a neighbour are sent to now; `None`: there is none, or it cannot
     /// be told.
     pub fn neighbour(&self, ifindex: Ifindex, address: IpAddr) -> Option<MacAddr> {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut socket = self.socket();
         neighbour::look_up(&mut socket, ifindex, address).ok().flatten()
     }
 
@@ -425,7 +484,7 @@ impl PathResolver {
     /// those that have grown stale, and says so when one has moved or is gone. Those that are not the
     /// kernel's own are left alone.
     pub fn keep_neighbours(&self, used: impl IntoIterator<Item = (Ifindex, IpAddr)>) {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut socket = self.socket();
         for (ifindex, address) in used {
             if let Err(e) = neighbour::keep(&mut socket, ifindex, address) {
                 tracing::debug!(%ifindex, %address, "neighbour not refreshed: {e}");
@@ -437,7 +496,7 @@ impl PathResolver {
     /// themselves had the frames not gone by rules: what they have learnt stays. Entries that are not
     /// the bridge's own are left alone.
     pub fn keep_learnt(&self, seen: &HashMap<Ifindex, Vec<(Ifindex, MacAddr)>>) {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut socket = self.socket();
         for (bridge, seen) in seen {
             if let Err(e) = neighbour::keep_learnt(&mut socket, *bridge, seen) {
                 tracing::debug!(%bridge, "a bridge was not told: {e}");

@@ -25,7 +25,34 @@ const RTM_NEWRULE: u16 = 32;
 const RTM_GETRULE: u16 = 34;
 /// `struct rtmsg` and `struct fib_rule_hdr` have the ToS in the same place.
 const TOS_AT: usize = 3;
+/// In `struct fib_rule_hdr`: the length of the source's prefix.
+const SOURCE_AT: usize = 2;
 // linux/fib_rules.h
+const FRA_PAD: u16 = 18;
+/// What rules say that is no question to a packet, or one that look-ups are told apart by anyhow: `FRA_DST`,
+/// `FRA_IIFNAME`, `FRA_GOTO`, `FRA_PRIORITY`, `FRA_FWMARK`, `FRA_FLOW` (a realm), `FRA_SUPPRESS_IFGROUP`,
+/// `FRA_SUPPRESS_PREFIXLEN`, `FRA_TABLE`, `FRA_FWMASK`, `FRA_OIFNAME`, `FRA_PAD`, `FRA_L3MDEV`, `FRA_PROTOCOL` (who has made it), and
+/// those of the ToS and the label.
+const OF_ALL: [u16; 18] = [
+    1,
+    3,
+    4,
+    6,
+    10,
+    11,
+    13,
+    14,
+    15,
+    16,
+    17,
+    FRA_PAD,
+    19,
+    21,
+    FRA_DSCP,
+    FRA_DSCP_MASK,
+    FRA_FLOWLABEL,
+    FRA_FLOWLABEL_MASK,
+];
 const FRA_DSCP: u16 = 25;
 const FRA_DSCP_MASK: u16 = 30;
 const FRA_FLOWLABEL: u16 = 26;
@@ -53,6 +80,12 @@ pub enum Told {
     /// Flows, by a route of IPv4 that has several next hops: how it shares them out changes when a netdev goes down or
     /// comes up, and nobody says so.
     Shared,
+    /// Packets by more than where they go to and come by, the ToS, the label and the mark: by a rule for their
+    /// source, protocol or ports, or for what is not known here.
+    Closer {
+        /// By IPv6's rules; else by IPv4's.
+        ipv6: bool,
+    },
 }
 
 impl Told {
@@ -60,7 +93,7 @@ impl Told {
     #[must_use]
     pub const fn is_of_ipv6(&self) -> bool {
         match self {
-            Self::Tos { ipv6, .. } => *ipv6,
+            Self::Tos { ipv6, .. } | Self::Closer { ipv6 } => *ipv6,
             Self::FlowLabel(_) => true,
             Self::Shared => false,
         }
@@ -91,6 +124,13 @@ fn named(family: u8, tos: u8, attribute: impl Fn(u16) -> Option<Vec<u8>>) -> Vec
     values.chain(label.filter(|_| ipv6).map(Told::FlowLabel)).collect()
 }
 
+/// Whether a rule looks closer at packets: at their source, of which it gives the length of the prefix, or by one of these
+/// attributes.
+fn looks_closer(family: u8, source: u8, mut attributes: impl Iterator<Item = u16>) -> Option<Told> {
+    let ipv6 = i32::from(family) == libc::AF_INET6;
+    (source != 0 || attributes.any(|a| !OF_ALL.contains(&a))).then_some(Told::Closer { ipv6 })
+}
+
 /// Those that an announced rule names.
 pub(super) fn of_rule(m: &RuleMessage) -> Vec<Told> {
     let attribute = |kind| {
@@ -103,7 +143,11 @@ pub(super) fn of_rule(m: &RuleMessage) -> Vec<Told> {
             _ => None,
         })
     };
-    named(m.header.family.into(), m.header.tos, attribute)
+    let kinds = m.attributes.iter().map(Nla::kind);
+    let closer = looks_closer(m.header.family.into(), m.header.src_len, kinds);
+    let mut told = named(m.header.family.into(), m.header.tos, attribute);
+    told.extend(closer);
+    told
 }
 
 /// Those that an announced route names.
@@ -130,7 +174,11 @@ fn of_dumped(m: &Received<'_>) -> Vec<Told> {
             told
         }
         RTM_NEWRULE => {
-            named(family, tos, |ty| Some(m.attrs(HEADER).find_type(ty)?.payload.to_vec()))
+            let attribute = |ty| Some(m.attrs(HEADER).find_type(ty)?.payload.to_vec());
+            let mut told = named(family, tos, attribute);
+            let source = m.payload.get(SOURCE_AT).copied().unwrap_or(u8::MAX);
+            told.extend(looks_closer(family, source, m.attrs(HEADER).map(|a| a.ty)));
+            told
         }
         _ => Vec::new(),
     }
@@ -161,6 +209,12 @@ impl Named {
     #[must_use]
     pub fn shares(&self) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&Told::Shared)
+    }
+
+    /// Whether a rule of the family looks closer at packets.
+    #[must_use]
+    pub fn looks_closer(&self, ipv6: bool) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&Told::Closer { ipv6 })
     }
 
     /// Flow labels that stand for all that are not 0, where the family has them; `None`: too many.
@@ -205,7 +259,7 @@ mod tests {
         let told = told(ty, family, tos, &attributes);
         let value = |t: &Told| match *t {
             Told::Tos { ipv6, value } => Some((ipv6, value)),
-            Told::FlowLabel(_) | Told::Shared => None,
+            Told::FlowLabel(_) | Told::Shared | Told::Closer { .. } => None,
         };
         told.iter().filter_map(value).collect()
     }
