@@ -28,6 +28,7 @@ mod bridge;
 mod ebpf;
 mod ecmp;
 mod ends;
+mod explain;
 mod firewall;
 mod lives;
 mod marks;
