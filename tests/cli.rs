@@ -210,19 +210,37 @@ impl ControlHandler for Fake {
         })
     }
 
-    fn explain(&self, tuple: &Tuple, _: Zone) -> Result<Explain, ControlError> {
+    fn explain(&self, tuple: &Tuple, _: Option<Zone>) -> Result<Explain, ControlError> {
         if *tuple == conn().original || *tuple == conn().reply {
             let verdicts = vec![PortVerdict {
                 port: "wwan0".into(),
                 ifindex: 12,
                 direction: Direction::Reply,
                 verdict: "no packet of this direction has been seen here".into(),
+                matters: false,
+                cause: None,
                 help: None,
                 in_front: Vec::new(),
             }];
-            return Ok(Explain { conn: Some(conn()), verdicts });
+            let summary = Summary {
+                offloaded: Offloaded::Partly,
+                sentence: "offloaded in one direction: original on eth0; not the reply direction: table-full on eth1".into(),
+                cause: Some("table-full".into()),
+                help: Some("raise the NIC's flow table limit".into()),
+            };
+            return Ok(Explain { summary, conn: Some(conn()), verdicts });
         }
-        Ok(Explain::default())
+        let of = |offloaded, sentence: &str| Summary {
+            offloaded,
+            sentence: sentence.into(),
+            ..Summary::default()
+        };
+        let summary = match tuple.sport() {
+            1 => of(Offloaded::Unknown, "not offloaded: there is no such connection"),
+            2 => of(Offloaded::Not, "not offloaded: it is closing"),
+            _ => of(Offloaded::Both, "offloaded in both directions"),
+        };
+        Ok(Explain { summary, ..Explain::default() })
     }
 
     fn flush(&self, request: &FlushRequest) -> Result<Flushed, ControlError> {
@@ -464,8 +482,9 @@ tcp 10.0.0.1:1234 > 10.9.0.2:80  nat, reply tcp 10.9.0.2:80 > 192.0.2.1:61000  a
 #[test]
 fn explain_tells_why_and_what_to_do() {
     let bed = Bed::new();
-    let out = bed.ok("explain tcp 10.0.0.1:1234 > 10.9.0.2:80");
+    let out = text(&bed.run("explain tcp 10.0.0.1:1234 > 10.9.0.2:80").stdout).to_owned();
     for part in [
+        "offloaded in one direction: original on eth0; not the reply direction: table-full on eth1.\n    what to do  raise the NIC's flow table limit\n",
         "zone 0: known for 12.3s, last packet 1.5s ago",
         "NAT: replies arrive as tcp 10.9.0.2:80 > 192.0.2.1:61000.",
         "eth0, original direction: offloaded.",
@@ -476,14 +495,23 @@ fn explain_tells_why_and_what_to_do() {
         "table-full: The backend's table is full.",
         "\"No space left on device\"",
         "in 1.2s",
-        "what to do",
-        "wwan0, reply direction: no packet of this direction has been seen here.",
     ] {
         assert!(out.contains(part), "{part}:\n{out}");
     }
-    let unknown = bed.run("explain tcp 10.0.0.1:1 > 10.0.0.2:2");
-    assert_eq!(unknown.status.code(), Some(5));
-    assert!(text(&unknown.stdout).contains("does not know this connection"));
+    assert!(!out.contains("wwan0"), "it has nothing to do with it:\n{out}");
+    let part = "wwan0, reply direction: no packet of this direction has been seen here.";
+    let all = bed.run("explain -v tcp 10.0.0.1:1234 > 10.9.0.2:80");
+    assert!(text(&all.stdout).contains(part), "{}", text(&all.stdout));
+    for (sport, status, sentence) in [
+        (1234, 10, "offloaded in one direction"),
+        (1, 5, "not offloaded: there is no such connection.\n"),
+        (2, 11, "not offloaded: it is closing.\n"),
+        (3, 0, "offloaded in both directions.\n"),
+    ] {
+        let out = bed.run(&format!("explain tcp 10.0.0.1:{sport} > 10.9.0.2:80"));
+        assert_eq!(out.status.code(), Some(status), "{}", text(&out.stdout));
+        assert!(text(&out.stdout).starts_with(sentence), "{}", text(&out.stdout));
+    }
 }
 
 #[test]
@@ -523,6 +551,8 @@ fn a_reconciliation_tells_what_was_done_on_each_port() {
 fn json_and_text_tell_the_same_facts() {
     fn leaves(key: &str, value: &Value, out: &mut Vec<String>) {
         match value {
+            // In the text that is a sentence.
+            Value::String(_) if key == "offloaded" => {}
             Value::Object(o) => o.iter().for_each(|(k, v)| leaves(k, v, out)),
             Value::Array(a) => a.iter().for_each(|v| leaves(key, v, out)),
             Value::String(s) => out.push(s.clone()),
@@ -544,15 +574,22 @@ fn json_and_text_tell_the_same_facts() {
         "explain tcp 10.0.0.1:1234 10.9.0.2:80",
         "port add eth7 --provider tc-flower --offload skip-sw",
     ] {
-        let human = bed.ok(&format!("-s {line}"));
-        let json = bed.json(line);
+        // How far a connection is offloaded is in the exit code as well.
+        let code = if line.starts_with("explain") { 10 } else { 0 };
+        let said = |line: &str| {
+            let out = bed.run(line);
+            assert_eq!(out.status.code(), Some(code), "`{line}`: {}", text(&out.stderr));
+            text(&out.stdout)
+        };
+        let human = said(&format!("-s {line}{}", if code == 10 { " -v" } else { "" }));
+        let json: Value = serde_json::from_str(&said(&format!("-j {line}"))).unwrap();
         let mut facts = Vec::new();
         leaves("", &json, &mut facts);
         assert!(!facts.is_empty());
         for fact in facts {
             assert!(human.contains(&fact), "`{line}`: {fact} is not in\n{human}");
         }
-        let pretty = bed.ok(&format!("-jp {line}"));
+        let pretty = said(&format!("-jp {line}"));
         assert!(pretty.lines().count() > 1);
         assert_eq!(serde_json::from_str::<Value>(&pretty).unwrap(), json);
     }
@@ -679,7 +716,7 @@ fn the_group_may_read_and_change_nothing() {
     let bed = Bed::new();
     let (program, _remove) = copy_for_others(Path::new(env!("CARGO_BIN_EXE_ctoffload")));
     let run = |line: &str| bed.command_of(&program, line).uid(54321).gid(READERS).output().unwrap();
-    for line in ["stats", "conn show", "port show", "explain tcp 10.0.0.1:1234 10.9.0.2:80"] {
+    for line in ["stats", "conn show", "port show", "explain tcp 10.0.0.1:3 10.9.0.2:80"] {
         let out = run(line);
         assert!(out.status.success(), "`{line}`: {}", text(&out.stderr));
     }

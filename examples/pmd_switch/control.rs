@@ -11,6 +11,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ctoffload::engine::taken::TakenBack;
 use ctoffload::engine::usage::{Strays, extended_expiry};
 use ctoffload::engine::view::PortView;
 use ctoffload::engine::{Engine, NO_PROVIDER, NewPort};
@@ -238,7 +239,7 @@ impl Control {
             if let Some(handle) = &conn.offload
                 && Direction::BOTH.iter().any(|&d| conn.towards(d) == Some(mac))
             {
-                self.switch.engine.conn_retract(handle);
+                self.switch.engine.conn_retract(handle, TakenBack::Asked);
             }
         }
     }

@@ -22,6 +22,7 @@ use std::sync::mpsc::Sender as EventSender;
 use ctoffload::engine::Engine;
 use ctoffload::engine::conn::ConnHandle;
 use ctoffload::engine::datapath::{Path, PathSpec};
+use ctoffload::engine::taken::TakenBack;
 use ctoffload::engine::worker::{Offer, PortRef, Worker};
 use netdev_providers::{Direction, Forward, Ifindex, MacAddr, Tuple};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -288,7 +289,12 @@ impl Batch<'_> {
             // The usual case. Where the rule sends to another station than the sender now wants (its
             // router has changed, say), the rule goes, and the next packet makes another one.
             if conn.towards(direction).is_some_and(|mac| mac != frame.dst) {
-                self.switch.engine.slot_retract(handle, direction, port.generation());
+                self.switch.engine.slot_retract(
+                    handle,
+                    direction,
+                    port.generation(),
+                    TakenBack::Asked,
+                );
             }
             return;
         }

@@ -20,6 +20,7 @@ Exit codes:
     5  not found: no such port, connection or netdev
     6  conflict: the netdev is a port already
     7  not supported by this daemon, kernel or netdev
+Of `explain`: 0 offloaded in both directions, 10 in one, 11 in none, 5 there is no such connection.
 
 The daemon is looked for in the present network namespace; for another one:
     ip netns exec NAME ctoffload …";
@@ -104,19 +105,23 @@ pub(super) enum Object {
         #[arg(long, value_name = "NAME", value_parser = netdev_name)]
         port: Option<String>,
     },
-    /// Tell why a connection is offloaded, or is not, on each port and in each direction.
+    /// Tell whether a connection is offloaded, and why not, in each direction.
     ///
-    /// Ends with exit code 5 when the engine does not know the connection.
+    /// The first line is the answer; then the ports that have to do with it. Exit code: 0 when it is offloaded in both
+    /// directions, 10 in one, 11 in none, 5 when there is no such connection.
     #[command(
-        after_help = "Examples:\n    ctoffload explain tcp 10.0.0.1:1234 10.9.0.2:80\n    ctoffload explain 'udp [2001:db8::1]:5000 > [2001:db8::2]:53' --zone 7"
+        after_help = "Examples:\n    ctoffload explain tcp 10.0.0.1:1234 10.9.0.2:80\n    ctoffload explain 'udp [2001:db8::1]:5000 > [2001:db8::2]:53' --zone 7\n    conntrack -L -p tcp --dport 443 | head -n 1 | xargs ctoffload explain\n    ctoffload explain 'IP 10.0.0.1.1234 > 10.9.0.2.80: Flags [P.]'"
     )]
     Explain {
-        /// Its original or its reply tuple.
+        /// Its original or its reply tuple, or the inverse of one; a line of `conntrack -L` or of tcpdump -n.
         #[arg(required = true)]
         tuple: Vec<String>,
-        /// Its conntrack zone.
-        #[arg(long, default_value_t = 0)]
-        zone: u16,
+        /// Its conntrack zone. Without: zone 0, or the one that the daemon knows it in.
+        #[arg(long)]
+        zone: Option<u16>,
+        /// All ports, also those that have nothing to do with it.
+        #[arg(short, long)]
+        verbose: bool,
     },
     /// Print what happens, as it happens, one event a line. Needs CAP_NET_ADMIN.
     Monitor,

@@ -2,40 +2,45 @@
 
 use std::fmt::Write as _;
 
-use netdev_providers::{Direction, Permanence, Reason, Tuple, Zone};
+use netdev_providers::{Direction, Permanence, Reason, Tuple};
 
 use super::text::{bytes, count, duration};
 use crate::control::info::{ConnInfo, Explain, PortVerdict, SlotInfo};
 
-pub(super) fn explain(out: &mut String, tuple: &Tuple, zone: Zone, e: &Explain) {
-    match &e.conn {
-        None => {
-            let _ =
-                writeln!(out, "{tuple}, zone {zone}: the engine does not know this connection.");
-        }
-        Some(c) => head(out, c),
+pub(super) fn explain(out: &mut String, tuple: &Tuple, e: &Explain, all: bool) {
+    let _ = writeln!(out, "{}.", e.summary.sentence);
+    if let Some(help) = &e.summary.help {
+        let _ = writeln!(out, "    {:<11} {help}", "what to do");
     }
-    let slots = e.conn.as_ref().map_or(&[][..], |c| &c.slots);
-    let mut told = vec![false; slots.len()];
+    let Some(conn) = &e.conn else {
+        let _ = writeln!(out, "({tuple})");
+        return;
+    };
+    out.push('\n');
+    head(out, conn);
+    let mut told = vec![false; conn.slots.len()];
     for v in &e.verdicts {
-        let at = slots.iter().position(|s| (s.ifindex, s.direction) == (v.ifindex, v.direction));
+        let is_its = |s: &SlotInfo| (s.ifindex, s.direction) == (v.ifindex, v.direction);
+        let at = conn.slots.iter().position(is_its);
         if let Some(at) = at {
             told[at] = true;
         }
-        place(out, &v.port, v.direction, Some(v), at.map(|at| &slots[at]));
+        if all || v.matters {
+            // What was told at the top is not told again.
+            let new = v.help.as_ref().filter(|help| Some(*help) != e.summary.help.as_ref());
+            place(out, &v.port, v.direction, Some(v), at.map(|at| &conn.slots[at]), new);
+        }
     }
-    for (s, _) in slots.iter().zip(told).filter(|(_, told)| !told) {
-        place(out, &s.port, s.direction, None, Some(s));
+    for (s, _) in conn.slots.iter().zip(told).filter(|(_, told)| !told) {
+        place(out, &s.port, s.direction, None, Some(s), None);
     }
 }
 
 fn head(out: &mut String, c: &ConnInfo) {
     let _ = write!(out, "{}, zone {}: known for {}", c.original, c.zone, duration(c.age_ms));
-    match c.idle_ms {
-        Some(idle) => {
-            let _ = write!(out, ", last packet {} ago", duration(idle));
-        }
-        None => out.push_str(", no packet seen since it was offloaded"),
+    // Without a packet that a rule has carried, the time of its installation is no packet's.
+    if let Some(idle) = c.idle_ms.filter(|_| c.packets > 0) {
+        let _ = write!(out, ", last packet {} ago", duration(idle));
     }
     let _ = write!(out, " (epoch {}", c.epoch);
     if let Some(id) = c.ct_id {
@@ -49,9 +54,6 @@ fn head(out: &mut String, c: &ConnInfo) {
         let packets = count(c.packets, "packet", "packets");
         let _ = writeln!(out, "Its rules have forwarded {packets}, {} bytes, so far.", c.bytes);
     }
-    if c.slots.is_empty() {
-        out.push_str("No port has seen a packet of it yet.\n");
-    }
 }
 
 fn place(
@@ -60,6 +62,7 @@ fn place(
     direction: Direction,
     verdict: Option<&PortVerdict>,
     slot: Option<&SlotInfo>,
+    help: Option<&String>,
 ) {
     let sentence =
         verdict.map(|v| v.verdict.clone()).or_else(|| slot.map(in_words)).unwrap_or_default();
@@ -97,8 +100,8 @@ fn place(
             line("sent on", format!("{egress}{index}{above}{}{mac}{nat}", tag(s.vlan_out)));
         }
         if s.state == "installed" || s.packets > 0 {
-            let last =
-                s.idle_ms.map_or(String::new(), |i| format!(", the last {} ago", duration(i)));
+            let last = s.idle_ms.filter(|_| s.packets > 0);
+            let last = last.map_or(String::new(), |i| format!(", the last {} ago", duration(i)));
             let packets = count(s.packets, "packet", "packets");
             line("forwarded", format!("{packets}, {} ({} bytes){last}", bytes(s.bytes), s.bytes));
         }
@@ -113,11 +116,8 @@ fn place(
             line("rule", format!("{rule}{cookie}"));
         }
     }
-    let help = verdict
-        .and_then(|v| v.help.clone())
-        .or_else(|| reason.and_then(|(_, known)| known).and_then(advice).map(str::to_owned));
     if let Some(help) = help {
-        line("what to do", help);
+        line("what to do", help.clone());
     }
 }
 
@@ -143,57 +143,4 @@ fn in_words(s: &SlotInfo) -> String {
         "empty" => "not offloaded now; the next packet offers it again".into(),
         other => other.to_owned(),
     }
-}
-
-/// What an operator, or whoever writes the driver, can do about a rejection.
-fn advice(reason: Reason) -> Option<&'static str> {
-    Some(match reason {
-        Reason::Unsupported | Reason::Refused => {
-            "see the words above and the kernel log; try the rule by hand with `tc filter add … flower`"
-        }
-        Reason::NotInHardware => {
-            "check `ethtool -k PORT | grep hw-tc-offload`; or let rules live in software: --offload both"
-        }
-        Reason::TableFull => {
-            "a larger table in the NIC, or another port to take some of the connections"
-        }
-        Reason::QueueFull => {
-            "wait; if it stays: connections come faster than this backend takes rules"
-        }
-        Reason::NeighbourUnresolved => "check `ip neigh show` for the next hop: does it answer?",
-        Reason::IpsecPolicy => "see `ip xfrm policy`",
-        Reason::TosRouted => "see `ip rule` and `ip route` for what has a tos or a dscp",
-        Reason::MarkRouted => {
-            "set marks that are for a qdisc in prerouting already, or in the qdisc's own filters; see `ip rule`"
-        }
-        Reason::NoRoute => "check `ip route get` for the destination",
-        Reason::EgressUnsupported => {
-            "see `ip -d link show` of the egress netdev; nf-flowtable may want it as a port of its own too"
-        }
-        Reason::MtuMismatch => {
-            "make the egress MTU at least as large as the ingress MTU; in software: load act_police"
-        }
-        Reason::Conflict => "look for a foreign filter: `tc filter show dev PORT ingress`",
-        Reason::ProviderFault => "a fault in the provider: see the daemon's log, and report it",
-        Reason::NoProvider => "see `ctoffload port show PORT` for why each provider declined",
-        Reason::NatChecksum => "a kernel with CONFIG_NET_ACT_BPF, or a NIC that takes the rule",
-        Reason::ConnTableFull => "raise the limit of connections in the daemon's configuration",
-        Reason::NoEffect => {
-            "see whether the NIC was reset, and what its driver says in the kernel log; packets that no rule is for (fragments) look the same"
-        }
-        Reason::FirewallBehind => {
-            "in postrouting, give the chain a lower priority than 2147483647, or register it after the daemon's start; at egress, take its rules to postrouting"
-        }
-        Reason::HashRouted => {
-            "for IPv4, set net.ipv4.fib_multipath_hash_policy to 0: addresses alone choose then"
-        }
-        Reason::ZoneUnclear => {
-            "let the netdev, the tag, addresses or ports choose the zone (`nft list ruleset`)"
-        }
-        Reason::OthersInFront => {
-            "see `ctoffload port show PORT` for who is in front; let rules live in software: --offload both"
-        }
-        Reason::NotAdmitted => "change the [[admit]] rules of the daemon's configuration",
-        _ => return None,
-    })
 }

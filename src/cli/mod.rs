@@ -5,6 +5,7 @@ mod args;
 mod explain;
 mod plan;
 mod text;
+mod tuples;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use clap::Parser;
 use serde::Serialize;
 
+use crate::control::info::Offloaded;
 use crate::control::{Client, ClientError, ControlError, ErrorKind, Subscription};
 use crate::one_line::one_line;
 use plan::{Action, Output, Plan};
@@ -29,6 +31,8 @@ enum Exit {
     NotFound = 5,
     Conflict = 6,
     Unsupported = 7,
+    PartlyOffloaded = 10,
+    NotOffloaded = 11,
 }
 
 impl From<Exit> for ExitCode {
@@ -154,10 +158,13 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
         }
         Action::Explain(tuple, zone) => {
             let answer = client.explain(tuple, *zone).map_err(at)?;
-            print(show, &answer, |out| explain::explain(out, tuple, *zone, &answer))?;
-            if answer.conn.is_none() {
-                return Ok(Exit::NotFound);
-            }
+            print(show, &answer, |out| explain::explain(out, tuple, &answer, show.all))?;
+            return Ok(match answer.summary.offloaded {
+                Offloaded::Both => Exit::Ok,
+                Offloaded::Partly => Exit::PartlyOffloaded,
+                Offloaded::Not => Exit::NotOffloaded,
+                Offloaded::Unknown => Exit::NotFound,
+            });
         }
         Action::Monitor => {}
     }

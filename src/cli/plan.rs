@@ -7,6 +7,7 @@ use clap::error::ErrorKind;
 use netdev_providers::{HwFlags, Tuple, Zone};
 
 use super::args::{Args, ConnVerb, Object, Offload, PortVerb, ProviderVerb};
+use super::tuples;
 use crate::control::Target;
 use crate::control::info::{
     ConnFilter, FlushRequest, PortAddRequest, PortDelRequest, ReconcileRequest,
@@ -24,6 +25,8 @@ pub(super) struct Output {
     pub(super) json: bool,
     pub(super) pretty: bool,
     pub(super) detail: bool,
+    /// Of `explain`: what has nothing to do with the connection, too.
+    pub(super) all: bool,
 }
 
 #[derive(Debug, PartialEq)]
@@ -36,7 +39,7 @@ pub(super) enum Action {
     Stats,
     Flush(FlushRequest),
     Reconcile(ReconcileRequest),
-    Explain(Tuple, Zone),
+    Explain(Tuple, Option<Zone>),
     Monitor,
 }
 
@@ -53,7 +56,7 @@ impl fmt::Display for Action {
             Self::Stats => f.write_str("stats"),
             Self::Flush(_) => f.write_str("flush"),
             Self::Reconcile(_) => f.write_str("reconcile"),
-            Self::Explain(tuple, _) => write!(f, "explain {tuple}"),
+            Self::Explain(tuple, ..) => write!(f, "explain {tuple}"),
             Self::Monitor => f.write_str("monitor"),
         }
     }
@@ -63,11 +66,7 @@ fn tuple(words: &[String]) -> Result<Option<Tuple>, clap::Error> {
     if words.is_empty() {
         return Ok(None);
     }
-    words
-        .join(" ")
-        .parse()
-        .map(Some)
-        .map_err(|e| Args::command().error(ErrorKind::ValueValidation, e))
+    tuples::parse(words).map(Some).map_err(|e| Args::command().error(ErrorKind::ValueValidation, e))
 }
 
 impl TryFrom<Args> for Plan {
@@ -78,6 +77,7 @@ impl TryFrom<Args> for Plan {
         if let Some(port_id) = args.port_id {
             target.port_id = port_id;
         }
+        let all = matches!(args.object, Object::Explain { verbose: true, .. });
         let action = match args.object {
             Object::Port { verb: None } => Action::PortShow(None),
             Object::Port { verb: Some(PortVerb::Show { name }) } => Action::PortShow(name),
@@ -107,15 +107,15 @@ impl TryFrom<Args> for Plan {
                 Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
             }
             Object::Reconcile { port } => Action::Reconcile(ReconcileRequest { port }),
-            Object::Explain { tuple: words, zone } => match tuple(&words)? {
-                Some(tuple) => Action::Explain(tuple, Zone(zone)),
+            Object::Explain { tuple: words, zone, verbose: _ } => match tuple(&words)? {
+                Some(tuple) => Action::Explain(tuple, zone.map(Zone)),
                 None => {
                     return Err(Args::command().error(ErrorKind::MissingRequiredArgument, "TUPLE"));
                 }
             },
             Object::Monitor => Action::Monitor,
         };
-        let output = Output { json: args.json, pretty: args.pretty, detail: args.stats };
+        let output = Output { json: args.json, pretty: args.pretty, detail: args.stats, all };
         Ok(Self { target, output, action })
     }
 }
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_tuple_may_be_several_words_or_one() {
-        let want = Action::Explain("tcp 10.0.0.1:1 > 10.0.0.2:2".parse().unwrap(), Zone(0));
+        let want = Action::Explain("tcp 10.0.0.1:1 > 10.0.0.2:2".parse().unwrap(), None);
         for line in [
             "ctoffload explain tcp 10.0.0.1:1 10.0.0.2:2",
             "ctoffload explain tcp 10.0.0.1:1 > 10.0.0.2:2",

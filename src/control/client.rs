@@ -13,6 +13,7 @@ use super::error::{ClientError, ErrorKind, WireError};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
     PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
+    Summary,
 };
 use super::presence;
 use super::socket::{self, Socket};
@@ -131,11 +132,12 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn explain(&mut self, tuple: &Tuple, zone: Zone) -> Result<Explain, ClientError> {
-        let request = ExplainRequest { tuple: *tuple, zone: zone.0 };
+    pub fn explain(&mut self, tuple: &Tuple, zone: Option<Zone>) -> Result<Explain, ClientError> {
+        let request = ExplainRequest { tuple: *tuple, zone: zone.map(|z| z.0) };
         let mut out = Explain::default();
         self.call(Command::Explain, request.encode()?, &mut |command, attrs| {
             match command {
+                Command::Summary => out.summary = Summary::decode(attrs)?,
                 Command::Conn => out.conn = Some(ConnInfo::decode(attrs)?),
                 Command::Verdict => out.verdicts.push(Object::decode(attrs)?),
                 _ => return Err(WireError::Unexpected),

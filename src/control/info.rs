@@ -256,9 +256,40 @@ pub struct Stats {
     pub latency: Vec<LatencyCount>,
 }
 
+/// How far a connection is offloaded.
+#[derive(Clone, Copy, Debug, Default, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+#[repr(u8)]
+pub enum Offloaded {
+    /// In both directions.
+    Both = 0,
+    /// In one of them.
+    Partly = 1,
+    /// In none.
+    Not = 2,
+    /// There is no such connection (any more), as far as is known.
+    #[default]
+    Unknown = 3,
+}
+
+/// The answer, in short.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct Summary {
+    /// How far it is offloaded.
+    pub offloaded: Offloaded,
+    /// The same in one sentence, with the cause where there is one, without a final dot.
+    pub sentence: String,
+    /// The stable name of the cause. The list of them is in `ctoffload explain --help`.
+    pub cause: Option<String>,
+    /// What can be done about it: one sentence, without a final dot.
+    pub help: Option<String>,
+}
+
 /// Why a connection is offloaded or not.
 #[derive(Clone, Debug, Default, Serialize, PartialEq)]
 pub struct Explain {
+    /// The answer, in short.
+    pub summary: Summary,
     /// The connection, where the engine knows it.
     pub conn: Option<ConnInfo>,
     /// What each port does with it.
@@ -277,6 +308,10 @@ pub struct PortVerdict {
     pub direction: Direction,
     /// One sentence, without a final dot.
     pub verdict: String,
+    /// The port has to do with this direction: it has seen it, or would.
+    pub matters: bool,
+    /// The stable name of the cause, where it is not offloaded.
+    pub cause: Option<String>,
     /// What can be done about it: one sentence, without a final dot.
     pub help: Option<String>,
     /// Filters and programs of others that packets pass there before they come to a rule.
@@ -297,10 +332,10 @@ pub struct ConnFilter {
 /// Which connection is to be explained.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExplainRequest {
-    /// Its original or its reply tuple.
+    /// Its original or its reply tuple, or the inverse of one.
     pub tuple: Tuple,
-    /// Its zone.
-    pub zone: u16,
+    /// Its zone; `None`: zone 0, or the one that it is known in.
+    pub zone: Option<u16>,
 }
 
 /// What is to be flushed. Connections live on in software.
@@ -478,9 +513,25 @@ fn optional_display_json<S: Serializer>(
 }
 
 mod codec {
-    use super::EventKind;
+    use super::{EventKind, Offloaded};
     use crate::control::attrs::Element;
     use crate::control::error::WireError;
+
+    impl Element for Offloaded {
+        fn to_payload(&self) -> Result<Vec<u8>, WireError> {
+            (*self as u8).to_payload()
+        }
+
+        fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
+            Ok(match u8::from_payload(bytes)? {
+                0 => Self::Both,
+                1 => Self::Partly,
+                2 => Self::Not,
+                3 => Self::Unknown,
+                _ => return Err(WireError::Value("a known word for how far it is offloaded")),
+            })
+        }
+    }
 
     impl Element for EventKind {
         fn to_payload(&self) -> Result<Vec<u8>, WireError> {
@@ -532,7 +583,10 @@ attributes! {
         deletes = 16, add_failures = 17, reasons = 18, latency = 19,
         sweep_pause_ms = 20,
     }
-    PortVerdict { port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5, in_front = 6 }
+    Summary { offloaded = 1, sentence = 2, cause = 3, help = 4 }
+    PortVerdict {
+        port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5, in_front = 6, matters = 7, cause = 8,
+    }
     ConnFilter { port = 1, zone = 2, tuple = 3 }
     ExplainRequest { tuple = 1, zone = 2 }
     FlushRequest { port = 1, zone = 2, tuple = 3, all = 4 }

@@ -73,7 +73,7 @@ pub trait ControlHandler: Send + Sync {
     /// Why a connection is offloaded or not, on each port. The tuple may be the original or the
     /// reply. A connection that the engine does not know is an answer without
     /// [`Explain::conn`], or [`ErrorKind::NotFound`] when nothing can be said of it.
-    fn explain(&self, tuple: &Tuple, zone: Zone) -> Result<Explain, ControlError>;
+    fn explain(&self, tuple: &Tuple, zone: Option<Zone>) -> Result<Explain, ControlError>;
     /// Removes rules; returns when they are gone. A tuple nobody knows is
     /// [`ErrorKind::NotFound`], as is a port.
     fn flush(&self, request: &FlushRequest) -> Result<Flushed, ControlError>;
@@ -413,9 +413,12 @@ impl Loop<'_> {
             Command::Explain => {
                 let r = ExplainRequest::decode(&attrs).map_err(bad)?;
                 guarded(|| {
-                    let Explain { conn, verdicts } = handler.explain(&r.tuple, Zone(r.zone))?;
+                    let Explain { summary, conn, verdicts } =
+                        handler.explain(&r.tuple, r.zone.map(Zone))?;
+                    let summary = parts(Command::Summary, vec![summary]);
                     let conn = parts(Command::Conn, conn.into_iter().collect());
-                    Ok(Box::new(conn.chain(parts(Command::Verdict, verdicts))) as Parts)
+                    let verdicts = parts(Command::Verdict, verdicts);
+                    Ok(Box::new(summary.chain(conn).chain(verdicts)) as Parts)
                 })?
             }
             Command::Flush => {

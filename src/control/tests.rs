@@ -53,19 +53,27 @@ impl ControlHandler for Fake {
     fn stats(&self) -> Result<Stats, ControlError> {
         Ok(Stats::default())
     }
-    fn explain(&self, _: &Tuple, zone: Zone) -> Result<Explain, ControlError> {
+    fn explain(&self, _: &Tuple, zone: Option<Zone>) -> Result<Explain, ControlError> {
         let conns = self.conns(&ConnFilter::default())?;
-        let verdicts = (0..zone.0)
+        let verdicts = (0..zone.map_or(0, |z| z.0))
             .map(|n| PortVerdict {
                 port: format!("port{n}"),
                 ifindex: n.into(),
                 direction: netdev_providers::Direction::Reply,
                 verdict: "v".repeat(200),
+                matters: true,
+                cause: None,
                 help: None,
                 in_front: Vec::new(),
             })
             .collect();
-        Ok(Explain { conn: conns.last(), verdicts })
+        let summary = Summary {
+            offloaded: Offloaded::Partly,
+            sentence: "in one direction".into(),
+            cause: Some("one-way".into()),
+            help: None,
+        };
+        Ok(Explain { summary, conn: conns.last(), verdicts })
     }
     fn flush(&self, _: &FlushRequest) -> Result<Flushed, ControlError> {
         Ok(Flushed { count: 3, ports: vec![PortFlushed { port: "eth0".into(), count: 3 }] })
@@ -183,9 +191,13 @@ fn long_answers_come_in_many_datagrams() {
                 client.conns(&ConnFilter { zone: Some(n), ..ConnFilter::default() }).unwrap();
             assert_eq!(some.len(), usize::from(n));
         }
-        let e = client.explain(&tuple(), Zone(1000)).unwrap();
+        let e = client.explain(&tuple(), Some(Zone(1000))).unwrap();
         assert_eq!(e.verdicts.len(), 1000);
         assert!(e.conn.is_some());
+        assert_eq!(
+            (e.summary.offloaded, e.summary.cause.as_deref()),
+            (Offloaded::Partly, Some("one-way"))
+        );
     });
 }
 

@@ -85,6 +85,8 @@ pub enum Command {
     Working = 40,
     /// Answer: what a reconciliation did on one port.
     PortReconciled = 41,
+    /// Answer: how far a connection is offloaded, and why not farther.
+    Summary = 42,
     /// Multicast: an event. `nlmsg_seq` counts them, so that a gap tells how many were lost.
     Event = 65,
 }

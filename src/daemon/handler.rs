@@ -4,28 +4,26 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
-use netdev_providers::{
-    Capability, Direction, HwFlags, Ifindex, L4Proto, Netdev, Reason, Tuple, Zone,
-};
+use netdev_providers::{Capability, Direction, HwFlags, Ifindex, Netdev, Reason, Tuple, Zone};
 
 use super::config::{Config, parse_offload};
+use super::explain::{Explained, explain};
 use crate::control::error::{ControlError, ErrorKind};
 use crate::control::events::Publisher;
 use crate::control::info::{
     CapabilityInfo, ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed,
     LatencyCount, PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled,
-    PortVerdict, ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
+    ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
-use crate::datapath::netfilter::conntrack::accounting;
 use crate::datapath::routing::fdb::Fdb;
 use crate::datapath::routing::links::Links;
 use crate::datapath::routing::stack::{Frames, descend};
-use crate::datapath::{self, AttachError, Backend, KernelDatapath, Observer, PortSpec};
+use crate::datapath::{AttachError, Backend, KernelDatapath, Observer, PortSpec};
 use crate::engine::conn::ConnHandle;
 use crate::engine::datapath::SlotChange;
 use crate::engine::latency::LatencyBucket;
-use crate::engine::slot::SlotState;
+use crate::engine::taken::TakenBack;
 use crate::engine::usage::Usage;
 use crate::engine::view::{Chosen, PortView, SlotView};
 use crate::engine::{Engine, FlushFilter, NO_PROVIDER, PortAddError, PortDeleted};
@@ -104,7 +102,8 @@ impl Handler {
         self.backend.set_tunables(now);
         self.config.store(Arc::new(config));
         if admission {
-            let flushed = self.engine.flush(&FlushFilter::default()).unwrap_or_default();
+            let all = FlushFilter { why: TakenBack::Admission, ..FlushFilter::default() };
+            let flushed = self.engine.flush(&all).unwrap_or_default();
             let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
             tracing::info!(rules, "admission changed: all connections are looked at anew");
         }
@@ -299,120 +298,6 @@ fn conn_info(engine: &Engine, links: &Links, fdb: &Fdb, conn: &ConnHandle) -> Co
     }
 }
 
-/// What can be done about a rejection, where there is something.
-fn help_for(reason: Reason) -> Option<&'static str> {
-    Some(match reason {
-        Reason::TableFull => {
-            "it is tried again when the pause is over; raise the NIC's flow table limit, or offload fewer connections"
-        }
-        Reason::QueueFull => {
-            "connections arrive faster than rules can be written; raise limits.queue"
-        }
-        Reason::NeighbourUnresolved => "check that the next hop answers ARP or neighbour discovery",
-        Reason::MtuMismatch => {
-            "give both netdevs the same MTU, or the egress netdev the larger one; in software, load act_police (CONFIG_NET_ACT_POLICE)"
-        }
-        Reason::NotInHardware => "set offload = \"both\" for this port to offload in software too",
-        Reason::NatChecksum => "load act_bpf (CONFIG_NET_ACT_BPF), with CONFIG_BPF_SYSCALL",
-        Reason::EgressUnsupported | Reason::IngressUnsupported => {
-            "see `ip -d link show` of the netdev, and what stands above and below it"
-        }
-        Reason::IpsecPolicy => "see `ip xfrm policy`",
-        Reason::TosRouted => "see `ip rule` and `ip route` for what has a tos or a dscp",
-        Reason::MarkRouted => {
-            "set marks that are for a qdisc in prerouting already, or in the qdisc's own filters; see `ip rule`"
-        }
-        Reason::ProviderFault => "delete the port and add it again; see the daemon's log",
-        Reason::ProviderSlow => {
-            "it goes on by itself when the NIC or the kernel has done what it was given; see `ctoffload port show`"
-        }
-        Reason::ConnTableFull => "raise limits.connections",
-        Reason::NoEffect => {
-            "see whether the NIC was reset, and what its driver says in the kernel log"
-        }
-        Reason::FirewallBehind => {
-            "in postrouting, give the chain a lower priority than 2147483647, or register it after the daemon's start; at egress, take its rules to postrouting"
-        }
-        Reason::HashRouted => {
-            "for IPv4, set net.ipv4.fib_multipath_hash_policy to 0: addresses alone choose then"
-        }
-        Reason::ZoneUnclear => {
-            "let the netdev, the tag, addresses or ports choose the zone: see `nft list ruleset`"
-        }
-        Reason::OthersInFront => {
-            "see `ctoffload port show` of the port for who is in front; rules in software (offload = \"both\") can stand behind them"
-        }
-        Reason::NotAdmitted => {
-            "change the [[admit]] rules of the configuration, and reload it (SIGHUP)"
-        }
-        _ => return None,
-    })
-}
-
-/// From when on a connection is sighted.
-fn eligible(proto: L4Proto, config: &datapath::Config) -> String {
-    let mut text = match proto {
-        L4Proto::Tcp => "a TCP connection is sighted once conntrack calls it assured",
-        L4Proto::Udp if config.one_way_udp => "a UDP connection is sighted",
-        L4Proto::Udp => "a UDP connection is sighted once it was answered",
-    }
-    .to_owned();
-    if config.min_packets > 0 {
-        text.push_str(&format!(
-            ", and conntrack has counted {} packets of it, both directions together (min-packets)",
-            config.min_packets
-        ));
-    }
-    if config.min_bytes > 0 {
-        text.push_str(&format!(
-            ", and conntrack has counted {} bytes of it (min-bytes)",
-            config.min_bytes
-        ));
-        if let Ok(false) = accounting() {
-            text.push_str(", which it does not do now (net.netfilter.nf_conntrack_acct is 0)");
-        }
-    }
-    text
-}
-
-fn verdict(slot: &SlotView, links: &Links) -> (String, Option<String>) {
-    let egress = slot.path.map(|p| links.name(p.egress));
-    match slot.state {
-        SlotState::Installed => {
-            let place = match slot.in_hw {
-                Some(true) => "in hardware",
-                Some(false) => "in software",
-                None => "installed; where is known after the next sweep",
-            };
-            (
-                format!(
-                    "offloaded to {}, {place}: {} packets, {} bytes",
-                    egress.unwrap_or_default(),
-                    slot.packets,
-                    slot.bytes
-                ),
-                None,
-            )
-        }
-        SlotState::Pending => ("an add is queued or in flight".to_owned(), None),
-        SlotState::Deleting => match &slot.rejection {
-            Some(why) => {
-                (format!("the rule could not be deleted so far, and is tried again: {why}"), None)
-            }
-            None => ("the rule is being deleted".to_owned(), None),
-        },
-        SlotState::Empty => ("not offloaded".to_owned(), None),
-        SlotState::Rejected => {
-            let Some(r) = &slot.rejection else { return ("rejected".to_owned(), None) };
-            let mut text = format!("rejected, {}: {}", r, r.reason.help().trim_end_matches('.'));
-            if let Some(ms) = slot.retry_in_ms {
-                text.push_str(&format!("; offered again in {:.1} s", ms as f64 / 1000.0));
-            }
-            (text, help_for(r.reason).map(str::to_owned))
-        }
-    }
-}
-
 impl ControlHandler for Handler {
     fn ports(&self) -> Result<Vec<PortInfo>, ControlError> {
         Ok(self.engine.ports().into_iter().map(|p| port_info(self.links(), p)).collect())
@@ -500,42 +385,12 @@ impl ControlHandler for Handler {
         })
     }
 
-    fn explain(&self, tuple: &Tuple, zone: Zone) -> Result<Explain, ControlError> {
-        let ports = self.engine.ports();
-        let Some(conn) = self.find_conn(tuple, Some(zone)) else {
-            let eligible = eligible(tuple.proto(), self.backend.config());
-            return Err(ControlError::not_found(format!(
-                "{tuple} (zone {zone}) has not been sighted on any of {} ports: {eligible}, by the next packet that the router forwards in software",
-                ports.len()
-            )));
-        };
-        let slots = self.engine.slots(&conn);
-        let mut verdicts = Vec::new();
-        for port in &ports {
-            for direction in Direction::BOTH {
-                let slot = slots.iter().find(|s| {
-                    s.netdev.generation == port.netdev.generation && s.direction == direction
-                });
-                let (text, help) = match (slot, port.provider) {
-                    (Some(slot), _) => verdict(slot, self.links()),
-                    (None, None) => ("the port has no provider".to_owned(), None),
-                    (None, Some(_)) => (
-                        "no packet of this direction has been seen in software here".to_owned(),
-                        None,
-                    ),
-                };
-                verdicts.push(PortVerdict {
-                    port: self.links().name(port.netdev.ifindex),
-                    ifindex: port.netdev.ifindex.get(),
-                    direction,
-                    verdict: text,
-                    help,
-                    in_front: port.in_front.clone(),
-                });
-            }
-        }
-        let conn = conn_info(&self.engine, self.links(), self.backend.fdb(), &conn);
-        Ok(Explain { conn: Some(conn), verdicts })
+    fn explain(&self, tuple: &Tuple, zone: Option<Zone>) -> Result<Explain, ControlError> {
+        let explained = explain(&self.engine, &self.backend, &self.config.load_full(), tuple, zone)
+            .map_err(|e| ControlError::internal(format!("conntrack was asked for it: {e}")))?;
+        let Explained { summary, conn, verdicts } = explained;
+        let info = |conn| conn_info(&self.engine, self.links(), self.backend.fdb(), &conn);
+        Ok(Explain { summary, conn: conn.map(info), verdicts })
     }
 
     fn flush(&self, request: &FlushRequest) -> Result<Flushed, ControlError> {
@@ -549,7 +404,7 @@ impl ControlHandler for Handler {
             Some(name) => Some(self.port_view(name)?.netdev.ifindex),
             None => None,
         };
-        let filter = FlushFilter { port, zone, tuple: request.tuple };
+        let filter = FlushFilter { port, zone, tuple: request.tuple, why: TakenBack::Asked };
         let flushed =
             self.engine.flush(&filter).map_err(|e| ControlError::not_found(e.to_string()))?;
         Ok(Flushed {

@@ -5,6 +5,7 @@
 //! goes the other way and leaves nothing of ours in the kernel.
 
 pub mod config;
+mod explain;
 mod handler;
 
 use std::io::Write;

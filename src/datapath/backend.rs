@@ -18,6 +18,7 @@ use nix::errno::Errno;
 
 use super::DatapathError;
 use super::config::{Config, Tunables};
+use super::ended::Ends;
 use super::firewall::Firewall;
 use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
 use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
@@ -136,6 +137,8 @@ pub struct Backend {
     pub(super) installed: Mutex<Vec<ConnHandle>>,
     /// Connections that conntrack has closed because of a RST since [`resets`](super::resets) looked.
     pub(super) resets: Mutex<Vec<(ConnKey, CtId)>>,
+    /// Connections that have ended lately.
+    pub(super) ended: Ends,
     /// Events of conntrack were lost: all that is known is to be compared with its table.
     pub(super) events_lost: AtomicBool,
     /// The MAC address that rules were made with, by neighbour.
@@ -227,6 +230,7 @@ impl Backend {
             known: DashMap::default(),
             installed: Mutex::default(),
             resets: Mutex::default(),
+            ended: Ends::default(),
             events_lost: AtomicBool::new(false),
             neighbours: Mutex::default(),
             counts: Counts::default(),

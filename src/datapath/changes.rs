@@ -18,6 +18,7 @@ use super::{AttachError, PortPolicy};
 use crate::engine::conn::{ConnHandle, PathTaken};
 use crate::engine::datapath::{PathHint, Sight};
 use crate::engine::slot::SlotState;
+use crate::engine::taken::TakenBack;
 use crate::engine::view::SlotView;
 use crate::engine::{Engine, FlushFilter};
 
@@ -297,10 +298,10 @@ impl Changes {
                         .is_some_and(|r| r.reason == Reason::NotForwarded) =>
                 {
                     again += 1;
-                    self.retract(conn, slot);
+                    self.retract(conn, slot, TakenBack::Forwarding);
                 }
                 (Some(_), SlotState::Pending | SlotState::Installed) => {
-                    stale += u32::from(self.retract(conn, slot));
+                    stale += u32::from(self.retract(conn, slot, TakenBack::Forwarding));
                 }
                 _ => {}
             }
@@ -330,10 +331,10 @@ impl Changes {
                     let by_policy = |r: &Rejection| r.reason == Reason::IpsecPolicy;
                     if !concerned && slot.rejection.as_ref().is_some_and(by_policy) {
                         again += 1;
-                        self.retract(conn, slot);
+                        self.retract(conn, slot, TakenBack::Ipsec);
                     }
                 }
-                _ if concerned => rules += u32::from(self.retract(conn, slot)),
+                _ if concerned => rules += u32::from(self.retract(conn, slot, TakenBack::Ipsec)),
                 _ => {}
             }
         });
@@ -408,7 +409,8 @@ impl Changes {
             // Rules match on the port's MAC address and were made for its MTU.
             if changed && self.engine.port(ifindex).is_some() {
                 tracing::info!(port = link.name, "MAC address, MTU or master changed: flushing");
-                let port = FlushFilter { port: Some(ifindex), ..FlushFilter::default() };
+                let why = TakenBack::Netdev;
+                let port = FlushFilter { port: Some(ifindex), why, ..FlushFilter::default() };
                 let _ = self.engine.flush(&port);
             }
             if changed || (old.up && !link.up) {
@@ -449,7 +451,7 @@ impl Changes {
         let mut netdevs = above;
         netdevs.insert(old.ifindex);
         let through = |i: Option<Ifindex>| i.is_some_and(|i| netdevs.contains(&i));
-        let rules = self.retract_where(|_, slot, p| {
+        let rules = self.retract_where(TakenBack::Netdev, |_, slot, p| {
             let in_port = p.iif.unwrap_or(slot.netdev.ifindex);
             through(p.iif)
                 || through(p.oif)
@@ -460,12 +462,16 @@ impl Changes {
         }
     }
 
-    fn retract_where(&self, stale: impl Fn(&ConnHandle, &SlotView, &PathTaken) -> bool) -> u32 {
+    fn retract_where(
+        &self,
+        why: TakenBack,
+        stale: impl Fn(&ConnHandle, &SlotView, &PathTaken) -> bool,
+    ) -> u32 {
         let mut rules = 0;
         for conn in self.engine.conns() {
             for slot in self.engine.slots(&conn) {
                 let is_stale = slot.path.is_some_and(|p| stale(&conn, &slot, &p));
-                rules += u32::from(is_stale && self.retract(&conn, &slot));
+                rules += u32::from(is_stale && self.retract(&conn, &slot, why));
             }
         }
         rules
@@ -485,7 +491,7 @@ impl Changes {
         for (bridge, mac) in moved {
             routed.extend(above[bridge].iter().map(|oif| (*oif, *mac)));
         }
-        let rules = self.retract_where(|conn, slot, p| {
+        let rules = self.retract_where(TakenBack::Bridge, |conn, slot, p| {
             if !p.bridged {
                 return p.oif.zip(p.dst_mac).is_some_and(|to| routed.contains(&to));
             }
@@ -510,7 +516,7 @@ impl Changes {
         let leads_to = |top, frames, real| {
             descend(links, fdb, top, frames).is_ok_and(|s| s.real.ifindex == real)
         };
-        self.retract_where(|conn, slot, p| {
+        self.retract_where(TakenBack::Netdev, |conn, slot, p| {
             if p.bridged {
                 return !self.backend.is_still_bridged(conn, slot, p);
             }
@@ -526,7 +532,7 @@ impl Changes {
         for conn in self.engine.conns() {
             for slot in self.engine.slots(&conn) {
                 if slot.state == SlotState::Rejected {
-                    self.retract(&conn, &slot);
+                    self.retract(&conn, &slot, TakenBack::Netdev);
                 }
             }
         }
@@ -602,7 +608,7 @@ impl Changes {
                 None => used.remove(&(ifindex, address)),
             };
         }
-        let rules = self.retract_where(|_, _, p| {
+        let rules = self.retract_where(TakenBack::Neighbour, |_, _, p| {
             p.oif.unwrap_or(p.egress) == ifindex && p.next_hop == Some(address) && p.dst_mac != mac
         });
         tracing::info!(%address, %ifindex, ?mac, rules, "neighbour changed: rules taken back");
@@ -624,7 +630,8 @@ impl Changes {
                     continue;
                 }
                 rules += u32::from(
-                    self.is_bypassed(&conn, slot, &slots, rerouted) && self.retract(&conn, slot),
+                    self.is_bypassed(&conn, slot, &slots, rerouted)
+                        && self.retract(&conn, slot, TakenBack::Route),
                 );
                 let leaving = conn.leaving(slot.direction);
                 if !rerouted.covers(leaving.dst()) {
@@ -648,7 +655,7 @@ impl Changes {
                 {
                     // What it was refused for may have gone: its next packet is told.
                     again += 1;
-                    self.retract(&conn, slot);
+                    self.retract(&conn, slot, TakenBack::Route);
                 }
                 // None: it is resolved after this, or is being taken back, or has none.
                 let Some(path) = slot.path else { continue };
@@ -660,7 +667,7 @@ impl Changes {
                     if same {
                         continue;
                     }
-                    rules += u32::from(self.retract(&conn, slot));
+                    rules += u32::from(self.retract(&conn, slot, TakenBack::Route));
                 }
                 if now.is_ok_and(|n| (n.egress, n.oif) == (path.egress, path.oif)) {
                     continue;
@@ -671,7 +678,7 @@ impl Changes {
                         .iter()
                         .filter(|o| o.direction == opposite && o.netdev.ifindex == path.egress)
                     {
-                        rules += u32::from(self.retract(&conn, other));
+                        rules += u32::from(self.retract(&conn, other, TakenBack::Route));
                     }
                 }
             }
@@ -710,8 +717,8 @@ impl Changes {
         now.is_ok_and(|p| p.forward.egress != slot.netdev.ifindex || (!vrf && p.oif != path.iif))
     }
 
-    fn retract(&self, conn: &ConnHandle, slot: &SlotView) -> bool {
-        self.engine.slot_retract(conn, slot.direction, slot.netdev.generation)
+    fn retract(&self, conn: &ConnHandle, slot: &SlotView, why: TakenBack) -> bool {
+        self.engine.slot_retract(conn, slot.direction, slot.netdev.generation, why)
     }
 
     fn path_now(

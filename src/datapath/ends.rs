@@ -13,6 +13,7 @@ use super::netfilter::conntrack::{
 use super::supervisor::Failures;
 use crate::engine::Engine;
 use crate::engine::conn::ConnKey;
+use crate::engine::taken::TakenBack;
 use crate::engine::usage::Usage;
 
 /// # Errors
@@ -67,6 +68,7 @@ pub(super) fn run(
 pub(super) fn destroyed(backend: &Backend, engine: &Engine, key: &ConnKey, id: CtId) {
     let Some((_, known)) = backend.known.remove_if(key, |_, k| k.id == id) else { return };
     if let Some(conn) = &known.conn {
+        backend.ended.note(conn, false);
         let rules = engine.conn_del(conn);
         tracing::debug!(%conn, rules, "ended");
     }
@@ -91,7 +93,7 @@ pub(super) fn remarked(backend: &Backend, engine: &Engine, entry: &CtEntry, labe
     drop(known);
     if let Some(conn) = conn {
         tracing::debug!(%conn, mark = entry.mark, "its mark or its labels changed");
-        engine.conn_retract(&conn);
+        engine.conn_retract(&conn, TakenBack::Mark);
     }
 }
 
@@ -118,6 +120,7 @@ pub(super) fn updated(backend: &Backend, engine: &Engine, entry: &CtEntry) {
     let key = key_of(entry);
     let known = backend.known.get_mut(&key).filter(|k| Some(k.id) == entry.id);
     let Some((conn, id)) = known.and_then(|mut k| Some((k.conn.take()?, k.id))) else { return };
+    backend.ended.note(&conn, true);
     let rules = engine.conn_del(&conn);
     tracing::debug!(%conn, rules, ?state, "closing");
     if state == TcpState::Close {
@@ -140,7 +143,7 @@ pub(super) fn unbelieved(backend: &Backend, engine: &Engine, entries: &[CtEntry]
             continue;
         }
         tracing::debug!(%conn, "goes back into software: it was reset");
-        engine.conn_retract(&conn);
+        engine.conn_retract(&conn, TakenBack::Reset);
         if !entry.status.fixed_timeout() {
             updates.push(CtUpdate::of(entry.zone, entry.original));
         }

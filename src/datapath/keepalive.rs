@@ -35,6 +35,7 @@ use super::routing::fdb::Behind;
 use crate::engine::Engine;
 use crate::engine::conn::{ConnHandle, ConnKey};
 use crate::engine::slot::SlotState;
+use crate::engine::taken::TakenBack;
 use crate::engine::usage::Strays;
 
 /// Connections that have no events (made before our event socket existed, or `nf_conntrack_events` is
@@ -177,7 +178,9 @@ impl Keeper {
                 let neighbour = (path.oif.unwrap_or(path.egress), next_hop);
                 keep.insert(neighbour);
                 if macs.get(&neighbour).copied() != path.dst_mac {
-                    self.engine.slot_retract(conn, slot.direction, slot.netdev.generation);
+                    let generation = slot.netdev.generation;
+                    let why = TakenBack::Neighbour;
+                    self.engine.slot_retract(conn, slot.direction, generation, why);
                 }
             }
         }
@@ -200,7 +203,8 @@ impl Keeper {
                 if slot.state == SlotState::Installed
                     && !self.backend.is_still_bridged(conn, &slot, &path)
                 {
-                    self.engine.slot_retract(conn, slot.direction, slot.netdev.generation);
+                    let generation = slot.netdev.generation;
+                    self.engine.slot_retract(conn, slot.direction, generation, TakenBack::Bridge);
                     continue;
                 }
                 if slot.idle_ms.is_none_or(|idle| idle >= since_last) {

@@ -14,6 +14,7 @@ use super::netfilter::conntrack::{
 };
 use crate::engine::Engine;
 use crate::engine::conn::ConnHandle;
+use crate::engine::taken::TakenBack;
 use crate::engine::usage::Usage;
 
 /// How many are looked at in one tick: the others wait for the next.
@@ -180,7 +181,7 @@ impl Lives {
                 }
                 (Verdict::TakeBack, _) => {
                     tracing::debug!(%conn, "goes back into software: it is silent, or was reset");
-                    engine.conn_retract(conn);
+                    engine.conn_retract(conn, TakenBack::Silent);
                     self.by_epoch.remove(&asked.epoch);
                 }
                 (Verdict::Gone, _) | (_, None) => {

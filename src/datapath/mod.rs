@@ -24,14 +24,17 @@
 //! | `firewall` | none: what a decision of the firewall stands on, and what a change concerns |
 //! | [`supervisor`] | none: whether one of these has ended, without which nothing may be offloaded |
 //! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive; by `life` (what is written to conntrack, and when: decisions alone) and `lives`; `resets` are closed by conntrack, and may live |
+//! | [`inspect`], `ended` | none: what is known of a connection, for who asks |
 //! | [`netfilter`], [`routing`] | none: what they speak with the kernel |
 
 pub mod admission;
 pub mod backend;
 mod changes;
 mod config;
+pub mod ended;
 mod ends;
 mod firewall;
+pub mod inspect;
 mod keepalive;
 mod life;
 mod lives;

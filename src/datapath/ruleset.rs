@@ -37,6 +37,7 @@ use super::netfilter::ledger::{CHAIN, Hook};
 use super::supervisor::Failures;
 use crate::engine::conn::ConnHandle;
 use crate::engine::slot::SlotState;
+use crate::engine::taken::TakenBack;
 use crate::engine::{Engine, FlushFilter};
 
 /// `NFNLGRP_NFTABLES` (linux/netfilter/nfnetlink.h).
@@ -234,7 +235,8 @@ impl Watch {
         }
         match (concerns, self.backend.tunables().revalidation.rate) {
             (Concerns::All, None) => {
-                let flushed = engine.flush(&FlushFilter::default()).unwrap_or_default();
+                let all = FlushFilter { why: TakenBack::Firewall, ..FlushFilter::default() };
+                let flushed = engine.flush(&all).unwrap_or_default();
                 let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
                 tracing::info!(rules, "the ruleset changed: connections go back to the slow path");
             }
@@ -254,7 +256,7 @@ impl Watch {
                     let [o, r] = Direction::BOTH.map(|d| conn.arriving(d));
                     if [o.src(), o.dst(), r.src(), r.dst()].iter().any(|a| concerns.address(*a)) {
                         connections += 1;
-                        engine.conn_retract(&conn);
+                        engine.conn_retract(&conn, TakenBack::Firewall);
                     }
                 }
                 if connections > 0 {
@@ -271,7 +273,7 @@ impl Watch {
     /// word.
     fn renew(&mut self, engine: &Engine, elapsed: Duration) {
         for conn in self.paced.after(elapsed) {
-            engine.conn_retract(&conn);
+            engine.conn_retract(&conn, TakenBack::Firewall);
         }
         let every = self.backend.tunables().revalidation.every;
         let look_every = if every.is_zero() { LOOK_EVERY } else { LOOK_EVERY.min(every / 6) };
@@ -284,7 +286,7 @@ impl Watch {
             return;
         }
         for conn in self.round.after(elapsed) {
-            engine.conn_retract(&conn);
+            engine.conn_retract(&conn, TakenBack::Renewed);
         }
         if self.round.conns.is_empty() {
             // Twice in the time: what was sighted just after a round has begun is in the next.
@@ -522,7 +524,8 @@ fn ask_marked_again(engine: &Engine) {
     for conn in engine.conns() {
         for slot in engine.slots(&conn) {
             if slot.rejection.as_ref().is_some_and(|r| r.reason == Reason::MarkRouted) {
-                engine.slot_retract(&conn, slot.direction, slot.netdev.generation);
+                let generation = slot.netdev.generation;
+                engine.slot_retract(&conn, slot.direction, generation, TakenBack::Mark);
             }
         }
     }

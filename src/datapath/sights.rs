@@ -20,6 +20,7 @@ use crate::engine::Engine;
 use crate::engine::conn::{ConnHandle, ConnKey};
 use crate::engine::datapath::{PathHint, PathSpec};
 use crate::engine::slot::SlotState;
+use crate::engine::taken::TakenBack;
 use crate::engine::worker::{Offer, Worker};
 
 /// How long an offer that was refused at once (queue or table full) waits before its sight is
@@ -246,7 +247,8 @@ impl Reader {
             return;
         }
         if slot.idle_ms.is_some_and(|idle| idle >= UNUSED_MS) {
-            self.engine.slot_retract(conn, direction, slot.netdev.generation);
+            let generation = slot.netdev.generation;
+            self.engine.slot_retract(conn, direction, generation, TakenBack::Moved);
         } else {
             self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
         }

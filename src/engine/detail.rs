@@ -8,6 +8,7 @@ use netdev_providers::{Rejection, RuleId};
 
 use super::pace::Pace;
 use super::paths::PathTaken;
+use super::taken::TakenBack;
 
 /// A time on the engine's clock, or none, in eight bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,7 +76,7 @@ pub(super) struct Detail {
     pub path: Option<Arc<PathTaken>>,
     trouble: Option<Box<Trouble>>,
     /// When a sweep last saw the counters move; before the first time, when it was installed; before
-    /// that, when its sight was re-armed.
+    /// that, when its sight was re-armed, or its rule taken back.
     pub used_ms: u64,
     pub packets: u64,
     pub bytes: u64,
@@ -85,6 +86,8 @@ pub(super) struct Detail {
     /// tell it.
     pub pace: Pace,
     flags: Flags,
+    /// Why the rule is to go, or went last, while there is no other since. It went at [`used_ms`](Self::used_ms), then.
+    pub taken: Option<TakenBack>,
 }
 
 impl Detail {
@@ -158,6 +161,12 @@ impl Detail {
 
     fn trouble(&mut self) -> &mut Trouble {
         self.trouble.get_or_insert_default()
+    }
+
+    /// What is known of an empty slot whose rule has just been taken back.
+    pub(super) fn of_taken(taken: Option<TakenBack>, at_ms: u64) -> Self {
+        let used_ms = if taken.is_some() { at_ms } else { 0 };
+        Self { taken, used_ms, ..Self::default() }
     }
 
     /// What is known of an empty slot whose last offers were refused so often.

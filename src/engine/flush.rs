@@ -9,6 +9,7 @@ use super::conn::ConnHandle;
 use super::port::Port;
 use super::queue::Command;
 use super::reconcile::Reconciled;
+use super::taken::TakenBack;
 use super::{Engine, FlushFilter, NoSuchPort};
 
 impl Engine {
@@ -22,9 +23,9 @@ impl Engine {
     pub fn flush(&self, filter: &FlushFilter) -> Result<Vec<(Netdev, u64)>, NoSuchPort> {
         let ports = self.ports_of(filter.port)?;
         let counts = if filter.zone.is_none() && filter.tuple.is_none() {
-            self.flush_ports(&ports)
+            self.flush_ports(&ports, filter.why)
         } else {
-            self.flush_conns(&ports, &self.conns_of(filter.tuple.as_ref(), filter.zone))
+            self.flush_conns(&ports, &self.conns_of(filter.tuple.as_ref(), filter.zone), filter.why)
         };
         Ok(counts.into_iter().filter(|(_, n)| *n > 0).collect())
     }
@@ -39,7 +40,7 @@ impl Engine {
         Ok(ports.into_iter().filter(|p| p.binding.is_some()).cloned().collect())
     }
 
-    fn flush_ports(&self, ports: &[Arc<Port>]) -> Vec<(Netdev, u64)> {
+    fn flush_ports(&self, ports: &[Arc<Port>], why: TakenBack) -> Vec<(Netdev, u64)> {
         let asked: Vec<_> = ports
             .iter()
             .inspect(|p| {
@@ -47,12 +48,17 @@ impl Engine {
                 p.capacity.forget_learnt();
             })
             .filter(|p| !p.is_empty())
-            .map(|p| Asked::of(p, Command::Flush))
+            .map(|p| Asked::of(p, |tx| Command::Flush(why, tx)))
             .collect();
         self.collected(asked)
     }
 
-    fn flush_conns(&self, ports: &[Arc<Port>], conns: &[ConnHandle]) -> Vec<(Netdev, u64)> {
+    fn flush_conns(
+        &self,
+        ports: &[Arc<Port>],
+        conns: &[ConnHandle],
+        why: TakenBack,
+    ) -> Vec<(Netdev, u64)> {
         let table = self.0.publication.table();
         let mut counts = vec![0; ports.len()];
         let mut touched = vec![false; ports.len()];
@@ -63,7 +69,7 @@ impl Engine {
                 let Ok(found) = at.binary_search_by_key(&generation, |(g, _)| *g) else { continue };
                 let n = at[found].1;
                 touched[n] = true;
-                counts[n] += u64::from(self.unwind_slot(&table, conn, d, generation));
+                counts[n] += u64::from(self.unwind_slot(&table, conn, d, generation, why));
             }
         }
         let asked = ports

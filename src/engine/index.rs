@@ -9,6 +9,7 @@ use super::Engine;
 use super::conn::{ConnHandle, ConnKey};
 use super::state::PortSlot;
 use super::table::PortTable;
+use super::taken::TakenBack;
 use super::zones::{Entered, Walk};
 
 /// Connections, one after the other: those that live all the time, each once, and some of those that are made
@@ -128,20 +129,27 @@ impl Engine {
             self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
         }
         let table = self.0.publication.table();
-        conn.all_slots().filter(|(d, g, _)| self.unwind_slot(&table, conn, *d, *g)).count()
+        let unwound = |d, g| self.unwind_slot(&table, conn, d, g, TakenBack::Asked);
+        conn.all_slots().filter(|(d, g, _)| unwound(*d, *g)).count()
     }
 
     /// Takes the connection off the hardware: deletes its rules; it lives on in software, and the
     /// next packet on each port offers it again. Returns how many rules there were.
-    pub fn conn_retract(&self, conn: &ConnHandle) -> usize {
+    pub fn conn_retract(&self, conn: &ConnHandle, why: TakenBack) -> usize {
         let table = self.0.publication.table();
-        conn.all_slots().filter(|(d, g, _)| self.unwind_slot(&table, conn, *d, *g)).count()
+        conn.all_slots().filter(|(d, g, _)| self.unwind_slot(&table, conn, *d, *g, why)).count()
     }
 
     /// The same for one slot, because what its rule was made from has changed. True when there was
     /// something.
-    pub fn slot_retract(&self, conn: &ConnHandle, d: Direction, port: Generation) -> bool {
-        self.unwind_slot(&self.0.publication.table(), conn, d, port)
+    pub fn slot_retract(
+        &self,
+        conn: &ConnHandle,
+        d: Direction,
+        port: Generation,
+        why: TakenBack,
+    ) -> bool {
+        self.unwind_slot(&self.0.publication.table(), conn, d, port, why)
     }
 
     pub(super) fn unwind_slot(
@@ -150,9 +158,10 @@ impl Engine {
         conn: &ConnHandle,
         d: Direction,
         generation: Generation,
+        why: TakenBack,
     ) -> bool {
         // The slots of a port that is gone have been reset by its flush.
         let Some(port) = table.by_generation(generation) else { return false };
-        PortSlot::find(&self.0, port, conn, d).is_some_and(|slot| slot.retract())
+        PortSlot::find(&self.0, port, conn, d).is_some_and(|slot| slot.retract(why))
     }
 }

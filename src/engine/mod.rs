@@ -84,6 +84,7 @@ pub mod slot;
 mod state;
 mod sync;
 mod table;
+pub mod taken;
 mod threads;
 mod tuples;
 pub mod usage;
@@ -114,6 +115,7 @@ use self::conn::ConnHandle;
 use self::datapath::Datapath;
 use self::port::Port;
 use self::registry::{Registry, RegistryError};
+use self::taken::TakenBack;
 use self::threads::Threads;
 use self::worker::{Publication, Worker};
 use self::zones::Zones;
@@ -211,6 +213,8 @@ pub struct FlushFilter {
     pub zone: Option<Zone>,
     /// Only the connection with this tuple, in its original or its reply direction.
     pub tuple: Option<Tuple>,
+    /// Why, for those who ask for a connection later.
+    pub why: TakenBack,
 }
 
 /// What everything in the engine shares.

@@ -26,6 +26,7 @@ use super::sync::{
     ArcSwap, AtomicUsize, Mutex, MutexGuard, OnceBox, OnceLock, SegQueue, Thread, current, fence,
     park_timeout,
 };
+use super::taken::TakenBack;
 
 /// What a writer is asked to do.
 pub(super) enum Command {
@@ -60,7 +61,7 @@ pub(super) enum Command {
     /// Answers when the removals queued before have been, and those that follow from them.
     Settle(Sender<u64>),
     /// Everything goes, what waits is taken back; answers with how many.
-    Flush(Sender<u64>),
+    Flush(TakenBack, Sender<u64>),
     /// Everything goes, the provider is released, the thread ends.
     Stop(Sender<Stopped>),
 }
@@ -76,7 +77,7 @@ impl Command {
             | Self::Rearm(..)
             | Self::Retract(..)
             | Self::Settle(_)
-            | Self::Flush(_)
+            | Self::Flush(..)
             | Self::Stop(_) => true,
             Self::Add(..)
             | Self::Established(..)

@@ -30,6 +30,7 @@ use super::queue::Command;
 use super::reconcile::as_adopted;
 use super::shapes::Shape;
 use super::slot::{AfterAdd, OpNumber, SlotState, Unwind};
+use super::taken::TakenBack;
 
 /// First pause after a transient refusal; doubles with each, up to [`RETRY_MAX_MS`].
 const RETRY_MIN_MS: u64 = 100;
@@ -97,14 +98,16 @@ impl<'a> PortSlot<'a> {
     }
 
     /// The slot is empty: its detail is cleared, its traffic goes to the port's past and the
-    /// connection's.
+    /// connection's. Why its rule went stays.
     fn forget(&self, detail: &mut Detail) {
         self.leave(detail);
         if detail.is_held() {
             let egress = detail.path.as_ref().map(|p| p.egress);
             self.port.held().remove(self.conn, self.slot, self.d, egress);
         }
-        *detail = Detail::default();
+        // One that has no rule (any more) was told when it lost it.
+        let at_ms = if detail.is_held() { self.shared.clock.now_ms() } else { detail.used_ms };
+        *detail = Detail::of_taken(detail.taken, at_ms);
     }
 
     /// The rule is gone: its traffic is the port's past and the connection's.
@@ -234,7 +237,10 @@ impl<'a> PortSlot<'a> {
         detail.pace = Pace::UNKNOWN;
         if after == AfterAdd::Delete {
             self.follow_up(Command::Delete);
-        } else if self.conn.replied_by_now() && self.slot.word.reply_seen(self.port.generation()) {
+            return;
+        }
+        detail.taken = None;
+        if self.conn.replied_by_now() && self.slot.word.reply_seen(self.port.generation()) {
             self.follow_up(Command::Established);
         }
     }
@@ -326,18 +332,20 @@ impl<'a> PortSlot<'a> {
     // ---- a delete ----
 
     /// Asks for the slot to become empty; what is installed is left to be deleted by the caller.
-    pub(super) fn unwind(&self) -> Unwind {
+    pub(super) fn unwind(&self, why: TakenBack) -> Unwind {
         let mut detail = self.slot.detail();
         let left = self.slot.word.unwind(self.port.generation());
-        if left == Unwind::Reopened {
-            self.forget(&mut detail);
+        match left {
+            Unwind::Delete | Unwind::Cancelling => detail.taken = Some(why),
+            Unwind::Reopened => self.forget(&mut detail),
+            Unwind::Nothing => {}
         }
         left
     }
 
     /// The same, and queues what is to be done. True when there was something.
-    pub(super) fn retract(&self) -> bool {
-        match self.unwind() {
+    pub(super) fn retract(&self, why: TakenBack) -> bool {
+        match self.unwind(why) {
             Unwind::Delete => {
                 self.follow_up(Command::Delete);
                 true
@@ -463,9 +471,12 @@ impl<'a> PortSlot<'a> {
     }
 
     /// The slot is empty, whatever it was: the provider has no rule of it, and gets none.
-    pub(super) fn reset(&self) {
+    pub(super) fn reset(&self, why: TakenBack) {
         let mut detail = self.slot.detail();
-        if self.slot.word.reset(self.port.generation()).is_some() {
+        if let Some(before) = self.slot.word.reset(self.port.generation()) {
+            if matches!(before, SlotState::Pending | SlotState::Installed) {
+                detail.taken = Some(why);
+            }
             self.forget(&mut detail);
         }
     }

@@ -458,7 +458,7 @@ fn who_watches_is_told_what_becomes_of_a_slot() {
     dummy.fail_next(1, Reason::Unsupported);
     b.offer(1, &two, Original);
     b.settle();
-    b.engine.conn_retract(&one);
+    b.engine.conn_retract(&one, TakenBack::Asked);
     b.settle();
     let told = std::mem::take(&mut *b.datapath.told.lock().unwrap());
     assert_eq!(

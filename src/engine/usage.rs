@@ -26,6 +26,7 @@ use super::port::{Dump, Port};
 use super::queue::Command;
 use super::slot::SlotState;
 use super::state::{PortSlot, Reported, Swept};
+use super::taken::TakenBack;
 
 /// Whether, and when, a connection was last used by rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,7 +265,7 @@ impl Engine {
             if let Some((pace, used_ms)) = measured {
                 slowest.show(Candidate { pace, used_ms, conn: conn.clone(), direction: d });
             }
-            if is_lost && slot.retract() {
+            if is_lost && slot.retract(TakenBack::Lost) {
                 tracing::warn!(port = %port.netdev, %conn, %d, "the rule was removed by somebody else");
                 lost += 1;
             }

@@ -12,6 +12,7 @@ use super::port::Port;
 pub use super::port::{Chosen, Refusal};
 pub use super::progress::Slow;
 use super::slot::SlotState;
+use super::taken::TakenBack;
 
 /// A port.
 #[derive(Clone, Debug)]
@@ -108,6 +109,19 @@ pub struct SlotView {
     pub rule: Option<RuleId>,
 }
 
+/// A direction of a connection whose rule on a port was taken back, and that is not offloaded there since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TakenView {
+    /// The netdev of the port.
+    pub netdev: Netdev,
+    /// Its direction.
+    pub direction: Direction,
+    /// Why.
+    pub why: TakenBack,
+    /// Milliseconds since then.
+    pub ago_ms: u64,
+}
+
 impl Engine {
     /// All ports, by ifindex.
     #[must_use]
@@ -181,6 +195,25 @@ impl Engine {
                         .unwrap_or_else(|| self.0.cookie(conn, direction)),
                     rule: detail.rule(),
                 })
+            })
+            .collect()
+    }
+
+    /// What was offloaded of a connection and is not now, nor is refused: it waits for its next packet.
+    #[must_use]
+    pub fn taken_back(&self, conn: &ConnHandle) -> Vec<TakenView> {
+        let table = self.0.publication.table();
+        let now = self.now_ms();
+        conn.all_slots()
+            .filter_map(|(direction, generation, slot)| {
+                let port = table.by_generation(generation)?;
+                let detail = slot.detail();
+                let word = slot.word.load();
+                let is_empty = word.state() == SlotState::Empty;
+                let why =
+                    detail.taken.filter(|_| is_empty && word.generation() == Some(generation))?;
+                let (netdev, ago_ms) = (port.netdev.clone(), now.saturating_sub(detail.used_ms));
+                Some(TakenView { netdev, direction, why, ago_ms })
             })
             .collect()
     }

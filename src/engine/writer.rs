@@ -32,6 +32,7 @@ use super::reconcile::Found;
 use super::shapes::Shape;
 use super::slot::{OpNumber, Unwind};
 use super::state::{Due, PortSlot};
+use super::taken::TakenBack;
 
 mod adopt;
 mod flush;
@@ -206,8 +207,8 @@ impl Writer {
                 self.reconsider(netdev, staged);
             }
             Command::Stop(answer) => return Some(answer),
-            Command::Flush(answer) => {
-                let flushed = self.flush(staged);
+            Command::Flush(why, answer) => {
+                let flushed = self.flush(why, staged);
                 self.tell_rearm();
                 let _ = answer.send(flushed);
             }
@@ -216,7 +217,7 @@ impl Writer {
                 match self.guarded(|p| p.repair()) {
                     Ok(Repaired::AsItWas) => {}
                     Ok(Repaired::RulesGone) => {
-                        let rules = self.flush(staged);
+                        let rules = self.flush(TakenBack::Port, staged);
                         self.tell_rearm();
                         tracing::info!(port = %self.port.netdev, rules, "rules were gone, or had to go");
                     }
@@ -358,7 +359,7 @@ impl Writer {
                 };
             // It may have gone, or have been replaced, since the sweep.
             let stands = self.slot(&conn, d).filter(|s| s.is_as_swept(used_ms));
-            if stands.is_some_and(|s| s.unwind() == Unwind::Delete) {
+            if stands.is_some_and(|s| s.unwind(TakenBack::Evicted) == Unwind::Delete) {
                 tracing::debug!(port = %self.port.netdev, %conn, %d, "gives way");
                 self.port.counters.evictions.fetch_add(1, Ordering::Relaxed);
                 self.stage_delete(&conn, d, staged);

@@ -29,6 +29,7 @@ mod choice;
 mod ebpf;
 mod ecmp;
 mod ends;
+mod explain;
 mod firewall;
 mod lives;
 mod marks;

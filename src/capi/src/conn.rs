@@ -5,6 +5,7 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 
 use engine::engine::conn::{ConnArc, ConnHandle, ConnKey};
+use engine::engine::taken::TakenBack;
 use engine::engine::usage::{Usage, extended_expiry};
 use netdev_providers::Zone;
 use nix::errno::Errno;
@@ -222,7 +223,11 @@ pub(crate) unsafe extern "C" fn ctoffload_conn_retract(
     rules: *mut u64,
 ) -> c_int {
     // SAFETY: as above.
-    unsafe { each(engine, conns, n, rules, |opened, conn| opened.engine.conn_retract(conn)) }
+    unsafe {
+        each(engine, conns, n, rules, |opened, conn| {
+            opened.engine.conn_retract(conn, TakenBack::Asked)
+        })
+    }
 }
 
 /// The state of one slot.

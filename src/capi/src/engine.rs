@@ -11,6 +11,7 @@ use std::time::Duration;
 use engine::engine::clock::Clock;
 use engine::engine::datapath::{Datapath, NoDatapath};
 use engine::engine::registry::RegistryError;
+use engine::engine::taken::TakenBack;
 use engine::engine::usage::Strays;
 use engine::engine::view::PortView;
 use engine::engine::{Engine, FlushFilter, Limits, NewPort, NoSuchPort, PortAddError, PortDeleted};
@@ -346,6 +347,7 @@ fn flush_filter(filter: &Filter) -> Result<FlushFilter> {
     let unused = [unknown, filter.reserved.into(), filter.reserved2.into()];
     edge::unused("ctoffload_filter", &unused)?;
     Ok(FlushFilter {
+        why: TakenBack::Asked,
         port: if has(PORT) { Some(port(filter.port)?) } else { None },
         zone: has(ZONE).then_some(Zone(filter.zone)),
         tuple: if has(TUPLE) { Some(filter.tuple.get()?) } else { None },

@@ -231,6 +231,18 @@ impl Conntrack {
         }))
     }
 
+    /// The connection that has this tuple in one of its directions.
+    ///
+    /// # Errors
+    /// A failure of the exchange; a connection that does not exist is `None`.
+    pub fn by_any_tuple(
+        &mut self,
+        zone: Zone,
+        tuple: &Tuple,
+    ) -> Result<Option<CtEntry>, ConntrackError> {
+        self.find(zone, tuple)
+    }
+
     fn find(&mut self, zone: Zone, tuple: &Tuple) -> Result<Option<CtEntry>, ConntrackError> {
         let seq = self.socket.next_seq();
         let mut buf = Vec::with_capacity(128);

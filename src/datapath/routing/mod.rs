@@ -11,7 +11,7 @@
 //! * [`monitor`]: the events (`rtnetlink`, on a thread of its own), `nexthops` among them;
 //! * [`bridged`]: where a bridge sends the frames of one direction;
 //! * `neighbour`: MAC addresses of neighbours, and which of them are told that they are in use;
-//! * [`path`]: where the packets of one direction go, asked of the kernel for each;
+//! * [`path`]: where the packets of one direction go, asked of the kernel for each; [`towards`]: the same for people;
 //! * [`answers`]: what it has answered, for as long as nothing changes.
 
 pub mod answers;
@@ -31,3 +31,4 @@ pub mod stack;
 pub mod switches;
 mod tolerant;
 pub mod tos;
+pub mod towards;

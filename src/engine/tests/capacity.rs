@@ -138,7 +138,7 @@ fn a_rule_that_came_again_since_the_sweep_does_not_give_way() {
         sweep_after(&b, &dummy, &[]);
     }
     // The sweep has found it idle; that was the one before.
-    b.engine.conn_retract(&again);
+    b.engine.conn_retract(&again, TakenBack::Asked);
     b.settle();
     b.install(1, &again, Original);
     assert!(!insist(&b, &newcomer, 0, 1));
@@ -188,7 +188,7 @@ fn what_a_connection_has_carried_is_never_less_than_it_was() {
     sweep_after(&b, &dummy, &[(&conn, 10)]);
     assert_eq!((conn.traffic().packets, conn.traffic().bytes), (10, 1000));
     // Its rule goes and comes again.
-    b.engine.conn_retract(&conn);
+    b.engine.conn_retract(&conn, TakenBack::Asked);
     b.settle();
     assert_eq!(conn.traffic().packets, 10);
     b.install(1, &conn, Original);

@@ -210,7 +210,7 @@ fn an_add_that_was_taken_back_and_fails_then_may_be_offered_again() {
     let b = Bench::new(&[&dummy]);
     b.port(1);
     let conn = b.in_flight(&dummy);
-    assert_eq!(b.engine.conn_retract(&conn), 1);
+    assert_eq!(b.engine.conn_retract(&conn, TakenBack::Asked), 1);
     dummy.set_latency(None);
     dummy.fail_next(1, Reason::Busy);
     dummy.release_pending();

@@ -27,7 +27,7 @@ fn only_fault(b: &Bench) -> String {
     let good = ports.iter().find(|p| p.netdev.ifindex == ifindex(2)).unwrap();
     assert_eq!((&good.fault, &good.slow), (&None, &None));
     let fresh = b.conn(99);
-    b.engine.conn_retract(&fresh);
+    b.engine.conn_retract(&fresh, TakenBack::Asked);
     settle(b, 2);
     install(b, 2, &fresh, Original);
     ports[0].fault.clone().unwrap_or_default()

@@ -259,7 +259,7 @@ impl Model {
                 engine.conn_del(&self.b.conn(c));
             }
             Step::Retract(c) => {
-                engine.conn_retract(&self.b.conn(c));
+                engine.conn_retract(&self.b.conn(c), TakenBack::Asked);
             }
             Step::FlushPort(p) => {
                 self.undelay();

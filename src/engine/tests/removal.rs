@@ -33,16 +33,16 @@ fn one_slot_is_retracted_and_no_other_of_its_connection() {
     b.install(1, &conn, Reply);
     b.install(2, &conn, Reply);
     b.rearmed();
-    assert!(b.engine.slot_retract(&conn, Reply, first));
+    assert!(b.engine.slot_retract(&conn, Reply, first, TakenBack::Asked));
     b.settle();
     assert_eq!([1, 2].map(|n| dummy.rules(ifindex(n)).len()), [1, 1]);
     assert_eq!(b.state(1, &conn, Original), Some(SlotState::Installed));
     assert_eq!(b.rearmed().len(), 1, "its next packet offers it again");
     // There is nothing of it any more; there never was; there is no such port.
-    assert!(!b.engine.slot_retract(&conn, Reply, first));
-    assert!(!b.engine.slot_retract(&conn, Original, second));
+    assert!(!b.engine.slot_retract(&conn, Reply, first, TakenBack::Asked));
+    assert!(!b.engine.slot_retract(&conn, Original, second, TakenBack::Asked));
     b.engine.port_del(ifindex(2)).unwrap();
-    assert!(!b.engine.slot_retract(&conn, Reply, second));
+    assert!(!b.engine.slot_retract(&conn, Reply, second, TakenBack::Asked));
 }
 
 #[test]
@@ -221,7 +221,8 @@ fn flush_removes_all_or_one_port_or_what_matches_and_says_how_many() {
     let zone_9 = FlushFilter { zone: Some(Zone(9)), ..Default::default() };
     assert_eq!(count(zone_9), [(1, 1)]);
     assert_eq!(b.state(1, &conns[2], Original), Some(SlotState::Installed));
-    let both = FlushFilter { zone: Some(Zone(0)), tuple, port: Some(ifindex(1)) };
+    let port = Some(ifindex(1));
+    let both = FlushFilter { zone: Some(Zone(0)), tuple, port, ..FlushFilter::default() };
     assert!(count(both).is_empty(), "all of the filter has to match");
     let unknown = FlushFilter { port: Some(ifindex(77)), ..Default::default() };
     assert_eq!(b.engine.flush(&unknown).unwrap_err(), NoSuchPort(ifindex(77)));
@@ -316,4 +317,52 @@ fn closing_flushes_every_port() {
     assert!(b.engine.ports().is_empty());
     assert_eq!(b.engine.conn_count(), 0);
     assert!(dummy.ports().is_empty());
+}
+
+#[test]
+fn why_a_rule_was_taken_back_is_told_until_there_is_another() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let generation = b.port(1);
+    let conn = b.conn(1);
+    let told = |b: &Bench| -> Vec<_> {
+        b.engine.taken_back(&conn).into_iter().map(|t| (t.direction, t.why, t.ago_ms)).collect()
+    };
+    assert_eq!(told(&b), []);
+    b.install(1, &conn, Original);
+    assert_eq!(told(&b), [], "it stands");
+    assert!(b.engine.slot_retract(&conn, Original, generation, TakenBack::Route));
+    b.settle();
+    b.clock.fetch_add(3000, Ordering::SeqCst);
+    assert_eq!(told(&b), [(Original, TakenBack::Route, 3000)]);
+    // A refusal is a reason of its own.
+    dummy.set_capacity(0);
+    b.offer(1, &conn, Original);
+    b.settle();
+    assert_eq!(told(&b), []);
+    dummy.set_capacity(10);
+    b.clock.fetch_add(60_000, Ordering::SeqCst);
+    b.settle();
+    b.install(1, &conn, Original);
+    assert_eq!(told(&b), []);
+    // By a flush of all, which asks nobody for the slots one by one.
+    let why = TakenBack::Firewall;
+    b.engine.flush(&FlushFilter { why, ..FlushFilter::default() }).unwrap();
+    assert_eq!(told(&b), [(Original, why, 0)]);
+    // An add that has not come back when it is taken back.
+    dummy.set_latency(Some(Duration::from_secs(3600)));
+    b.offer(1, &conn, Original);
+    wait_for(|| !dummy.pending().is_empty());
+    assert!(b.engine.slot_retract(&conn, Original, generation, TakenBack::Mark));
+    dummy.set_latency(None);
+    dummy.release_pending();
+    b.settle();
+    assert_eq!(told(&b), [(Original, TakenBack::Mark, 0)]);
+    // Somebody else removes it.
+    b.install(1, &conn, Original);
+    dummy.steal_all(ifindex(1));
+    b.clock.fetch_add(10, Ordering::SeqCst);
+    b.engine.sweep(&mut Strays::default());
+    b.settle();
+    assert_eq!(told(&b).first().map(|t| t.1), Some(TakenBack::Lost));
 }

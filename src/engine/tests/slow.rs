@@ -474,7 +474,7 @@ fn ports_that_come_back_twenty_times_cost_a_connection_nothing() {
         b.install(1, &conn, Original);
         // Where it only was seen, and nothing is held any more, it is the same.
         b.install(1, &conn, Reply);
-        b.engine.slot_retract(&conn, Reply, generation);
+        b.engine.slot_retract(&conn, Reply, generation, TakenBack::Asked);
         b.settle();
         assert!(conn.is_decided(generation, Original) && conn.is_decided(stays, Original));
         assert_eq!(conn.all_slots().count(), 3, "after {n} times");
@@ -499,7 +499,7 @@ fn a_reply_is_remembered_whatever_becomes_of_the_rule() {
         b.engine.flush(&FlushFilter::default()).unwrap();
         b.install(1, &conn, Original);
         assert_eq!(dummy.rules(ifindex(1))[0].established, 1);
-        b.engine.conn_retract(&conn);
+        b.engine.conn_retract(&conn, TakenBack::Asked);
         b.settle();
     }
     assert!(conn.has_replied());
@@ -514,7 +514,7 @@ fn a_delete_that_fails_is_tried_until_it_is_done_and_shown() {
     let conn = b.conn(1);
     b.install(1, &conn, Original);
     dummy.fail_next(20, Rejection::with_detail(Reason::Busy, "the firmware is asleep"));
-    b.engine.conn_retract(&conn);
+    b.engine.conn_retract(&conn, TakenBack::Asked);
     let mut shown = 0;
     wait_for(|| {
         b.clock.fetch_add(60_000, Ordering::SeqCst);

@@ -188,7 +188,7 @@ fn why_a_rule_is_not_there_is_told_when_it_is_not_there() {
     assert_eq!(said(&b), (SlotState::Installed, Some("no room".to_owned()), None));
     assert_eq!(b.engine.ports()[0].in_hw, 0);
     dummy.set_latency(Some(Duration::MAX));
-    b.engine.conn_retract(&conn);
+    b.engine.conn_retract(&conn, TakenBack::Asked);
     b.drained(&dummy, 1);
     assert_eq!(said(&b), (SlotState::Deleting, None, None), "nothing of a rule that goes");
     dummy.set_latency(None);

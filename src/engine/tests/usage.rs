@@ -49,7 +49,7 @@ fn a_pending_connection_is_unknown_so_that_it_does_not_expire() {
     dummy.release_pending();
     b.settle();
     // Nor while its rule is on the way out: it may have carried something since the last sweep.
-    b.engine.conn_retract(&conn);
+    b.engine.conn_retract(&conn, TakenBack::Asked);
     b.drained(&dummy, 1);
     assert_eq!(b.engine.conn_update(&conn), Usage::Unknown);
     dummy.release_pending();

@@ -11,6 +11,7 @@ use crate::engine::conn::ConnHandle;
 use crate::engine::queue::{Command, Stopped};
 use crate::engine::slot::Unwind;
 use crate::engine::state::undeleted_towards;
+use crate::engine::taken::TakenBack;
 
 /// Rounds of deletes that follow from what was in flight: the add comes back, and its delete is
 /// queued; the message about the reply, and the same.
@@ -104,7 +105,7 @@ impl Writer {
         self.count_retraction(egress, 1);
         self.port.shapes().forget_towards(egress);
         let towards = self.port.held().towards(egress);
-        let n = self.delete_each(towards, staged, true);
+        let n = self.delete_each(towards, TakenBack::Egress, staged, true);
         self.finish_removals(staged);
         for attempt in 0..INSISTENCE {
             let undeleted = undeleted_towards(&self.shared, &self.port, egress);
@@ -129,7 +130,7 @@ impl Writer {
         refused.retain(|(conn, d)| {
             self.slot(conn, *d).is_some_and(|s| s.is_rejected_for(Reason::EgressUnsupported))
         });
-        self.delete_each(refused, staged, false);
+        self.delete_each(refused, TakenBack::Egress, staged, false);
     }
 
     /// Deletes the rules of these slots one by one; returns how many there were, with those that are
@@ -137,12 +138,13 @@ impl Writer {
     fn delete_each(
         &mut self,
         slots: Vec<(ConnHandle, Direction)>,
+        why: TakenBack,
         staged: &mut Vec<Staged>,
         cancelled_count: bool,
     ) -> u64 {
         let mut n = 0;
         for (conn, d) in slots {
-            match self.slot(&conn, d).map_or(Unwind::Nothing, |s| s.unwind()) {
+            match self.slot(&conn, d).map_or(Unwind::Nothing, |s| s.unwind(why)) {
                 Unwind::Delete => {
                     n += 1;
                     self.stage_delete(&conn, d, staged);
@@ -158,41 +160,41 @@ impl Writer {
     }
 
     /// The adds that wait are taken back: they may be offered again.
-    fn cancel_waiting(&mut self) {
+    fn cancel_waiting(&mut self, why: TakenBack) {
         let port = Arc::clone(&self.port);
         port.queue.take_offers(|command| {
             self.done += 1;
             if let Command::Add(conn, d, _) = command {
-                self.reset(&conn, d);
+                self.reset(&conn, d, why);
                 self.push_rearm(conn, d);
             }
         });
     }
 
     /// The slot is empty, whatever it was, if it is this port's.
-    fn reset(&self, conn: &ConnHandle, d: Direction) {
+    fn reset(&self, conn: &ConnHandle, d: Direction, why: TakenBack) {
         if let Some(slot) = self.slot(conn, d) {
-            slot.reset();
+            slot.reset(why);
         }
     }
 
-    pub(super) fn flush(&mut self, staged: &mut Vec<Staged>) -> u64 {
+    pub(super) fn flush(&mut self, why: TakenBack, staged: &mut Vec<Staged>) -> u64 {
         self.submit(staged);
-        self.cancel_waiting();
+        self.cancel_waiting(why);
         self.port.shapes().forget();
         self.port.capacity.forget_learnt();
         // The provider is not to be asked for it while it has operations.
-        let flushed = self.settle().then(|| self.flush_at_once()).flatten();
+        let flushed = self.settle().then(|| self.flush_at_once(why)).flatten();
         flushed.unwrap_or_else(|| {
             let held = self.port.all_held();
-            let n = self.delete_each(held, staged, false);
+            let n = self.delete_each(held, why, staged, false);
             self.finish_removals(staged);
             n
         })
     }
 
     /// `None`: the backend cannot.
-    fn flush_at_once(&mut self) -> Option<u64> {
+    fn flush_at_once(&mut self, why: TakenBack) -> Option<u64> {
         self.port.progress.thread.allow(self.port.rules.load(Ordering::SeqCst));
         let flushed = self.guarded(|p| p.flush());
         self.port.progress.thread.step();
@@ -205,16 +207,16 @@ impl Writer {
             }
             Err(_) => return None,
         };
-        self.empty();
+        self.empty(why);
         Some(flushed)
     }
 
     /// The provider has no rules any more.
-    fn empty(&mut self) {
+    fn empty(&mut self, why: TakenBack) {
         self.port.rules.store(0, Ordering::SeqCst);
         let held = self.port.held().take_all();
         for (conn, d) in held {
-            self.reset(&conn, d);
+            self.reset(&conn, d, why);
             self.push_rearm(conn, d);
         }
     }
@@ -222,12 +224,14 @@ impl Writer {
     pub(super) fn stop(&mut self, staged: &mut Vec<Staged>) -> Stopped {
         self.submit(staged);
         let mut stopped = Stopped::default();
+        // Nobody asks for the slots of a port that is gone.
+        let why = TakenBack::Port;
         if self.settle() {
-            stopped.flushed = match self.flush_at_once() {
+            stopped.flushed = match self.flush_at_once(why) {
                 Some(n) => n,
                 None => {
                     let held = self.port.all_held();
-                    let n = self.delete_each(held, staged, false);
+                    let n = self.delete_each(held, why, staged, false);
                     self.finish_removals(staged);
                     n
                 }
@@ -243,13 +247,13 @@ impl Writer {
         while let Some(command) = self.deferred.pop_front().or_else(|| self.port.queue.pop()) {
             match command {
                 Command::Add(conn, d, _) => {
-                    self.reset(&conn, d);
+                    self.reset(&conn, d, why);
                     self.push_rearm(conn, d);
                 }
-                Command::Delete(conn, d) => self.reset(&conn, d),
+                Command::Delete(conn, d) => self.reset(&conn, d, why),
                 Command::Settle(answer)
                 | Command::Barrier(answer)
-                | Command::Flush(answer)
+                | Command::Flush(_, answer)
                 | Command::Retract(_, answer) => {
                     let _ = answer.send(0);
                 }
@@ -278,7 +282,7 @@ impl Writer {
             Ok(Err(fault)) => stopped.faults.push(fault),
             Err(rejection) => stopped.faults.push(Fault::new(rejection.to_string())),
         }
-        self.empty();
+        self.empty(why);
         // Slots of this port are rearmed too: the kernel's ledger must forget the netdev.
         self.tell_rearm();
         stopped
