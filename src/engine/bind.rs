@@ -1,6 +1,7 @@
 //! Which class a netdev is bound to.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use netdev_providers::{
     BindError, Fault, HwFlags, Ifindex, Instance, Netdev, Provider, ProviderClass,
@@ -10,6 +11,10 @@ use super::contain::contained;
 use super::port::{Binding, Chosen, Refusal};
 
 type Classes = [Arc<dyn ProviderClass>];
+
+/// How often a class is asked that fails because the kernel is busy, and the pause between.
+const TRIES: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Binds a netdev to the first class that accepts: of its list, in that order, or without one (`by_default`) of all:
 /// first of those that a NIC carries rules of. Nobody accepts: there is no binding. What dead engines have left of
@@ -64,15 +69,30 @@ fn ask(
     netdev: &Netdev,
     instance: Instance,
 ) -> Result<Arc<dyn Provider>, String> {
-    let asked = contained(|| match how {
-        Chosen::InHardware => class.bind_in_hardware(netdev, instance),
-        Chosen::Listed | Chosen::First => class.bind(netdev, instance),
-    });
-    match asked {
-        Ok(Ok(provider)) => Ok(provider),
-        Ok(Err(BindError::Declined(why))) | Err(why) => Err(why),
-        Ok(Err(BindError::Failed(fault))) => Err(fault.to_string()),
+    let mut tries = 1;
+    loop {
+        let asked = contained(|| match how {
+            Chosen::InHardware => class.bind_in_hardware(netdev, instance),
+            Chosen::Listed | Chosen::First => class.bind(netdev, instance),
+        });
+        match asked {
+            Ok(Ok(provider)) => return Ok(provider),
+            // A netdev has its provider for as long as it is a port: not another one because the kernel was busy.
+            Ok(Err(BindError::Failed(fault))) if may_pass(&fault) && tries < TRIES => {
+                tracing::info!(port = %netdev, class = class.name(), "bind is tried again: {fault}");
+                std::thread::sleep(PAUSE);
+                tries += 1;
+            }
+            Ok(Err(BindError::Failed(fault))) => return Err(fault.to_string()),
+            Ok(Err(BindError::Declined(why))) | Err(why) => return Err(why),
+        }
     }
+}
+
+/// Whether the kernel was busy, or short of memory.
+fn may_pass(fault: &Fault) -> bool {
+    use nix::errno::Errno::{EAGAIN, EBUSY, EINTR, ENOBUFS, ENOMEM};
+    fault.errno.is_some_and(|errno| [EAGAIN, EBUSY, EINTR, ENOBUFS, ENOMEM].contains(&errno))
 }
 
 /// The last call of a provider that has no port, or none any more.

@@ -68,8 +68,10 @@ impl DummyClass {
         if let Some(why) = why {
             return Err(BindError::Declined(why));
         }
-        if let Some(fault) = &state.bind_fault {
-            return Err(fault.clone().into());
+        if let Some((left, fault)) = state.bind_fault.take() {
+            state.bind_fault =
+                (left > 1).then(|| (left - u32::from(left < u32::MAX), fault.clone()));
+            return Err(fault.into());
         }
         if !state.initialised {
             state.violation(format!("bind of {netdev} before init"));

@@ -188,7 +188,12 @@ impl DummyClass {
 
     /// Bind fails like this from now on; `None`: no more.
     pub fn fail_bind(&self, fault: Option<Fault>) {
-        self.state().bind_fault = fault;
+        self.state().bind_fault = fault.map(|fault| (u32::MAX, fault));
+    }
+
+    /// The next `n` binds fail like this.
+    pub fn fail_next_binds(&self, n: u32, fault: Fault) {
+        self.state().bind_fault = Some((n, fault));
     }
 
     /// `init` fails like this from now on; `None`: no more.

@@ -213,7 +213,8 @@ pub(super) struct State {
     pub(super) decline: BTreeMap<Option<Ifindex>, String>,
     /// Netdevs whose NIC has its rules.
     pub(super) hardware: BTreeSet<Ifindex>,
-    pub(super) bind_fault: Option<Fault>,
+    /// How many binds fail, and how.
+    pub(super) bind_fault: Option<(u32, Fault)>,
     pub(super) init_fault: Option<Fault>,
     pub(super) flush_fault: Option<Fault>,
     pub(super) usage_fault: Option<Fault>,

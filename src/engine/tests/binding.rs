@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use netdev_providers::{BindError, Flow, Provider, ProviderClass};
 
+use nix::errno::Errno;
+
 use super::*;
 use crate::engine::view::Chosen;
 
@@ -265,6 +267,23 @@ fn a_class_that_fails_is_passed_over_as_one_that_declines() {
     let port = b.engine.ports().remove(0);
     assert_eq!(port.provider, Some("second"));
     assert_eq!(port.refusals[2].why, "adding the clsact qdisc");
+}
+
+#[test]
+fn a_class_that_fails_because_the_kernel_is_busy_is_asked_again_and_not_for_ever() {
+    let (first, second) = (DummyClass::new("first"), DummyClass::new("second"));
+    let b = Bench::new(&[&first, &second]);
+    let busy = || Fault { errno: Some(Errno::ENOBUFS), ..Fault::new("reading the link") };
+    first.fail_next_binds(2, busy());
+    b.port(1);
+    assert_eq!(b.engine.ports()[0].provider, Some("first"));
+    first.fail_bind(Some(busy()));
+    b.port(2);
+    let port = b.engine.ports().remove(1);
+    assert_eq!(port.provider, Some("second"));
+    first.fail_next_binds(1, Fault { errno: Some(Errno::EINVAL), ..Fault::new("the qdisc") });
+    b.port(3);
+    assert_eq!(b.engine.ports()[2].provider, Some("second"), "what would fail again is not");
 }
 
 #[test]
