@@ -68,6 +68,7 @@ fn port(name: &str) -> PortInfo {
         sights: 1311,
         adds: 1255,
         deletes: 55,
+        flushed: 7,
         packets: 123_456,
         bytes: 98_765_432,
         reasons: vec![
@@ -204,6 +205,7 @@ impl ControlHandler for Fake {
             sweep_pause_ms: 5000,
             adds: 1255,
             deletes: 55,
+            flushed: 7,
             add_failures: 14,
             reasons: vec![ReasonCount { reason: "table-full".into(), count: 10 }],
             latency: port("eth0").latency,

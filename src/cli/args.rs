@@ -1,6 +1,12 @@
 //! The command line, as typed.
 
+use std::fmt::Write as _;
+
 use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use netdev_providers::Reason;
+
+use crate::control::info::CAUSES;
+use crate::engine::taken::TakenBack;
 
 const AFTER: &str = "\
 Objects and verbs may be abbreviated while they are unambiguous; an object alone shows itself:
@@ -24,6 +30,25 @@ Of `explain`: 0 offloaded in both directions, 10 in one, 11 in none, 5 there is 
 
 The daemon is looked for in the present network namespace; for another one:
     ip netns exec NAME ctoffload …";
+
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+    ctoffload explain tcp 10.0.0.1:1234 10.9.0.2:80
+    ctoffload explain 'udp [2001:db8::1]:5000 > [2001:db8::2]:53' --zone 7
+    conntrack -L -p tcp --dport 443 | head -n 1 | xargs ctoffload explain
+    ctoffload explain 'IP 10.0.0.1.1234 > 10.9.0.2.80: Flags [P.]'";
+
+/// With `explain --help`: the examples, and the causes by name.
+fn causes() -> String {
+    let mut text = format!("{EXPLAIN_EXAMPLES}\n\nCauses, as -j names them:\n");
+    let mut line = |name: &str, words: &str| {
+        let _ = writeln!(text, "    {name:<20} {}", words.trim_end_matches('.'));
+    };
+    CAUSES.iter().for_each(|(name, words)| line(name, words));
+    Reason::ALL.iter().for_each(|r| line(r.name(), r.help()));
+    TakenBack::ALL.iter().for_each(|t| line(t.name(), &format!("taken back: {}", t.help())));
+    text
+}
 
 /// Show and change what ctoffloadd offloads, per netdev.
 #[derive(Debug, Parser)]
@@ -110,7 +135,8 @@ pub(super) enum Object {
     /// The first line is the answer; then the ports that have to do with it. Exit code: 0 when it is offloaded in both
     /// directions, 10 in one, 11 in none, 5 when there is no such connection.
     #[command(
-        after_help = "Examples:\n    ctoffload explain tcp 10.0.0.1:1234 10.9.0.2:80\n    ctoffload explain 'udp [2001:db8::1]:5000 > [2001:db8::2]:53' --zone 7\n    conntrack -L -p tcp --dport 443 | head -n 1 | xargs ctoffload explain\n    ctoffload explain 'IP 10.0.0.1.1234 > 10.9.0.2.80: Flags [P.]'"
+        after_help = EXPLAIN_EXAMPLES,
+        after_long_help = causes()
     )]
     Explain {
         /// Its original or its reply tuple, or the inverse of one; a line of `conntrack -L` or of tcpdump -n.

@@ -178,10 +178,11 @@ fn port(out: &mut String, p: &PortInfo) {
     line(
         "so far",
         &format!(
-            "{}, {}, {}",
+            "{}, {}, {} deleted, {} flushed",
             count(p.sights, "sight", "sights"),
             count(p.adds, "rule added", "rules added"),
-            count(p.deletes, "deleted", "deleted")
+            p.deletes,
+            p.flushed
         ),
     );
     line(
@@ -419,7 +420,13 @@ pub(super) fn stats(out: &mut String, s: &Stats) {
                 duration(s.sweep_pause_ms)
             ),
         ),
-        ("rules", format!("{} added, {} deleted, {} rejected", s.adds, s.deletes, s.add_failures)),
+        (
+            "rules",
+            format!(
+                "{} added, {} deleted, {} flushed, {} rejected",
+                s.adds, s.deletes, s.flushed, s.add_failures
+            ),
+        ),
         ("rejections", reasons(&s.reasons)),
     ];
     let times = latency(&s.latency);

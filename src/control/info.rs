@@ -57,8 +57,11 @@ pub struct PortInfo {
     pub sights: u64,
     /// Rules installed so far.
     pub adds: u64,
-    /// Rules removed so far.
+    /// Rules that went one by one so far.
     pub deletes: u64,
+    /// Rules that went all at once so far, with everything that the port had: those added are these, those deleted, and
+    /// those that are there.
+    pub flushed: u64,
     /// Packets that rules have forwarded.
     pub packets: u64,
     /// Bytes that rules have forwarded.
@@ -246,8 +249,11 @@ pub struct Stats {
     pub sweep_pause_ms: u64,
     /// Rules installed so far.
     pub adds: u64,
-    /// Rules removed so far.
+    /// Rules that went one by one so far.
     pub deletes: u64,
+    /// Rules that went all at once so far, with everything that their port had. On all ports that there have ever been,
+    /// as those added and deleted: these only rise, and those added are these, those deleted, and those that are there.
+    pub flushed: u64,
     /// Adds that were rejected so far.
     pub add_failures: u64,
     /// The same, by reason.
@@ -272,6 +278,42 @@ pub enum Offloaded {
     Unknown = 3,
 }
 
+/// Causes of a connection not being offloaded ([`Summary::cause`]), and what they mean; besides them it is the name of a
+/// [`Reason`](netdev_providers::Reason) (it was offered, and refused) or of a [`TakenBack`](crate::engine::taken::TakenBack)
+/// (it was offloaded, its rule was taken back, and no packet has come since).
+pub const CAUSES: &[(&str, &str)] = &[
+    ("no-ports", "no netdev is attached"),
+    ("no-entry", "neither the daemon nor conntrack has such a connection"),
+    ("ended", "it was offloaded, and its entry of conntrack expired or was deleted"),
+    ("closed", "it was offloaded, and was closed by its ends"),
+    ("to-router", "it is for the router itself"),
+    ("from-router", "the router itself has opened it"),
+    ("bridged", "a bridge forwards it, and bridged connections are not offloaded"),
+    ("helper", "a conntrack helper reads it"),
+    ("seq-adjust", "conntrack adjusts its sequence numbers"),
+    ("nat-clash", "its entry stands in for another that was translated alike"),
+    ("dying", "conntrack is deleting its entry"),
+    ("other-flowtable", "it is in a flowtable of somebody else's"),
+    ("opening", "its handshake is not complete"),
+    ("closing", "its ends are closing it"),
+    ("one-way", "UDP that nobody has answered"),
+    ("few-packets", "fewer packets than min-packets"),
+    ("few-bytes", "fewer bytes than min-bytes"),
+    ("not-counted", "older than conntrack's accounting, and min-bytes wants to know"),
+    ("no-port", "the netdev that its packets arrive on is no port"),
+    ("unreachable", "the router has no route to where its packets come from"),
+    ("port-faulty", "the port that its packets arrive on is faulty"),
+    ("port-slow", "that port is slow, and takes no offers now"),
+    ("port-down", "that netdev is down"),
+    ("port-draining", "that port is being deleted"),
+    ("ledger-full", "the ledger of sights is full"),
+    ("pending", "its rule is being installed"),
+    ("deleting", "its rule is being deleted"),
+    ("undeleted", "its rule is to go, and could not be deleted so far"),
+    ("in-front", "its rule stands, and somebody in front of it takes the packets"),
+    ("waiting", "nothing is against it, but no packet has come"),
+];
+
 /// The answer, in short.
 #[derive(Clone, Debug, Default, Serialize, PartialEq)]
 pub struct Summary {
@@ -279,7 +321,7 @@ pub struct Summary {
     pub offloaded: Offloaded,
     /// The same in one sentence, with the cause where there is one, without a final dot.
     pub sentence: String,
-    /// The stable name of the cause. The list of them is in `ctoffload explain --help`.
+    /// The stable name of the cause: see [`CAUSES`].
     pub cause: Option<String>,
     /// What can be done about it: one sentence, without a final dot.
     pub help: Option<String>,
@@ -557,7 +599,7 @@ attributes! {
         fault = 8, refusals = 9, pending = 10, installed = 11, rejected = 12, in_hw = 13,
         sights = 14, adds = 15, deletes = 16, packets = 17, bytes = 18, reasons = 19,
         latency = 20, capacity = 21, capacity_learnt = 22, evictions = 23,
-        capabilities = 24, slow = 25, undeleted = 26, in_front = 27, chosen = 28,
+        capabilities = 24, slow = 25, undeleted = 26, in_front = 27, chosen = 28, flushed = 29,
     }
     CapabilityInfo {
         name = 1, software = 2, software_why = 3, hardware = 4, hardware_why = 5,
@@ -581,7 +623,7 @@ attributes! {
         slots_rejected = 6, sights = 7, sights_lost = 8, ledger_elements = 9, ledger_size = 10,
         conntrack_events = 11, conntrack_lost = 12, sweeps = 13, last_sweep_ms = 14, adds = 15,
         deletes = 16, add_failures = 17, reasons = 18, latency = 19,
-        sweep_pause_ms = 20,
+        sweep_pause_ms = 20, flushed = 21,
     }
     Summary { offloaded = 1, sentence = 2, cause = 3, help = 4 }
     PortVerdict {

@@ -185,11 +185,12 @@ fn port_info(links: &Links, v: PortView) -> PortInfo {
         capacity_learnt: v.capacity_learnt,
         evictions: v.evictions,
         sights: v.sights,
-        adds: v.adds,
-        deletes: v.deletes,
+        adds: v.totals.adds,
+        deletes: v.totals.deletes,
+        flushed: v.totals.flushed,
         packets: v.packets,
         bytes: v.bytes,
-        reasons: reason_counts(v.reasons),
+        reasons: reason_counts(v.totals.reasons),
         latency: latency_counts(&v.latency),
     }
 }
@@ -356,10 +357,7 @@ impl ControlHandler for Handler {
     fn stats(&self) -> Result<Stats, ControlError> {
         let ports = self.engine.ports();
         let counts = self.backend.counts();
-        let mut reasons = std::collections::BTreeMap::new();
-        for (r, n) in ports.iter().flat_map(|p| &p.reasons) {
-            *reasons.entry(*r).or_insert(0) += n;
-        }
+        let totals = self.engine.totals();
         let get = |c: &std::sync::atomic::AtomicU64| c.load(Ordering::Relaxed);
         Ok(Stats {
             instance: self.engine.instance().0.get(),
@@ -377,10 +375,11 @@ impl ControlHandler for Handler {
             sweeps: get(&counts.sweeps),
             last_sweep_ms: get(&counts.last_sweep_ms),
             sweep_pause_ms: get(&counts.sweep_pause_ms),
-            adds: ports.iter().map(|p| p.adds).sum(),
-            deletes: ports.iter().map(|p| p.deletes).sum(),
-            add_failures: reasons.values().sum(),
-            reasons: reason_counts(reasons.into_iter().collect()),
+            adds: totals.adds,
+            deletes: totals.deletes,
+            flushed: totals.flushed,
+            add_failures: totals.reasons.iter().map(|(_, n)| n).sum(),
+            reasons: reason_counts(totals.reasons),
             latency: latency_counts(ports.iter().flat_map(|p| &p.latency)),
         })
     }

@@ -32,7 +32,7 @@ use super::backend::Shared;
 use super::config::OnRulesetChange;
 use super::firewall::model::{Concerns, Model, Transaction};
 use super::firewall::{Behind, Zones};
-use super::netfilter::hooks::{Hooks, Registered, behind, is_absent};
+use super::netfilter::hooks::{Hooks, Registered, behind, is_absent, place_of};
 use super::netfilter::ledger::{CHAIN, Hook};
 use super::supervisor::Failures;
 use crate::engine::conn::ConnHandle;
@@ -353,7 +353,7 @@ impl Watch {
         self.looked = Some(Instant::now());
         let marks = self.tell();
         let mut silent = self.model.silent();
-        let (mut others, mut legacy) = (Vec::new(), false);
+        let (mut others, mut legacy, mut sighting) = (Vec::new(), false, true);
         let hooks = [NF_INET_PRE_ROUTING, NF_INET_FORWARD, NF_INET_POST_ROUTING];
         for (family, hook) in
             [NFPROTO_IPV4, NFPROTO_IPV6].into_iter().flat_map(|f| hooks.map(|h| (f, h)))
@@ -365,6 +365,7 @@ impl Watch {
             legacy |= all.iter().any(is_legacy);
             if hook == NF_INET_POST_ROUTING {
                 let ipv6 = family == NFPROTO_IPV6;
+                sighting &= place_of(&all, self.ours()).is_some();
                 others.extend(self.behind(Hook::Inet, ipv6, &all));
             }
         }
@@ -381,7 +382,8 @@ impl Watch {
         if legacy {
             silent.push("iptables-legacy".to_owned());
         }
-        if self.backend.firewall().set_behind(others.clone()) {
+        // While the daemon starts or stops nothing is behind a chain that is not there, and nothing is sighted.
+        if sighting && self.backend.firewall().set_behind(others.clone()) {
             for b in &others {
                 tracing::warn!(
                     hook = %b.hook,
@@ -411,9 +413,13 @@ impl Watch {
     }
 
     fn behind(&self, hook: Hook, ipv6: bool, all: &[Registered]) -> Vec<Behind> {
-        let ours = (self.backend.ledger_table(), CHAIN);
         let of = |r: &Registered| Behind { hook, ipv6, what: r.to_string() };
-        behind(all, ours).into_iter().map(of).collect()
+        behind(all, self.ours()).into_iter().map(of).collect()
+    }
+
+    /// The table and the chain that sights.
+    fn ours(&self) -> (&str, &str) {
+        (self.backend.ledger_table(), CHAIN)
     }
 
     /// `None` when it cannot be told, which is said once.

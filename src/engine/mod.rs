@@ -112,6 +112,7 @@ use netdev_providers::{
 
 use self::clock::Clock;
 use self::conn::ConnHandle;
+use self::counters::Counts;
 use self::datapath::Datapath;
 use self::port::Port;
 use self::registry::{Registry, RegistryError};
@@ -230,6 +231,8 @@ pub(crate) struct Shared {
     next_epoch: AtomicU64,
     next_generation: AtomicU32,
     sweeps: AtomicU32,
+    /// What all ports have done, also those that are gone.
+    totals: Arc<Counts>,
     /// The names of the registered classes, for those who only look.
     classes: Mutex<Vec<&'static str>>,
     threads: Threads,
@@ -289,6 +292,7 @@ impl Engine {
             next_epoch: AtomicU64::new(1),
             next_generation: AtomicU32::new(1),
             sweeps: AtomicU32::new(0),
+            totals: Arc::default(),
             classes: Mutex::default(),
             threads: Threads::default(),
             admin: Mutex::default(),

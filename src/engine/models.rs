@@ -170,7 +170,7 @@ fn port(n: u32, binding: Option<Binding>) -> Port {
         hw_flags: HwFlags::Both,
     };
     let limits = Limits { queue: 16, ..Limits::default() };
-    Port::new(netdev, binding, Vec::new(), std::iter::empty(), &limits, None)
+    Port::new(netdev, binding, Vec::new(), std::iter::empty(), &limits, None, Arc::default())
 }
 
 /// Port 1, and something that is released after its grace period: loom reports a use that is not

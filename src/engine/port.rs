@@ -14,7 +14,7 @@ use super::Limits;
 use super::capacity::Capacity;
 use super::conn::ConnHandle;
 use super::contain::contained;
-use super::counters::PortCounters;
+use super::counters::{Counts, PortCounters};
 use super::datapath::Work;
 use super::held::Held;
 use super::paths::Paths;
@@ -99,6 +99,7 @@ impl Port {
         contemporaries: impl Iterator<Item = Generation>,
         limits: &Limits,
         capacity: Option<u32>,
+        all: Arc<Counts>,
     ) -> Self {
         let mut contemporaries: Box<[_]> = contemporaries.collect();
         contemporaries.sort_unstable();
@@ -108,7 +109,7 @@ impl Port {
             binding,
             refusals,
             queue: Queue::new(limits.queue),
-            counters: PortCounters::default(),
+            counters: PortCounters::new(all),
             rules: AtomicU64::new(0),
             capacity: Capacity::new(capacity),
             swept_ms: AtomicU64::new(0),

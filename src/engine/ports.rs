@@ -56,7 +56,8 @@ impl Engine {
         let (binding, refusals) = bind(&netdev, self.0.instance, &classes, by_default, &all);
         let limits = &self.0.limits;
         let living = table.iter().map(|p| p.generation());
-        let port = Arc::new(Port::new(netdev, binding, refusals, living, limits, new.capacity));
+        let (capacity, all) = (new.capacity, Arc::clone(&self.0.totals));
+        let port = Arc::new(Port::new(netdev, binding, refusals, living, limits, capacity, all));
         if let Some(binding) = &port.binding {
             // Before any offer: what a dead engine left may have the same match.
             port.queue.push(Command::Reconcile(None));

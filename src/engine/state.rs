@@ -22,6 +22,7 @@ use netdev_providers::{
 
 use super::Shared;
 use super::conn::{ConnHandle, PathTaken, Slot};
+use super::counters::Counts;
 use super::datapath::SlotChange;
 use super::detail::{Detail, Moment, Said};
 use super::pace::Pace;
@@ -224,7 +225,7 @@ impl<'a> PortSlot<'a> {
             self.port.queue.push(Command::DeleteRule(rule, cookie));
             return;
         }
-        self.port.counters.adds.fetch_add(1, Ordering::Relaxed);
+        self.port.counters.count(Counts::added);
         tracing::debug!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "installed");
         self.tell(SlotChange::Installed);
         detail.set_rule(Some(rule));
@@ -250,7 +251,7 @@ impl<'a> PortSlot<'a> {
         let mut detail = self.slot.detail();
         if self.slot.word.refused(op, rejection.reason) {
             tracing::debug!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "refused: {rejection}");
-            self.port.counters.count(rejection.reason);
+            self.port.counters.count(|counts| counts.refused(rejection.reason));
             self.tell(SlotChange::Rejected(&rejection));
             detail.count_attempt();
             if rejection.reason.permanence() == Permanence::Transient {
@@ -411,13 +412,13 @@ impl<'a> PortSlot<'a> {
             && !self.conn.is_dead()
         {
             if self.slot.word.deleted_because(op, rejection.reason) {
-                self.port.counters.deletes.fetch_add(1, Ordering::Relaxed);
+                self.port.counters.count(Counts::deleted);
                 self.refuted(&mut detail, rejection);
             }
             return;
         }
         if self.slot.word.deleted(op) {
-            self.port.counters.deletes.fetch_add(1, Ordering::Relaxed);
+            self.port.counters.count(Counts::deleted);
             tracing::debug!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "deleted");
             self.tell(SlotChange::Deleted);
             self.forget(&mut detail);
@@ -432,7 +433,7 @@ impl<'a> PortSlot<'a> {
     /// that was noticed.
     fn refuted(&self, detail: &mut Detail, rejection: Rejection) {
         tracing::warn!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "{rejection}");
-        self.port.counters.count(rejection.reason);
+        self.port.counters.count(|counts| counts.refused(rejection.reason));
         self.tell(SlotChange::Rejected(&rejection));
         let retry_at = detail.retry_at().ms().unwrap_or_else(|| self.shared.clock.now_ms());
         self.leave(detail);
@@ -476,6 +477,9 @@ impl<'a> PortSlot<'a> {
         if let Some(before) = self.slot.word.reset(self.port.generation()) {
             if matches!(before, SlotState::Pending | SlotState::Installed) {
                 detail.taken = Some(why);
+            }
+            if detail.rule().is_some() {
+                self.port.counters.count(Counts::flushed);
             }
             self.forget(&mut detail);
         }

@@ -92,6 +92,35 @@ impl TakenBack {
             Self::Admission => "admission-changed",
         }
     }
+
+    /// The same for people, without a final dot.
+    #[must_use]
+    pub const fn help(self) -> &'static str {
+        match self {
+            Self::Asked => "somebody flushed it",
+            Self::Firewall => "the firewall's rules have changed",
+            Self::Renewed => {
+                "parts of the firewall change without an announcement, so decisions are renewed"
+            }
+            Self::Mark => "its mark or its labels have changed",
+            Self::Route => "its route has changed",
+            Self::Forwarding => "forwarding was switched",
+            Self::Ipsec => "IPsec's policies have changed",
+            Self::Neighbour => "the next hop's MAC address has changed",
+            Self::Netdev => "a netdev on its way has changed",
+            Self::Egress => "the netdev that it was sent on went down, or went",
+            Self::Bridge => "a bridge has learnt another way, or forgotten this one",
+            Self::Moved => "it has arrived on another netdev",
+            Self::Evicted => "the port is full, and a busier connection has its place",
+            Self::Lost => "somebody else has removed it",
+            Self::Port => {
+                "all rules of the port had to go (its qdisc, program or flowtable was replaced, or somebody was put in front)"
+            }
+            Self::Silent => "it was silent",
+            Self::Reset => "a RST was seen",
+            Self::Admission => "the configuration was read anew",
+        }
+    }
 }
 
 #[cfg(test)]
@@ -101,7 +130,8 @@ mod tests {
     #[test]
     fn all_are_there_by_number_and_their_names_are_distinct() {
         let names: std::collections::HashSet<_> = TakenBack::ALL.iter().map(|t| t.name()).collect();
-        assert_eq!(names.len(), TakenBack::ALL.len());
+        let words: std::collections::HashSet<_> = TakenBack::ALL.iter().map(|t| t.help()).collect();
+        assert_eq!((names.len(), words.len()), (TakenBack::ALL.len(), TakenBack::ALL.len()));
         for (n, t) in (1..).zip(TakenBack::ALL) {
             assert_eq!(*t as u8, n);
         }

@@ -364,7 +364,11 @@ fn operations_of_one_match_are_carried_out_in_the_order_they_were_asked_for() {
     b.settle();
     assert_eq!(b.state(1, &present, Original), Some(SlotState::Installed));
     assert_eq!(dummy.rules(ifindex(1)).len(), 2);
-    assert!(b.engine.ports()[0].reasons.is_empty(), "{:?}", b.engine.ports()[0].reasons);
+    assert!(
+        b.engine.ports()[0].totals.reasons.is_empty(),
+        "{:?}",
+        b.engine.ports()[0].totals.reasons
+    );
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
 
@@ -402,7 +406,7 @@ fn a_completion_for_a_generation_that_is_gone_is_nothing_to_its_successor() {
     assert_eq!(b.engine.slots(&conn).len(), 1);
     assert_eq!(b.engine.slots(&conn)[0].rule, rule);
     assert_eq!(dummy.rules(ifindex(1)).len(), 1);
-    assert_eq!(b.engine.ports()[0].adds, 1, "the old one is not counted as the new one's");
+    assert_eq!(b.engine.ports()[0].totals.adds, 1, "the old one is not counted as the new one's");
 }
 
 // ---- established ----

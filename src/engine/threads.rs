@@ -88,7 +88,15 @@ mod tests {
             hw_flags: HwFlags::default(),
         };
         let limits = Limits::default();
-        let port = Arc::new(Port::new(netdev, None, vec![], std::iter::empty(), &limits, None));
+        let port = Arc::new(Port::new(
+            netdev,
+            None,
+            vec![],
+            std::iter::empty(),
+            &limits,
+            None,
+            Arc::default(),
+        ));
         let (due, is_due) = mpsc::channel();
         due.send(Arc::clone(&port)).unwrap();
         drop(due);

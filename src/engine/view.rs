@@ -2,10 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
-use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Reason, Rejection, RuleId};
+use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Rejection, RuleId};
 
 use super::Engine;
 use super::conn::{ConnHandle, PathTaken};
+pub use super::counters::Totals;
 use super::detail::Said;
 use super::latency::LatencyBucket;
 use super::port::Port;
@@ -51,16 +52,12 @@ pub struct PortView {
     pub evictions: u64,
     /// First sights.
     pub sights: u64,
-    /// Rules installed since the port was added.
-    pub adds: u64,
-    /// Rules deleted one by one since then.
-    pub deletes: u64,
+    /// What has become of rules and offers since the port was added.
+    pub totals: Totals,
     /// Packets carried by rules, past and present, as of the last sweep.
     pub packets: u64,
     /// Bytes carried by rules, past and present, as of the last sweep.
     pub bytes: u64,
-    /// Rejections since the port was added.
-    pub reasons: Vec<(Reason, u64)>,
     /// How long the provider took for operations since the port was added.
     pub latency: Vec<LatencyBucket>,
 }
@@ -136,6 +133,12 @@ impl Engine {
         let table = self.0.publication.table();
         let port = table.get(ifindex)?;
         Some((port.netdev.clone(), port.binding.as_ref().map(|b| b.class)))
+    }
+
+    /// What has become of rules and offers, on all ports that there have ever been.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.0.totals.read()
     }
 
     /// One port.
@@ -281,11 +284,9 @@ fn port_view(port: &Port) -> PortView {
         capacity_learnt: port.capacity.limit().is_some_and(|(_, learnt)| learnt),
         evictions: c.evictions.load(Ordering::Relaxed),
         sights: port.queue.offered() as u64,
-        adds: c.adds.load(Ordering::Relaxed),
-        deletes: c.deletes.load(Ordering::Relaxed),
+        totals: c.read(),
         packets,
         bytes,
-        reasons: c.reasons(),
         latency: c.latencies.buckets(),
     }
 }

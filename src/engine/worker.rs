@@ -343,11 +343,11 @@ impl PortRef<'_> {
     /// ([`Engine::conn_create`](super::Engine::conn_create) gave none): counted for the port, as
     /// there is no slot to keep it. For any thread.
     pub fn conn_table_full(&self) {
-        self.port.counters.count(Reason::ConnTableFull);
+        self.port.counters.count(|counts| counts.refused(Reason::ConnTableFull));
     }
 
     fn refuse(&self, reason: Reason) -> Offer {
-        self.port.counters.count(reason);
+        self.port.counters.count(|counts| counts.refused(reason));
         Offer::Refused(reason)
     }
 

@@ -306,11 +306,9 @@ pub(crate) unsafe extern "C" fn ctoffload_port_stats(
             in_hw,
             evictions,
             sights,
-            adds,
-            deletes,
+            totals,
             packets,
             bytes,
-            reasons,
             ..
         } = opened.engine.port_view(ifindex).ok_or(NoSuchPort(ifindex))?;
         let value = PortStats {
@@ -326,10 +324,10 @@ pub(crate) unsafe extern "C" fn ctoffload_port_stats(
             deleting: slots.deleting,
             in_hw,
             sights,
-            adds,
-            deletes,
+            adds: totals.adds,
+            deletes: totals.deletes,
             evictions,
-            rejections: reasons.iter().map(|(_, n)| n).sum(),
+            rejections: totals.reasons.iter().map(|(_, n)| n).sum(),
             packets,
             bytes,
         };

@@ -1,24 +1,7 @@
 //! Why a direction of a connection is not offloaded, one by one, in words. Each has a stable name, a sentence that no
 //! other has, and what can be done where something can.
 //!
-//! | cause | what it means |
-//! |---|---|
-//! | `no-ports` | no netdev is attached |
-//! | `no-entry` | neither the engine nor conntrack has such a connection |
-//! | `ended`, `closed` | it was offloaded, and has ended: it expired or was deleted, or was closed by its ends |
-//! | `to-router`, `from-router` | one of its ends is the router itself |
-//! | `bridged` | a bridge forwards it, and bridged connections are not offloaded |
-//! | `helper`, `seq-adjust`, `nat-clash`, `dying`, `other-flowtable` | what conntrack says of its entry |
-//! | `opening`, `closing`, `one-way` | the state that it is in |
-//! | `few-packets`, `few-bytes`, `not-counted` | `min-packets`, `min-bytes` |
-//! | `no-port`, `unreachable` | the netdev that its packets arrive on is no port; there is no way to its end |
-//! | `no-provider`, `port-faulty`, `port-slow`, `port-down`, `port-draining` | the port that its packets arrive on |
-//! | `ledger-full`, `conn-table-full` | what is kept of connections is full |
-//! | `pending`, `deleting`, `undeleted` | an operation is under way |
-//! | `in-front` | its rule stands, and somebody in front of it takes the packets |
-//! | names of [`Reason`] | it was offered, and refused |
-//! | names of [`TakenBack`] | it was offloaded, and was taken back, and no packet has come since |
-//! | `waiting` | nothing is against it: no packet has come |
+//! The list of them is [`CAUSES`](crate::control::info::CAUSES).
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -212,7 +195,7 @@ impl Cause {
                 "{} taken back {} ago: {}; no packet of it has come since that may be offloaded",
                 rules_on(port, ["was", "were"]),
                 seconds(*ago),
-                taken(*why)
+                why.help()
             ),
             Self::Waiting(port) => {
                 format!("nothing is against it, but no packet of it has come on {port} since it might be offloaded")
@@ -315,33 +298,6 @@ const fn unsighted_help(why: &Unsighted) -> Option<&'static str> {
     })
 }
 
-const fn taken(why: TakenBack) -> &'static str {
-    match why {
-        TakenBack::Asked => "somebody flushed it",
-        TakenBack::Firewall => "the firewall's rules have changed",
-        TakenBack::Renewed => {
-            "parts of the firewall change without an announcement, so decisions are renewed"
-        }
-        TakenBack::Mark => "its mark or its labels have changed",
-        TakenBack::Route => "its route has changed",
-        TakenBack::Forwarding => "forwarding was switched",
-        TakenBack::Ipsec => "IPsec's policies have changed",
-        TakenBack::Neighbour => "the next hop's MAC address has changed",
-        TakenBack::Netdev => "a netdev on its way has changed",
-        TakenBack::Egress => "the netdev that it was sent on went down, or went",
-        TakenBack::Bridge => "a bridge has learnt another way, or forgotten this one",
-        TakenBack::Moved => "it has arrived on another netdev",
-        TakenBack::Evicted => "the port is full, and a busier connection has its place",
-        TakenBack::Lost => "somebody else has removed it",
-        TakenBack::Port => {
-            "all rules of the port had to go (its qdisc, program or flowtable was replaced, or somebody was put in front)"
-        }
-        TakenBack::Silent => "it was silent",
-        TakenBack::Reset => "a RST was seen",
-        TakenBack::Admission => "the configuration was read anew",
-    }
-}
-
 const fn taken_help(why: TakenBack) -> Option<&'static str> {
     Some(match why {
         TakenBack::Firewall | TakenBack::Renewed | TakenBack::Mark => {
@@ -407,6 +363,7 @@ mod tests {
 
     use netdev_providers::Zone;
 
+    use crate::control::info::CAUSES;
     use crate::engine::conn::ConnKey;
 
     fn every() -> Vec<Cause> {
@@ -491,6 +448,14 @@ mod tests {
             assert_eq!(sentences.insert(sentence.clone(), cause), None, "{sentence}");
         }
         assert!(names.len() >= 70, "{}", names.len());
+        // Those that `ctoffload explain --help` lists are these, all of them.
+        let listed: Vec<_> = CAUSES.iter().map(|(name, _)| *name).collect();
+        let of_others =
+            Reason::ALL.iter().map(|r| r.name()).chain(TakenBack::ALL.iter().map(|t| t.name()));
+        let listed: std::collections::HashSet<_> = listed.into_iter().chain(of_others).collect();
+        let missing: Vec<_> = names.keys().filter(|name| !listed.contains(*name)).collect();
+        let unknown: Vec<_> = listed.iter().filter(|name| !names.contains_key(*name)).collect();
+        assert!(missing.is_empty() && unknown.is_empty(), "{missing:?} {unknown:?}");
     }
 
     #[test]

@@ -134,12 +134,18 @@ pub fn is_absent(e: &NetlinkError) -> bool {
     matches!(e.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP))
 }
 
+/// Where the chain of ours stands among them. `None`: it is not there (yet, or any more).
+#[must_use]
+pub fn place_of(all: &[Registered], ours: (&str, &str)) -> Option<usize> {
+    let is_ours =
+        |r: &Registered| r.chain.as_ref().is_some_and(|(t, c)| (t.as_str(), c.as_str()) == ours);
+    all.iter().position(is_ours)
+}
+
 /// Those that come after the chain of ours, without conntrack's own. All of them, when ours is not there.
 #[must_use]
 pub fn behind<'a>(all: &'a [Registered], ours: (&str, &str)) -> Vec<&'a Registered> {
-    let is_ours =
-        |r: &Registered| r.chain.as_ref().is_some_and(|(t, c)| (t.as_str(), c.as_str()) == ours);
-    let after = all.iter().position(is_ours).map_or(0, |at| at + 1);
+    let after = place_of(all, ours).map_or(0, |at| at + 1);
     all[after..].iter().filter(|r| !r.is_conntracks()).collect()
 }
 
@@ -180,5 +186,9 @@ mod tests {
         assert!(behind(&all[..4], ("ours", "c")).is_empty());
         // A table of that name with another chain is somebody else's.
         assert_eq!(behind(&all, ("ours", "other")).len(), 4);
+        assert_eq!(
+            (place_of(&all, ("ours", "c")), place_of(&all, ("ours", "other"))),
+            (Some(2), None)
+        );
     }
 }

@@ -313,7 +313,7 @@ fn a_policy_check_tells_what_an_offer_would_end_with_and_changes_nothing() {
     b.engine.conn_del(&conn);
     assert_eq!(check(&conn, 99), Err(Reason::ConnState));
     assert!(b.engine.slots(&conn).is_empty());
-    let refused: u64 = b.engine.ports()[0].reasons.iter().map(|(_, n)| n).sum();
+    let refused: u64 = b.engine.ports()[0].totals.reasons.iter().map(|(_, n)| n).sum();
     assert_eq!((dummy.requests(), refused), (1, 1), "of the one offer");
     // A port whose provider panics, and one without: asked, not offered to.
     dummy.panic_after(Call::CanOffload, 0);

@@ -217,7 +217,7 @@ fn an_add_that_was_taken_back_and_fails_then_may_be_offered_again() {
     b.settle();
     assert_eq!(b.state(1, &conn, Original), None);
     assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
-    assert_eq!(b.engine.ports()[0].reasons, [], "nobody waits for what was refused");
+    assert_eq!(b.engine.ports()[0].totals.reasons, [], "nobody waits for what was refused");
     b.install(1, &conn, Original);
 }
 
@@ -247,7 +247,7 @@ fn only_a_rule_that_stands_can_be_found_to_do_nothing() {
     assert!(!refute(), "once");
     b.settle();
     assert_eq!(b.state(1, &conn, Original), Some(SlotState::Rejected));
-    assert_eq!(b.engine.ports()[0].reasons, [(Reason::NoEffect, 1)]);
+    assert_eq!(b.engine.ports()[0].totals.reasons, [(Reason::NoEffect, 1)]);
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
 
@@ -267,7 +267,7 @@ fn a_connection_whose_slots_are_all_taken_is_offered_on_no_further_port() {
     }
     assert_eq!(b.offer(17, &conn, Original), Offer::Refused(Reason::TooManyPorts));
     let ports = b.engine.ports();
-    assert_eq!(ports[16].reasons, [(Reason::TooManyPorts, 1)]);
+    assert_eq!(ports[16].totals.reasons, [(Reason::TooManyPorts, 1)]);
     assert_eq!(ports[16].sights, 0);
     b.install(17, &conn, Reply);
 }

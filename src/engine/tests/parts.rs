@@ -307,12 +307,14 @@ fn a_port_may_lead_where_a_rule_of_it_does_or_one_that_is_on_its_way() {
 
 #[test]
 fn refusals_are_counted_by_their_reason() {
-    let counters = PortCounters::default();
-    assert!(counters.reasons().is_empty());
-    counters.count(Reason::Busy);
-    counters.count(Reason::NoEffect);
-    counters.count(Reason::Busy);
-    assert_eq!(counters.reasons(), [(Reason::Busy, 2), (Reason::NoEffect, 1)]);
+    let all = Arc::<Counts>::default();
+    let counters = PortCounters::new(Arc::clone(&all));
+    assert!(counters.read().reasons.is_empty());
+    for reason in [Reason::Busy, Reason::NoEffect, Reason::Busy] {
+        counters.count(|counts| counts.refused(reason));
+    }
+    assert_eq!(counters.read().reasons, [(Reason::Busy, 2), (Reason::NoEffect, 1)]);
+    assert_eq!(all.read(), counters.read(), "of the one port that there is");
     counters.past(3, 300);
     counters.past(1, 100);
     let past = (&counters.past_packets, &counters.past_bytes);
@@ -387,7 +389,7 @@ fn a_port_counts_its_slots_by_state_and_what_is_in_hardware() {
     let port = &b.engine.ports()[0];
     let slots = &port.slots;
     assert_eq!((slots.pending, slots.installed, slots.deleting, slots.rejected), (0, 3, 0, 2));
-    assert_eq!((port.sights, port.adds, port.deletes), (6, 4, 1));
+    assert_eq!((port.sights, port.totals.adds, port.totals.deletes), (6, 4, 1));
     assert!(b.engine.is_installed(&one, Original, port.netdev.generation));
     assert!(!b.engine.is_installed(&one, Reply, port.netdev.generation));
     assert!(!b.engine.is_installed(&refused[0], Reply, port.netdev.generation));

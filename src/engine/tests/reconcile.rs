@@ -78,7 +78,7 @@ fn what_belongs_to_nobody_or_leads_elsewhere_is_removed_and_offered_anew() {
     assert_eq!(cookies, [b.engine.0.cookie(&conns[2], Original)]);
     assert!(b.engine.slots(&conns[1]).is_empty());
     assert_eq!(b.rearmed(), [(ifindex(1), 2, Original)]);
-    assert_eq!(b.engine.ports()[0].reasons, [], "nothing was rejected");
+    assert_eq!(b.engine.ports()[0].totals.reasons, [], "nothing was rejected");
     b.install(1, &conns[0], Original);
     b.install(1, &conns[1], Original);
     // On demand there is nothing more to do, and others' rules are counted.
@@ -152,7 +152,7 @@ fn an_offer_that_comes_at_once_waits_for_the_reconciliation() {
         b.offer(1, conn, Original);
     }
     b.settle();
-    assert_eq!(b.engine.ports()[0].reasons, []);
+    assert_eq!(b.engine.ports()[0].totals.reasons, []);
     assert_eq!(dummy.rules(ifindex(1)).len(), 300);
     for conn in &conns {
         assert_eq!(b.state(1, conn, Original), Some(SlotState::Installed));

@@ -22,7 +22,7 @@ fn a_permanent_rejection_is_kept_with_its_words_and_not_repeated() {
     b.clock.fetch_add(1_000_000, Ordering::SeqCst);
     std::thread::sleep(Duration::from_millis(5));
     assert_eq!(b.offer(1, &conn, Original), Offer::Decided);
-    assert_eq!(b.engine.ports()[0].reasons, [(Reason::Unsupported, 1)]);
+    assert_eq!(b.engine.ports()[0].totals.reasons, [(Reason::Unsupported, 1)]);
     assert_eq!(dummy.requests(), 0);
 }
 
@@ -170,7 +170,7 @@ fn what_the_datapath_refuses_is_rejected_and_asked_again_after_a_flush_only() {
     assert_eq!((slot.state, slot.rejection), (SlotState::Rejected, Some(refusal.clone())));
     assert_eq!(slot.retry_in_ms, None);
     assert!(port.is_decided(&conn, Original), "no packet asks again");
-    assert_eq!(b.engine.ports()[0].reasons, [(Reason::NotAdmitted, 1)]);
+    assert_eq!(b.engine.ports()[0].totals.reasons, [(Reason::NotAdmitted, 1)]);
     assert_eq!(dummy.requests(), 0, "the provider is not asked");
     b.engine.flush(&FlushFilter::default()).unwrap();
     assert!(b.engine.slots(&conn).is_empty());
@@ -186,7 +186,7 @@ fn a_full_queue_is_a_refusal_that_leaves_the_slot_open() {
     let conn = b.conn(1);
     assert_eq!(b.offer(1, &conn, Original), Offer::Refused(Reason::QueueFull));
     assert!(b.engine.slots(&conn).is_empty());
-    assert_eq!(b.engine.ports()[0].reasons, [(Reason::QueueFull, 1)]);
+    assert_eq!(b.engine.ports()[0].totals.reasons, [(Reason::QueueFull, 1)]);
 }
 
 #[test]
@@ -199,7 +199,7 @@ fn a_connection_that_there_is_no_room_for_is_counted_where_it_was_seen() {
     let key = ConnKey { zone: Zone(0), original };
     assert!(b.engine.conn_create(key, original.inverted(), 9).is_none());
     b.engine.worker().port(ifindex(1)).unwrap().conn_table_full();
-    assert_eq!(b.engine.ports()[0].reasons, [(Reason::ConnTableFull, 1)]);
+    assert_eq!(b.engine.ports()[0].totals.reasons, [(Reason::ConnTableFull, 1)]);
     // The bound is on those that live.
     b.engine.conn_del(&first);
     assert!(b.engine.conn_create(key, original.inverted(), 9).is_some());

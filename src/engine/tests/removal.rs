@@ -1,6 +1,7 @@
 //! What goes, when a connection, a port, the datapath or somebody who flushes says so; and nothing else.
 
 use super::*;
+use crate::engine::view::PortView;
 
 #[test]
 fn delete_goes_only_to_slots_that_hold_something() {
@@ -365,4 +366,52 @@ fn why_a_rule_was_taken_back_is_told_until_there_is_another() {
     b.engine.sweep(&mut Strays::default());
     b.settle();
     assert_eq!(told(&b).first().map(|t| t.1), Some(TakenBack::Lost));
+}
+
+#[test]
+fn what_became_of_rules_adds_up_and_never_becomes_less_also_when_ports_go() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    let mut before = b.engine.totals();
+    let mut check = |b: &Bench, what: &str| {
+        b.settle();
+        let now = b.engine.totals();
+        // Also those that are to go, and are still there.
+        let there = |p: &PortView| p.slots.installed + p.slots.deleting;
+        let there: u64 = b.engine.ports().iter().map(there).sum();
+        assert_eq!(now.adds, now.deletes + now.flushed + there, "{what}: {now:?}, {there} there");
+        let rises = now.adds >= before.adds
+            && now.deletes >= before.deletes
+            && now.flushed >= before.flushed;
+        assert!(rises, "{what}: {before:?}, {now:?}");
+        before = now;
+    };
+    let conns: Vec<_> = (1..=6).map(|n| b.conn(n)).collect();
+    for round in 0..3 {
+        b.port(1);
+        b.port(2);
+        for conn in &conns {
+            b.install(1, conn, Original);
+            b.install(2, conn, Reply);
+        }
+        check(&b, "installed");
+        b.engine.conn_retract(&conns[0], TakenBack::Asked);
+        check(&b, "one retracted");
+        dummy.fail_next(1, Reason::Busy);
+        b.engine.conn_retract(&conns[1], TakenBack::Asked);
+        b.clock.fetch_add(60_000, Ordering::SeqCst);
+        check(&b, "one deleted at the second try");
+        dummy.steal_all(ifindex(2));
+        b.clock.fetch_add(10, Ordering::SeqCst);
+        b.engine.sweep(&mut Strays::default());
+        check(&b, "somebody else has removed some");
+        b.engine.flush(&FlushFilter { port: Some(ifindex(1)), ..FlushFilter::default() }).unwrap();
+        check(&b, "a port flushed");
+        b.install(1, &conns[2], Original);
+        b.engine.port_del(ifindex(1)).unwrap();
+        check(&b, "a port gone");
+        b.engine.port_del(ifindex(2)).unwrap();
+        check(&b, "all gone");
+        assert_eq!(b.engine.totals().adds, 13 * (round + 1));
+    }
 }

@@ -128,7 +128,7 @@ fn a_rule_in_hardware_that_does_nothing_is_deleted_and_comes_back_after_a_pause(
     assert_eq!(why.reason, Reason::NoEffect);
     assert!(why.to_string().contains("10 packets"), "{why}");
     assert_eq!(slot.retry_in_ms, Some(100));
-    assert_eq!(b.engine.ports()[0].reasons, [(Reason::NoEffect, 1)]);
+    assert_eq!(b.engine.ports()[0].totals.reasons, [(Reason::NoEffect, 1)]);
     assert_eq!(b.rearmed(), []);
     b.clock.fetch_add(100, Ordering::SeqCst);
     wait_for(|| b.rearmed() == [(ifindex(1), 1, Original)]);
@@ -178,7 +178,7 @@ fn what_the_nic_said_is_told_as_long_as_it_does_not_have_the_rule() {
     b.engine.flush(&FlushFilter { zone: Some(Zone(0)), ..Default::default() }).unwrap();
     assert_eq!(b.state(1, &conn, Original), None);
     assert_eq!(b.rearmed(), [(ifindex(1), 1, Original)]);
-    assert_eq!(b.engine.ports()[0].reasons, []);
+    assert_eq!(b.engine.ports()[0].totals.reasons, []);
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn a_connection_that_ends_while_its_rule_is_taken_back_leaves_no_slot() {
     b.engine.conn_del(&conn);
     dummy.release_pending();
     wait_for(|| b.state(1, &conn, Original).is_none());
-    assert_eq!(b.engine.ports()[0].reasons, []);
+    assert_eq!(b.engine.ports()[0].totals.reasons, []);
 }
 
 #[test]
