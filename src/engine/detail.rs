@@ -4,7 +4,7 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use netdev_providers::{Rejection, RuleId};
+use netdev_providers::{Reason, Rejection, RuleId};
 
 use super::pace::Pace;
 use super::paths::PathTaken;
@@ -88,6 +88,8 @@ pub(super) struct Detail {
     flags: Flags,
     /// Why the rule is to go, or went last, while there is no other since. It went at [`used_ms`](Self::used_ms), then.
     pub taken: Option<TakenBack>,
+    /// Why the last offer was refused, while there is no rule and no new offer since.
+    pub refused: Option<Reason>,
 }
 
 impl Detail {
@@ -170,8 +172,13 @@ impl Detail {
     }
 
     /// What is known of an empty slot whose last offers were refused so often.
-    pub(super) fn of_refused(attempts: u16, pace: Pace, now_ms: u64) -> Self {
-        let mut detail = Self { pace, used_ms: now_ms, ..Self::default() };
+    pub(super) fn of_refused(
+        attempts: u16,
+        refused: Option<Reason>,
+        pace: Pace,
+        now_ms: u64,
+    ) -> Self {
+        let mut detail = Self { pace, refused, used_ms: now_ms, ..Self::default() };
         if attempts > 0 {
             detail.trouble().attempts = attempts;
         }
@@ -215,8 +222,8 @@ mod tests {
         assert!(d.take_said().is_some() && d.said().is_none() && d.take_said().is_none());
         d.forget_trouble();
         assert_eq!((d.attempts(), d.retry_at()), (0, Moment::default()));
-        let refused = Detail::of_refused(3, Pace(5), 7);
+        let refused = Detail::of_refused(3, Some(Reason::TableFull), Pace(5), 7);
         assert_eq!((refused.attempts(), refused.pace, refused.used_ms), (3, Pace(5), 7));
-        assert!(Detail::of_refused(0, Pace::UNKNOWN, 7).trouble.is_none());
+        assert!(Detail::of_refused(0, None, Pace::UNKNOWN, 7).trouble.is_none());
     }
 }

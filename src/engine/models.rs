@@ -757,7 +757,8 @@ impl Bench {
             Clock::Manual(Arc::new(AtomicU64::new(1000))),
         );
         let provider = Arc::new(ModelProvider { at_once, ..ModelProvider::default() });
-        let binding = Binding { class: "model", provider: Arc::clone(&provider) as _ };
+        let chosen = super::port::Chosen::Listed;
+        let binding = Binding { class: "model", chosen, provider: Arc::clone(&provider) as _ };
         let port = Arc::new(port(1, Some(binding)));
         let mut writer =
             Writer::new(Arc::clone(&port), Arc::clone(&provider) as _, Arc::clone(&engine.0));

@@ -240,7 +240,7 @@ impl<'a> PortSlot<'a> {
             self.follow_up(Command::Delete);
             return;
         }
-        detail.taken = None;
+        (detail.taken, detail.refused) = (None, None);
         if self.conn.replied_by_now() && self.slot.word.reply_seen(self.port.generation()) {
             self.follow_up(Command::Established);
         }
@@ -508,8 +508,12 @@ impl<'a> PortSlot<'a> {
         // The number of attempts stays: the next pause is longer. How long the next packet
         // takes from now on tells the connection's pace.
         let (attempts, pace) = (detail.attempts(), detail.pace);
+        let refused = match detail.said() {
+            Some(Said::Rejected(why)) => Some(why.reason),
+            _ => None,
+        };
         self.forget(&mut detail);
-        *detail = Detail::of_refused(attempts, pace, now_ms);
+        *detail = Detail::of_refused(attempts, refused, pace, now_ms);
         Due::Rearm
     }
 

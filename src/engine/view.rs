@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Rejection, RuleId};
+use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Reason, Rejection, RuleId};
 
 use super::Engine;
 use super::conn::{ConnHandle, PathTaken};
@@ -106,15 +106,25 @@ pub struct SlotView {
     pub rule: Option<RuleId>,
 }
 
-/// A direction of a connection whose rule on a port was taken back, and that is not offloaded there since.
+/// Why a direction of a connection is not offloaded on a port now, though nothing refuses it: it waits for its next
+/// packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Past {
+    /// It had a rule, which was taken back.
+    TakenBack(TakenBack),
+    /// Its last offer was refused, and the pause after that is over.
+    Refused(Reason),
+}
+
+/// What was last the matter with an empty slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TakenView {
+pub struct PastView {
     /// The netdev of the port.
     pub netdev: Netdev,
     /// Its direction.
     pub direction: Direction,
     /// Why.
-    pub why: TakenBack,
+    pub why: Past,
     /// Milliseconds since then.
     pub ago_ms: u64,
 }
@@ -202,9 +212,9 @@ impl Engine {
             .collect()
     }
 
-    /// What was offloaded of a connection and is not now, nor is refused: it waits for its next packet.
+    /// What was last the matter with the slots of a connection that are empty now.
     #[must_use]
-    pub fn taken_back(&self, conn: &ConnHandle) -> Vec<TakenView> {
+    pub fn past(&self, conn: &ConnHandle) -> Vec<PastView> {
         let table = self.0.publication.table();
         let now = self.now_ms();
         conn.all_slots()
@@ -212,11 +222,13 @@ impl Engine {
                 let port = table.by_generation(generation)?;
                 let detail = slot.detail();
                 let word = slot.word.load();
-                let is_empty = word.state() == SlotState::Empty;
-                let why =
-                    detail.taken.filter(|_| is_empty && word.generation() == Some(generation))?;
+                if word.state() != SlotState::Empty || word.generation() != Some(generation) {
+                    return None;
+                }
+                let refused = detail.refused.map(Past::Refused);
+                let why = refused.or_else(|| detail.taken.map(Past::TakenBack))?;
                 let (netdev, ago_ms) = (port.netdev.clone(), now.saturating_sub(detail.used_ms));
-                Some(TakenView { netdev, direction, why, ago_ms })
+                Some(PastView { netdev, direction, why, ago_ms })
             })
             .collect()
     }

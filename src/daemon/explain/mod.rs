@@ -6,7 +6,7 @@ mod cause;
 use std::sync::Arc;
 use std::time::Duration;
 
-use netdev_providers::{Direction, Ifindex, Tuple, Zone};
+use netdev_providers::{Direction, Ifindex, Rejection, Tuple, Zone};
 
 use self::cause::{Cause, Refused};
 use super::config::Config;
@@ -19,7 +19,7 @@ use crate::datapath::routing::towards::{Towards, towards};
 use crate::engine::Engine;
 use crate::engine::conn::{ConnHandle, ConnKey};
 use crate::engine::slot::SlotState;
-use crate::engine::view::{PortView, SlotView, TakenView};
+use crate::engine::view::{Past, PastView, PortView, SlotView};
 
 /// A rule that has carried nothing for so long, with somebody in front of it, carries nothing.
 const CARRIES_NOTHING_MS: u64 = 10_000;
@@ -40,7 +40,7 @@ struct Looking<'a> {
     conn: Option<ConnHandle>,
     found: Found,
     slots: Vec<SlotView>,
-    taken: Vec<TakenView>,
+    past: Vec<PastView>,
 }
 
 /// How a direction stands.
@@ -75,9 +75,9 @@ pub(super) fn explain(
         conn = None;
     }
     let slots = conn.as_ref().map(|c| engine.slots(c)).unwrap_or_default();
-    let taken = conn.as_ref().map(|c| engine.taken_back(c)).unwrap_or_default();
+    let past = conn.as_ref().map(|c| engine.past(c)).unwrap_or_default();
     let ports = engine.ports();
-    let looking = Looking { engine, backend, config, ports, conn, found, slots, taken };
+    let looking = Looking { engine, backend, config, ports, conn, found, slots, past };
     let standing = Direction::BOTH.map(|d| looking.standing(d));
     let summary = looking.summary(&standing);
     let verdicts = looking.verdicts(&standing);
@@ -132,11 +132,8 @@ impl Looking<'_> {
             return self.found.ended.map_or(Cause::NoEntry, Cause::Ended);
         };
         let refused = slots.last().map(|slot| self.of_slot(slot));
-        let taken = self.taken.iter().filter(|t| t.direction == d).min_by_key(|t| t.ago_ms);
-        let taken = taken.map(|t| {
-            let ago = Duration::from_millis(t.ago_ms);
-            Cause::Taken(self.name(t.netdev.ifindex), t.why, ago)
-        });
+        let past = self.past.iter().filter(|p| p.direction == d).min_by_key(|p| p.ago_ms);
+        let past = past.map(|p| self.of_past(p));
         if let Some(cause) = refused {
             return cause;
         }
@@ -150,7 +147,7 @@ impl Looking<'_> {
         let arrival = match (from, to) {
             (Towards::Local, _) => return Cause::FromRouter(arriving.src()),
             (_, Towards::Local) => return Cause::ToRouter(leaving.dst()),
-            (Towards::Nowhere, _) => return taken.unwrap_or(Cause::Unreachable(arriving.src())),
+            (Towards::Nowhere, _) => return past.unwrap_or(Cause::Unreachable(arriving.src())),
             (Towards::By(netdev), to) => {
                 let is_bridge = self
                     .backend
@@ -168,12 +165,29 @@ impl Looking<'_> {
             ifindex == arrival || self.backend.links().above(ifindex).contains(&arrival)
         };
         let Some(port) = self.ports.iter().find(here) else {
-            return taken.unwrap_or_else(|| Cause::NoPort(self.name(arrival)));
+            return past.unwrap_or_else(|| Cause::NoPort(self.name(arrival)));
         };
         self.of_port(port)
-            .or(taken)
+            .or(past)
             .or_else(|| self.full())
             .unwrap_or_else(|| Cause::Waiting(self.name(port.netdev.ifindex)))
+    }
+
+    /// Of a slot that waits for its next packet.
+    fn of_past(&self, past: &PastView) -> Cause {
+        let port = self.name(past.netdev.ifindex);
+        match past.why {
+            Past::TakenBack(why) => Cause::Taken(port, why, Duration::from_millis(past.ago_ms)),
+            Past::Refused(reason) => {
+                Cause::Refused(self.refused(past.netdev.ifindex, reason.into(), None))
+            }
+        }
+    }
+
+    fn refused(&self, port: Ifindex, why: Rejection, retry: Option<Duration>) -> Refused {
+        let configured = self.port(port).filter(|p| !p.capacity_learnt).and_then(|p| p.capacity);
+        let ipv6 = self.conn.as_ref().is_some_and(|c| c.key().original.is_ipv6());
+        Refused { port: self.name(port), why, retry, ipv6, configured }
     }
 
     /// Of a slot without a rule that forwards.
@@ -181,14 +195,8 @@ impl Looking<'_> {
         let port = self.name(slot.netdev.ifindex);
         match (slot.state, &slot.rejection) {
             (SlotState::Rejected, Some(why)) => {
-                let view = self.port(slot.netdev.ifindex);
-                Cause::Refused(Refused {
-                    port,
-                    why: why.clone(),
-                    retry: slot.retry_in_ms.map(Duration::from_millis),
-                    ipv6: self.conn.as_ref().is_some_and(|c| c.key().original.is_ipv6()),
-                    configured: view.filter(|p| !p.capacity_learnt).and_then(|p| p.capacity),
-                })
+                let retry = slot.retry_in_ms.map(Duration::from_millis);
+                Cause::Refused(self.refused(slot.netdev.ifindex, why.clone(), retry))
             }
             (SlotState::Deleting, Some(why)) => Cause::Undeleted(port, why.clone()),
             (SlotState::Deleting, None) => Cause::Deleting(port),
@@ -288,8 +296,8 @@ impl Looking<'_> {
                     n.generation == port.netdev.generation && of == d
                 };
                 let slot = self.slots.iter().find(|s| here(&s.netdev, s.direction));
-                let taken = self.taken.iter().find(|t| here(&t.netdev, t.direction));
-                let (verdict, cause) = match (slot, taken) {
+                let past = self.past.iter().find(|p| here(&p.netdev, p.direction));
+                let (verdict, cause) = match (slot, past) {
                     (Some(slot), _) if slot.state == SlotState::Installed => {
                         match self.blocked(slot) {
                             Some(cause) => (cause.sentence(), Some(cause)),
@@ -300,9 +308,8 @@ impl Looking<'_> {
                         let cause = self.of_slot(slot);
                         (cause.sentence(), Some(cause))
                     }
-                    (None, Some(t)) => {
-                        let ago = Duration::from_millis(t.ago_ms);
-                        let cause = Cause::Taken(name.clone(), t.why, ago);
+                    (None, Some(past)) => {
+                        let cause = self.of_past(past);
                         (cause.sentence(), Some(cause))
                     }
                     (None, None) => match standing {

@@ -7,7 +7,7 @@
 //! counted after it finds the rule, or has it resolved again (see [`Datapath::changes`]).
 //!
 //! What the kernel tells nobody of and nobody looks for (exceptions for one destination: a smaller MTU on the way, a
-//! redirect) is asked for again after [`KEPT`]: a connection then has it no later than one that came so much earlier.
+//! redirect) is asked for again after some seconds (`KEPT`): a connection then has it no later than one that came so much earlier.
 //!
 //! **What is the same question** is up to the rules of routing. Where none looks at anything but the destination, the
 //! netdev and the mark, the route is one for all sources and ports; that packets from a source are taken at

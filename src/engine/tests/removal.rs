@@ -1,7 +1,7 @@
 //! What goes, when a connection, a port, the datapath or somebody who flushes says so; and nothing else.
 
 use super::*;
-use crate::engine::view::PortView;
+use crate::engine::view::{Past, PortView};
 
 #[test]
 fn delete_goes_only_to_slots_that_hold_something() {
@@ -321,13 +321,13 @@ fn closing_flushes_every_port() {
 }
 
 #[test]
-fn why_a_rule_was_taken_back_is_told_until_there_is_another() {
+fn why_a_slot_is_empty_is_told_until_it_has_a_rule() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
     let generation = b.port(1);
     let conn = b.conn(1);
     let told = |b: &Bench| -> Vec<_> {
-        b.engine.taken_back(&conn).into_iter().map(|t| (t.direction, t.why, t.ago_ms)).collect()
+        b.engine.past(&conn).into_iter().map(|p| (p.direction, p.why, p.ago_ms)).collect()
     };
     assert_eq!(told(&b), []);
     b.install(1, &conn, Original);
@@ -335,7 +335,7 @@ fn why_a_rule_was_taken_back_is_told_until_there_is_another() {
     assert!(b.engine.slot_retract(&conn, Original, generation, TakenBack::Route));
     b.settle();
     b.clock.fetch_add(3000, Ordering::SeqCst);
-    assert_eq!(told(&b), [(Original, TakenBack::Route, 3000)]);
+    assert_eq!(told(&b), [(Original, Past::TakenBack(TakenBack::Route), 3000)]);
     // A refusal is a reason of its own.
     dummy.set_capacity(0);
     b.offer(1, &conn, Original);
@@ -344,12 +344,13 @@ fn why_a_rule_was_taken_back_is_told_until_there_is_another() {
     dummy.set_capacity(10);
     b.clock.fetch_add(60_000, Ordering::SeqCst);
     b.settle();
+    assert_eq!(told(&b), [(Original, Past::Refused(Reason::TableFull), 0)], "its pause is over");
     b.install(1, &conn, Original);
     assert_eq!(told(&b), []);
     // By a flush of all, which asks nobody for the slots one by one.
     let why = TakenBack::Firewall;
     b.engine.flush(&FlushFilter { why, ..FlushFilter::default() }).unwrap();
-    assert_eq!(told(&b), [(Original, why, 0)]);
+    assert_eq!(told(&b), [(Original, Past::TakenBack(why), 0)]);
     // An add that has not come back when it is taken back.
     dummy.set_latency(Some(Duration::from_secs(3600)));
     b.offer(1, &conn, Original);
@@ -358,14 +359,14 @@ fn why_a_rule_was_taken_back_is_told_until_there_is_another() {
     dummy.set_latency(None);
     dummy.release_pending();
     b.settle();
-    assert_eq!(told(&b), [(Original, TakenBack::Mark, 0)]);
+    assert_eq!(told(&b), [(Original, Past::TakenBack(TakenBack::Mark), 0)]);
     // Somebody else removes it.
     b.install(1, &conn, Original);
     dummy.steal_all(ifindex(1));
     b.clock.fetch_add(10, Ordering::SeqCst);
     b.engine.sweep(&mut Strays::default());
     b.settle();
-    assert_eq!(told(&b).first().map(|t| t.1), Some(TakenBack::Lost));
+    assert_eq!(told(&b).first().map(|t| t.1), Some(Past::TakenBack(TakenBack::Lost)));
 }
 
 #[test]

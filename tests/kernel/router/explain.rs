@@ -260,11 +260,13 @@ fn what_is_refused_or_has_no_place() {
     let config = format!(
         "{CONFIG}capacity = 1\n[admission]\nmin-packets = 0\n[[admit]]\nverdict = \"never\"\ndestination-ports = [5003]\n[limits]\nconnections = 3\n"
     );
-    let (r, _first) = offloaded("why-refused", &config);
+    let (r, mut first) = offloaded("why-refused", &config);
     let mut second = r.connect_to(5002);
     second.ping();
     let of = tuple(&second);
     wait_until("it is refused", || {
+        // Who is silent gives its place away.
+        first.ping();
         second.ping();
         why(&r, &words(&of)).1 == "table-full"
     });
