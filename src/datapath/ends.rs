@@ -99,7 +99,7 @@ pub(super) fn remarked(backend: &Backend, engine: &Engine, entry: &CtEntry, labe
 
 /// An event can be older than the sight that came by the other socket: one that still tells of the
 /// handshake says nothing.
-const fn is_closing(state: TcpState) -> bool {
+pub(super) const fn is_closing(state: TcpState) -> bool {
     matches!(
         state,
         TcpState::FinWait

@@ -6,6 +6,7 @@ use netdev_providers::{L4Proto, Tuple, Zone};
 use super::backend::Backend;
 use super::config::Config;
 use super::ended::Ended;
+use super::ends::is_closing;
 use super::netfilter::conntrack::{Conntrack, ConntrackError, CtEntry, TcpState};
 
 /// Why the next packet of a connection is not sighted, by its entry of conntrack: the conditions of the ledger's chain
@@ -89,14 +90,7 @@ pub fn unsighted(entry: &CtEntry, config: &Config) -> Option<Unsighted> {
         return Some(Unsighted::OtherFlowtable);
     }
     if let Some(state) = entry.tcp_state
-        && matches!(
-            state,
-            TcpState::FinWait
-                | TcpState::CloseWait
-                | TcpState::LastAck
-                | TcpState::TimeWait
-                | TcpState::Close
-        )
+        && is_closing(state)
     {
         return Some(Unsighted::Closing(state));
     }

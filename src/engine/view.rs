@@ -7,7 +7,7 @@ use netdev_providers::{Capability, Cookie, Direction, Ifindex, Netdev, Reason, R
 use super::Engine;
 use super::conn::{ConnHandle, PathTaken};
 pub use super::counters::Totals;
-use super::detail::Said;
+use super::detail::{Detail, Said};
 use super::latency::LatencyBucket;
 use super::port::Port;
 pub use super::port::{Chosen, Refusal};
@@ -166,48 +166,56 @@ impl Engine {
     /// The slots of a connection that are not empty, on living ports.
     #[must_use]
     pub fn slots(&self, conn: &ConnHandle) -> Vec<SlotView> {
-        let table = self.0.publication.table();
         let now = self.now_ms();
+        self.of_each_slot(conn, |port, direction, state, detail| {
+            let installed = state == SlotState::Installed;
+            let (rejection, nic_said) = match detail.said() {
+                Some(Said::Rejected(why)) if state == SlotState::Rejected => {
+                    (Some(why.clone()), None)
+                }
+                Some(Said::Undeleted(why)) if state == SlotState::Deleting => {
+                    (Some(why.clone()), None)
+                }
+                Some(Said::ByNic(words)) if installed && detail.in_hw() != Some(true) => {
+                    (None, Some(words.clone()))
+                }
+                _ => (None, None),
+            };
+            (state != SlotState::Empty).then(|| SlotView {
+                netdev: port.netdev.clone(),
+                direction,
+                state,
+                rejection,
+                nic_said,
+                retry_in_ms: detail.retry_at().ms().map(|at| at.saturating_sub(now)),
+                path: detail.path.as_deref().copied(),
+                in_hw: detail.in_hw(),
+                packets: detail.packets,
+                bytes: detail.bytes,
+                idle_ms: installed.then(|| now.saturating_sub(detail.used_ms)),
+                cookie: detail
+                    .rule()
+                    .and_then(|rule| port.adopted().get(&rule).copied())
+                    .unwrap_or_else(|| self.0.cookie(conn, direction)),
+                rule: detail.rule(),
+            })
+        })
+    }
+
+    /// What there is to say of each slot of a connection on a living port: by its state and its detail, of one moment.
+    fn of_each_slot<R>(
+        &self,
+        conn: &ConnHandle,
+        say: impl Fn(&Port, Direction, SlotState, &Detail) -> Option<R>,
+    ) -> Vec<R> {
+        let table = self.0.publication.table();
         conn.all_slots()
             .filter_map(|(direction, generation, slot)| {
                 let port = table.by_generation(generation)?;
                 let detail = slot.detail();
                 let word = slot.word.load();
-                if word.generation() != Some(generation) {
-                    return None;
-                }
-                let state = word.state();
-                let installed = state == SlotState::Installed;
-                let (rejection, nic_said) = match detail.said() {
-                    Some(Said::Rejected(why)) if state == SlotState::Rejected => {
-                        (Some(why.clone()), None)
-                    }
-                    Some(Said::Undeleted(why)) if state == SlotState::Deleting => {
-                        (Some(why.clone()), None)
-                    }
-                    Some(Said::ByNic(words)) if installed && detail.in_hw() != Some(true) => {
-                        (None, Some(words.clone()))
-                    }
-                    _ => (None, None),
-                };
-                (state != SlotState::Empty).then(|| SlotView {
-                    netdev: port.netdev.clone(),
-                    direction,
-                    state,
-                    rejection,
-                    nic_said,
-                    retry_in_ms: detail.retry_at().ms().map(|at| at.saturating_sub(now)),
-                    path: detail.path.as_deref().copied(),
-                    in_hw: detail.in_hw(),
-                    packets: detail.packets,
-                    bytes: detail.bytes,
-                    idle_ms: installed.then(|| now.saturating_sub(detail.used_ms)),
-                    cookie: detail
-                        .rule()
-                        .and_then(|rule| port.adopted().get(&rule).copied())
-                        .unwrap_or_else(|| self.0.cookie(conn, direction)),
-                    rule: detail.rule(),
-                })
+                let its = word.generation() == Some(generation);
+                its.then(|| say(port, direction, word.state(), &detail)).flatten()
             })
             .collect()
     }
@@ -215,22 +223,16 @@ impl Engine {
     /// What was last the matter with the slots of a connection that are empty now.
     #[must_use]
     pub fn past(&self, conn: &ConnHandle) -> Vec<PastView> {
-        let table = self.0.publication.table();
         let now = self.now_ms();
-        conn.all_slots()
-            .filter_map(|(direction, generation, slot)| {
-                let port = table.by_generation(generation)?;
-                let detail = slot.detail();
-                let word = slot.word.load();
-                if word.state() != SlotState::Empty || word.generation() != Some(generation) {
-                    return None;
-                }
-                let refused = detail.refused.map(Past::Refused);
-                let why = refused.or_else(|| detail.taken.map(Past::TakenBack))?;
-                let (netdev, ago_ms) = (port.netdev.clone(), now.saturating_sub(detail.used_ms));
-                Some(PastView { netdev, direction, why, ago_ms })
-            })
-            .collect()
+        self.of_each_slot(conn, |port, direction, state, detail| {
+            if state != SlotState::Empty {
+                return None;
+            }
+            let refused = detail.refused.map(Past::Refused);
+            let why = refused.or_else(|| detail.taken.map(Past::TakenBack))?;
+            let (netdev, ago_ms) = (port.netdev.clone(), now.saturating_sub(detail.used_ms));
+            Some(PastView { netdev, direction, why, ago_ms })
+        })
     }
 
     /// The registered classes, by priority, and how many ports each has.

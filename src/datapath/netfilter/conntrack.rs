@@ -209,7 +209,7 @@ impl Conntrack {
     /// A failure of the exchange; a connection that does not exist is `None`.
     pub fn get(&mut self, zone: Zone, original: &Tuple) -> Result<Option<CtEntry>, ConntrackError> {
         // The kernel finds an entry by its reply tuple too.
-        Ok(self.find(zone, original)?.filter(|e| e.original == *original))
+        Ok(self.by_any_tuple(zone, original)?.filter(|e| e.original == *original))
     }
 
     /// The connection, and the direction in it, of a packet that has this tuple when it leaves, after
@@ -225,7 +225,7 @@ impl Conntrack {
     ) -> Result<Option<(CtEntry, Direction)>, ConntrackError> {
         // The other direction's packets arrive with it the other way round, which is a tuple of the
         // entry: the kernel finds it by either.
-        Ok(self.find(zone, &seen.inverted())?.and_then(|entry| {
+        Ok(self.by_any_tuple(zone, &seen.inverted())?.and_then(|entry| {
             let direction = Direction::BOTH.into_iter().find(|d| entry.outgoing(*d) == *seen)?;
             Some((entry, direction))
         }))
@@ -240,10 +240,6 @@ impl Conntrack {
         zone: Zone,
         tuple: &Tuple,
     ) -> Result<Option<CtEntry>, ConntrackError> {
-        self.find(zone, tuple)
-    }
-
-    fn find(&mut self, zone: Zone, tuple: &Tuple) -> Result<Option<CtEntry>, ConntrackError> {
         let seq = self.socket.next_seq();
         let mut buf = Vec::with_capacity(128);
         about(&mut buf, IPCTNL_MSG_CT_GET, ACK, seq, zone, tuple).finish();

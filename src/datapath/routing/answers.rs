@@ -25,8 +25,6 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::{Ifindex, MacAddr, Tuple};
 
-use super::path::Route;
-
 /// For so long an answer is good when nothing has changed.
 const KEPT: Duration = Duration::from_secs(5);
 /// So many answers of a kind: one more, and all are asked for anew.
@@ -47,6 +45,14 @@ impl Changes {
     pub fn so_far(&self) -> u64 {
         self.0.load(Ordering::SeqCst)
     }
+}
+
+/// What a route look-up answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Route {
+    pub egress: Ifindex,
+    pub gateway: Option<IpAddr>,
+    pub mtu: Option<u32>,
 }
 
 /// How much of a packet its route depends on.

@@ -17,7 +17,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia,
 };
 
-use super::answers::{Answers, By, Changes, Question};
+use super::answers::{Answers, By, Changes, Question, Route};
 use super::bridged;
 use super::fdb::Fdb;
 use super::ipsec::Ipsec;
@@ -54,14 +54,6 @@ struct Switched6 {
     mtu: Option<u32>,
     /// What arrives there, or would leave, is dropped (`ip6_rcv_core`, `ip6_output`).
     disabled: bool,
-}
-
-/// What a route look-up answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Route {
-    pub egress: Ifindex,
-    pub gateway: Option<IpAddr>,
-    pub mtu: Option<u32>,
 }
 
 /// Resolves paths with blocking requests of its own sockets, where nobody has asked the same before.
