@@ -63,7 +63,8 @@
 //! worker.quiescent();
 //! let port = worker.port(p1).expect("a port");
 //! if !port.is_decided(&conn, Direction::Original) {
-//!     let forward = Forward { egress: p2, vlan: None, mtu: 1500, tuple: original, macs: None };
+//!     let (vlan, macs, egress_decides) = (None, None, false);
+//!     let forward = Forward { egress: p2, vlan, mtu: 1500, tuple: original, macs, egress_decides };
 //!     let path = Path {
 //!         eth_dst: None,
 //!         vlan: None,

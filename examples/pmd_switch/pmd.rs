@@ -330,6 +330,7 @@ fn path(tuple: Tuple, frame: &Frame, ingress: &SwitchPort, egress: &SwitchPort) 
             mtu,
             tuple,
             macs: None, // bridged: MAC addresses and TTL stay
+            egress_decides: false,
         },
         next_hop: None,
         iif: None,

@@ -23,6 +23,7 @@ const BPF_PROG_GET_FD_BY_ID: c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: c_long = 15;
 const BPF_PROG_QUERY: c_long = 16;
 const BPF_TCX_INGRESS: u32 = 46;
+const BPF_TCX_EGRESS: u32 = 47;
 #[cfg(feature = "ebpf")]
 const BPF_MAP_LOOKUP_BATCH: c_long = 24;
 #[cfg(feature = "ebpf")]
@@ -116,10 +117,20 @@ fn detach(link: c_long) -> io::Result<()> {
 /// them. None before Linux 6.6.
 #[must_use]
 pub(crate) fn tcx_ingress(ifindex: Ifindex) -> Vec<u32> {
+    attached(ifindex, BPF_TCX_INGRESS)
+}
+
+/// The same at its egress.
+#[must_use]
+pub(crate) fn tcx_egress(ifindex: Ifindex) -> Vec<u32> {
+    attached(ifindex, BPF_TCX_EGRESS)
+}
+
+fn attached(ifindex: Ifindex, hook: u32) -> Vec<u32> {
     let mut ids = [0_u32; AT_MOST as usize];
     let mut attr = Attr::new()
         .u32(0, ifindex.get())
-        .u32(4, BPF_TCX_INGRESS)
+        .u32(4, hook)
         .pointer(16, ids.as_mut_ptr())
         .u32(24, AT_MOST.into());
     // SAFETY: `prog_ids` points to as many numbers as `prog_cnt` says, which live during the call.

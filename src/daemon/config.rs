@@ -56,6 +56,8 @@
 //! default = "offload"        # or "never": those that no [[admit]] rule matches
 //! min-packets = 20           # only from so many packets on, both directions together; 0: at once
 //! min-bytes = 0              # only from so many bytes on, both directions together
+//! bypass-egress = ["wan*"]   # netdevs (*, ?, [abc]) whose shapers, filters and programs at egress rules may pass by;
+//!                            # default: none
 //!
 //! [[admit]]                  # the first that matches a connection counts
 //! verdict = "never"          # or "offload"
@@ -71,8 +73,8 @@
 //! # Reading it anew
 //!
 //! At SIGHUP (`systemctl reload`, with `ExecReload=kill -HUP $MAINPID`) the file is read again. A file that is wrong
-//! changes nothing, and is told with its line. Applied at once: `[[admit]]` and `[admission] default` (all
-//! connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`. `[[port]]` holds for
+//! changes nothing, and is told with its line. Applied at once: `[[admit]]`, `[admission] default` and
+//! `bypass-egress` (all connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`. `[[port]]` holds for
 //! netdevs that come from then on, and for `ctoffload port add`: ports stay what they are bound to. All others
 //! are read at the start only: one that says something else is named in the log, and stays as it was.
 //!
@@ -146,6 +148,15 @@
 //! off at its start (the kernel switches them on then, `net.netfilter.nf_conntrack_acct = 1`, and they
 //! stay on), and does not start (exit status 5) when they cannot be had. A connection that is older
 //! than its counters stays on the slow path as long as it lives: set the sysctl at boot.
+
+//! # Egress
+//!
+//! A rule in a NIC, and XDP, send past whatever stands where packets leave through the stack: a queueing discipline that
+//! shapes or classifies (htb, cake, tbf, prio, netem; not those that only queue, such as fq_codel), filters at egress,
+//! programs of tcx; and a rule of any kind passes by what stands at a VLAN device, a bridge or a bond above the netdev that
+//! it sends to. Where there is such a thing, a connection is offloaded by a rule that leaves through the stack
+//! (`tc-flower` in software, `ebpf` with mode `tcx`), or not at all (`others-at-egress`). `bypass-egress` is for
+//! netdevs where what stands there is not meant for forwarded packets, or may be passed by.
 
 mod admit;
 
@@ -225,6 +236,8 @@ pub struct Config {
     pub tc_qdisc: QdiscKind,
     /// Which connections may be offloaded.
     pub admission: Admission,
+    /// Netdevs whose egress rules may pass by.
+    pub bypass_egress: Vec<glob::Pattern>,
     /// From how many packets on.
     pub min_packets: u64,
     /// From how many bytes on.
@@ -441,6 +454,7 @@ impl Config {
     pub fn tunables(&self) -> Tunables {
         Tunables {
             admission: self.admission.clone(),
+            bypass_egress: self.bypass_egress.clone(),
             on_ruleset_change: self.on_ruleset_change,
             revalidation: self.revalidation,
             sweeps: SweepBounds {
@@ -550,6 +564,12 @@ impl Config {
             adopt: matches!(raw.restart.rules, RawLeftRules::Adopt),
             control_group: raw.control.group,
             admission: admit::check(&raw.admission, raw.admit, line)?,
+            bypass_egress: raw
+                .admission
+                .bypass_egress
+                .iter()
+                .map(pattern)
+                .collect::<Result<_, _>>()?,
             min_packets: raw.admission.min_packets.unwrap_or(datapath::MIN_PACKETS),
             min_bytes: raw.admission.min_bytes,
             ebpf_mode: raw.ebpf.mode.map(|mode| match mode {

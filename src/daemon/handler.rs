@@ -98,7 +98,8 @@ impl Handler {
     /// Has what can be changed be as this configuration says, from now on.
     pub(super) fn reconfigure(&self, config: Config) {
         let (before, now) = (self.backend.tunables(), config.tunables());
-        let admission = before.admission != now.admission;
+        let admission =
+            (&before.admission, &before.bypass_egress) != (&now.admission, &now.bypass_egress);
         self.backend.set_tunables(now);
         self.config.store(Arc::new(config));
         if admission {

@@ -25,6 +25,7 @@ use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
 use super::rearm::Rearm;
 use super::routing::answers::Changes;
 use super::routing::bridged;
+use super::routing::egress::Egress;
 use super::routing::fdb::Fdb;
 use super::routing::ipsec::Ipsec;
 use super::routing::links::Links;
@@ -74,6 +75,8 @@ pub(super) struct Known {
     pub ct_mark: u32,
     /// When its mark or its labels changed.
     pub changed: Option<Instant>,
+    /// Its rules were taken back because no packet came.
+    pub silent: bool,
     /// Its elements in the ledger.
     pub sighted: Vec<Sighted>,
     /// What conntrack tells of it is listened to.
@@ -117,6 +120,7 @@ pub struct Backend {
     ipsec: Ipsec,
     tos: Named,
     marks: Marks,
+    egress: Egress,
     resolver: PathResolver,
     /// Of what paths are resolved from.
     changes: Changes,
@@ -221,6 +225,7 @@ impl Backend {
             ipsec,
             tos,
             marks,
+            egress: Egress::default(),
             resolver,
             changes,
             watched: Mutex::default(),
@@ -308,6 +313,10 @@ impl Backend {
     pub(super) fn marks(&self) -> &Marks {
         &self.marks
     }
+    /// What stands where packets leave.
+    pub(crate) fn egress(&self) -> &Egress {
+        &self.egress
+    }
     /// Counts a change of what paths are resolved from: after it is known here, before the rules that it
     /// concerns are looked for.
     pub(super) fn changed(&self) {
@@ -369,7 +378,8 @@ impl Backend {
     pub(super) fn acquainted(&self, id: CtId, timeout: Option<Duration>, ct_mark: u32) -> Known {
         let (conn, changed, sighted) = (None, None, Vec::new());
         let events = self.heard.as_ref().map(|h| h.of(id));
-        Known { id, evented: false, conn, timeout, ct_mark, changed, sighted, _events: events }
+        let (evented, silent) = (false, false);
+        Known { id, evented, conn, timeout, ct_mark, changed, silent, sighted, _events: events }
     }
     pub(super) fn resolver(&self) -> &PathResolver {
         &self.resolver
@@ -554,7 +564,11 @@ impl Datapath for Backend {
         if let Some(generation) = hint.firewall {
             self.firewall.is_current(generation)?;
         }
-        let path = self.resolver.resolve(sight, hint)?;
+        let mut path = self.resolver.resolve(sight, hint)?;
+        let tunables = self.tunables.load();
+        let may_be_passed = |name: &str| tunables.bypass_egress.iter().any(|p| p.matches(name));
+        path.forward.egress_decides =
+            self.egress.decides(&self.links, path.forward.egress, path.oif, may_be_passed)?;
         if let (Some(next_hop), Some(macs)) = (path.next_hop, path.forward.macs) {
             self.neighbours
                 .lock()
@@ -683,17 +697,20 @@ impl Datapath for Backend {
     }
 
     fn rearm(&self, sights: &[Sight]) {
-        let mut keys = Vec::with_capacity(sights.len());
+        let (mut awaited, mut later) = (Vec::with_capacity(sights.len()), Vec::new());
         for sight in sights {
             let Some(id) = ct_id(&sight.conn) else { continue };
+            let known = self.known.get_mut(&sight.conn.key());
+            let known = known.filter(|k| k.id == id);
+            let silent = known.as_ref().is_some_and(|k| k.silent);
+            let keys = if silent { &mut later } else { &mut awaited };
             // Also where nothing is noted of it any more: what the port itself has sighted.
             for hook in Hook::BOTH {
                 let (iif, direction) = (sight.ifindex, sight.direction);
                 let sport = sight.conn.key().original.sport();
                 keys.push(LedgerKey { hook, iif, ct_id: id, sport, direction });
             }
-            let known = self.known.get_mut(&sight.conn.key());
-            if let Some(mut known) = known.filter(|k| k.id == id) {
+            if let Some(mut known) = known {
                 known.sighted.retain(|s| {
                     let same = (s.port, s.direction) == (sight.ifindex, sight.direction);
                     if same && s.iif != s.port {
@@ -703,7 +720,8 @@ impl Datapath for Backend {
                 });
             }
         }
-        self.rearming.soon(keys);
+        self.rearming.soon(awaited);
+        self.rearming.later(later);
     }
 
     fn forwarded_itself(&self, sights: &[Sight]) -> Vec<Option<u64>> {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use netdev_providers::{Ifindex, MacAddr, Reason, Rejection};
 
 use super::backend::Shared;
+use super::egress;
 use super::routing::links::{Layer, Link};
 use super::routing::monitor::NetEvent;
 use super::routing::stack::{Frames, descend, routes_for};
@@ -48,6 +49,7 @@ pub(super) struct Changes {
     /// Ports at whose ingress hook others have done something, and when they are looked at again: what others do
     /// takes them some steps.
     beside: HashMap<Ifindex, Again>,
+    egress: egress::Watch,
 }
 
 /// When a port was looked at because of others, and when it is the next time.
@@ -114,6 +116,7 @@ impl Changes {
         synced: Sender<()>,
     ) -> Self {
         Self {
+            egress: egress::Watch::new(backend.clone(), engine.clone()),
             backend,
             engine,
             policy,
@@ -132,7 +135,7 @@ impl Changes {
             let now = Instant::now();
             let due = self.beside.values().map(|a| a.due.saturating_duration_since(now)).min();
             let left = LOOK_EVERY.saturating_sub(self.looked.elapsed());
-            let left = left.min(due.unwrap_or(left));
+            let left = left.min(due.unwrap_or(left)).min(self.egress.idle());
             match events.recv_timeout(left) {
                 Ok(first) => self.event(first, &mut gathered),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -141,6 +144,7 @@ impl Changes {
             if self.looked.elapsed() >= LOOK_EVERY {
                 self.looked = Instant::now();
                 gathered.rerouted.all |= std::mem::take(&mut self.unsettled);
+                self.egress.look_for_programs();
                 if self.backend.resolver().look() {
                     gathered.rerouted.add(whole(false));
                     gathered.rerouted.add(whole(true));
@@ -149,6 +153,7 @@ impl Changes {
             while let Ok(next) = events.try_recv() {
                 self.event(next, &mut gathered);
             }
+            self.egress.look_when_due();
             self.look_beside(&std::mem::take(&mut gathered.beside));
             self.moved(&std::mem::take(&mut gathered.moved));
             if !gathered.rerouted.is_empty() {
@@ -185,6 +190,7 @@ impl Changes {
             NetEvent::Ingress(None) => {
                 gathered.beside.extend(self.engine.netdevs().iter().map(|n| n.ifindex));
             }
+            NetEvent::Egress => self.egress.announced(),
             NetEvent::Told(told) => {
                 if self.backend.tos().add(told) {
                     self.backend.changed();
@@ -224,6 +230,7 @@ impl Changes {
                     gathered.rerouted.all = true;
                 }
                 // Only now: a packet that is sighted on the first port may leave by any netdev.
+                self.egress.look();
                 if let Some(synced) = self.synced.take() {
                     for link in self.backend.links().all() {
                         self.attach_or_clear(&link);
@@ -762,6 +769,7 @@ const fn depends_on_routes(reason: Reason) -> bool {
             | Reason::TosRouted
             | Reason::MarkRouted
             | Reason::HashRouted
+            | Reason::OthersAtEgress
             | Reason::Busy
     )
 }

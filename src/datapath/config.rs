@@ -36,6 +36,8 @@ pub struct Config {
 pub struct Tunables {
     /// Which connections may be offloaded.
     pub admission: Admission,
+    /// Netdevs, by name, where rules may pass by what stands at egress.
+    pub bypass_egress: Vec<glob::Pattern>,
     /// What happens to offloaded connections when the firewall's rules change.
     pub on_ruleset_change: OnRulesetChange,
     /// How decisions of the firewall are renewed.

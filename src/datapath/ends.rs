@@ -72,7 +72,7 @@ pub(super) fn destroyed(backend: &Backend, engine: &Engine, key: &ConnKey, id: C
         let rules = engine.conn_del(conn);
         tracing::debug!(%conn, rules, "ended");
     }
-    backend.rearming().ended(known.keys());
+    backend.rearming().later(known.keys());
 }
 
 /// A packet that was sighted so shortly after its connection's mark changed may have passed the stack

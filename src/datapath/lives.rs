@@ -181,6 +181,9 @@ impl Lives {
                 }
                 (Verdict::TakeBack, _) => {
                     tracing::debug!(%conn, "goes back into software: it is silent, or was reset");
+                    if let Some(mut known) = backend.known.get_mut(&conn.key()) {
+                        known.silent = true;
+                    }
                     engine.conn_retract(conn, TakenBack::Silent);
                     self.by_epoch.remove(&asked.epoch);
                 }

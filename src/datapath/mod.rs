@@ -31,6 +31,7 @@ pub mod admission;
 pub mod backend;
 mod changes;
 mod config;
+mod egress;
 pub mod ended;
 mod ends;
 mod firewall;

@@ -9,9 +9,10 @@
 //!   [`PAUSE_MAX`]: a listing that takes less than that comes to its end. Where connections go back to
 //!   the stack every so often (`[revalidate] every`), the pause is a small part of that at most: else they
 //!   would spend their lives there.
-//! - What has ended waits for nobody. It goes along with the next transaction, or after [`ENDED_WAITS`],
-//!   or when a good part of the ledger is such elements. (An id that the kernel gives to a successor
-//!   with the same addresses within that time is sighted when they have gone.)
+//! - What has ended waits for nobody, and what was taken back because it is silent can wait: if a packet comes after
+//!   all, the stack forwards it as well. They go along with the next transaction, or after [`LATER`], which is longer
+//!   than any listing takes, or when a good part of the ledger is such elements. (An id that the kernel gives to a
+//!   successor with the same addresses within that time is sighted when they have gone.)
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,8 +28,10 @@ const GATHER: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// So long without a transaction, and the next is made after [`GATHER`] again.
 const CALM: Duration = Duration::from_secs(10);
-/// How long elements of connections that have ended may stay.
-const ENDED_WAITS: Duration = Duration::from_secs(10);
+/// How long elements may stay that nobody waits for.
+const LATER: Duration = Duration::from_secs(60);
+/// ... if they are not this part of the ledger.
+const PART: usize = 4;
 
 /// What is to be re-armed. Any thread puts keys in; one ([`run`]) takes them.
 #[derive(Debug)]
@@ -40,13 +43,13 @@ pub(super) struct Rearm {
 #[derive(Debug)]
 struct Pending {
     keys: HashSet<LedgerKey>,
-    /// How many elements of ended connections make it worth a transaction.
-    ended_at_most: usize,
+    /// How many elements that nobody waits for make it worth a transaction.
+    later_at_most: usize,
     pause_max: Duration,
     /// Since when something waits for its next packet.
     awaited: Option<Instant>,
-    /// Since when there is something that has ended.
-    ended: Option<Instant>,
+    /// Since when there is something that nobody waits for.
+    later: Option<Instant>,
     /// The ledger is to be compared with what is known.
     compare: bool,
     /// The last transaction, and the pause after it.
@@ -55,13 +58,13 @@ struct Pending {
 }
 
 impl Pending {
-    fn new(ended_at_most: usize, pause_max: Duration) -> Self {
+    fn new(later_at_most: usize, pause_max: Duration) -> Self {
         Self {
             keys: HashSet::new(),
-            ended_at_most,
+            later_at_most,
             pause_max,
             awaited: None,
-            ended: None,
+            later: None,
             compare: false,
             last: None,
             pause: GATHER,
@@ -70,11 +73,11 @@ impl Pending {
 
     /// When the next transaction is to be made; `None`: there is nothing to do.
     fn due(&self) -> Option<Instant> {
-        let ended = self.ended.map(|since| {
-            if self.keys.len() >= self.ended_at_most { since } else { since + ENDED_WAITS }
-        });
+        let later = self
+            .later
+            .map(|since| if self.keys.len() >= self.later_at_most { since } else { since + LATER });
         let awaited = self.awaited.map(|since| since + GATHER);
-        let wanted = awaited.into_iter().chain(ended).min()?;
+        let wanted = awaited.into_iter().chain(later).min()?;
         Some(self.last.map_or(wanted, |last| wanted.max(last + self.pause)))
     }
 
@@ -82,7 +85,7 @@ impl Pending {
     fn take(&mut self, now: Instant) -> Vec<LedgerKey> {
         let calm = self.last.is_none_or(|last| now.saturating_duration_since(last) >= CALM);
         self.pause = if calm { GATHER } else { self.pause.saturating_mul(2).min(self.pause_max) };
-        (self.last, self.awaited, self.ended) = (Some(now), None, None);
+        (self.last, self.awaited, self.later) = (Some(now), None, None);
         std::mem::take(&mut self.keys).into_iter().collect()
     }
 }
@@ -94,7 +97,7 @@ fn pause_max(every: Duration) -> Duration {
 impl Rearm {
     /// For ledgers of this size, and for decisions that stand so long (zero: as long as they like).
     pub(super) fn new(ledger_size: u32, every: Duration) -> Self {
-        let pending = Mutex::new(Pending::new(ledger_size as usize / 8, pause_max(every)));
+        let pending = Mutex::new(Pending::new(ledger_size as usize / PART, pause_max(every)));
         Self { pending, changed: Condvar::new() }
     }
 
@@ -118,13 +121,13 @@ impl Rearm {
         }
     }
 
-    /// These are of connections that have ended.
-    pub(super) fn ended(&self, keys: impl IntoIterator<Item = LedgerKey>) {
+    /// Of connections that have ended, or are silent: nobody waits for them.
+    pub(super) fn later(&self, keys: impl IntoIterator<Item = LedgerKey>) {
         let mut p = self.pending();
         let before = p.keys.len();
         p.keys.extend(keys);
         if p.keys.len() > before {
-            p.ended.get_or_insert_with(Instant::now);
+            p.later.get_or_insert_with(Instant::now);
             self.changed.notify_one();
         }
     }
@@ -204,17 +207,17 @@ mod tests {
 
     #[test]
     fn connections_that_end_make_few_transactions_however_many_they_are() {
-        // 10 a second for half a minute: below the bound, one in 10 s.
-        let few = transactions(350, Duration::from_millis(100), |p, n, now| {
+        // 10 a second for minutes: below the bound, one in a minute.
+        let few = transactions(1900, Duration::from_millis(100), |p, n, now| {
             p.keys.extend(keys(n..n + 1));
-            p.ended.get_or_insert(now);
+            p.later.get_or_insert(now);
         });
-        assert_eq!(few.iter().map(Duration::as_secs).collect::<Vec<_>>(), [10, 20, 30]);
-        // 10,000 a second: whenever an eighth of the ledger is full of them, and not more often than
+        assert_eq!(few.iter().map(Duration::as_secs).collect::<Vec<_>>(), [60, 120, 180]);
+        // 10,000 a second: whenever a quarter of the ledger is full of them, and not more often than
         // a listing takes.
         let many = transactions(1200, Duration::from_millis(100), |p, n, now| {
             p.keys.extend(keys(n * 1000..(n + 1) * 1000));
-            p.ended.get_or_insert(now);
+            p.later.get_or_insert(now);
         });
         assert!(many.len() < 35, "{many:?}");
         assert!(many.windows(2).skip(8).all(|w| w[1] - w[0] >= PAUSE_MAX), "{many:?}");
@@ -253,8 +256,8 @@ mod tests {
     #[test]
     fn a_key_that_had_time_and_is_awaited_now_goes_soon() {
         let rearm = Rearm::new(1000, Duration::ZERO);
-        rearm.ended(keys(0..1));
-        assert!(rearm.pending().due().unwrap() > Instant::now() + ENDED_WAITS / 2);
+        rearm.later(keys(0..1));
+        assert!(rearm.pending().due().unwrap() > Instant::now() + LATER / 2);
         rearm.soon(keys(0..1));
         assert!(rearm.pending().due().unwrap() <= Instant::now() + GATHER);
         rearm.soon([]);

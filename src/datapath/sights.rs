@@ -163,7 +163,7 @@ impl Reader {
                 self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
                 return;
             }
-            known.ct_mark = entry.mark;
+            (known.ct_mark, known.silent) = (entry.mark, false);
             let from = mac(6).filter(|_| bridged);
             let sport = key.sport;
             let (hook, mark) = (sight.hook, sight.mark);

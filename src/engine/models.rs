@@ -725,8 +725,14 @@ impl Provider for ModelProvider {
 }
 
 fn known_path() -> PathSpec {
-    let forward =
-        Forward { egress: ifindex(9), vlan: None, mtu: 1500, tuple: key().original, macs: None };
+    let forward = Forward {
+        egress: ifindex(9),
+        vlan: None,
+        mtu: 1500,
+        tuple: key().original,
+        macs: None,
+        egress_decides: false,
+    };
     PathSpec::Known(Box::new(Path {
         eth_dst: None,
         vlan: None,

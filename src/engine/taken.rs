@@ -43,6 +43,8 @@ pub enum TakenBack {
     Reset = 17,
     /// The configuration was read anew, and says otherwise who may be offloaded.
     Admission = 18,
+    /// Queueing disciplines, filters or programs of others have come or gone where it leaves.
+    AtEgress = 19,
 }
 
 impl TakenBack {
@@ -66,6 +68,7 @@ impl TakenBack {
         Self::Silent,
         Self::Reset,
         Self::Admission,
+        Self::AtEgress,
     ];
 
     /// The stable name.
@@ -90,6 +93,7 @@ impl TakenBack {
             Self::Silent => "silent",
             Self::Reset => "reset",
             Self::Admission => "admission-changed",
+            Self::AtEgress => "egress-changed",
         }
     }
 
@@ -119,6 +123,9 @@ impl TakenBack {
             Self::Silent => "it was silent",
             Self::Reset => "a RST was seen",
             Self::Admission => "the configuration was read anew",
+            Self::AtEgress => {
+                "queueing disciplines, filters or programs of others have changed where it leaves"
+            }
         }
     }
 }

@@ -142,6 +142,7 @@ fn path(conn: &ConnHandle, d: Direction, egress: Ifindex) -> Path {
             mtu: 1500,
             tuple: conn.leaving(d),
             macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
+            egress_decides: false,
         },
         next_hop: None,
         iif: None,

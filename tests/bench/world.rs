@@ -124,6 +124,7 @@ impl Datapath for OneWay {
                 mtu: 1500,
                 tuple: sight.conn.leaving(sight.direction),
                 macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
+                egress_decides: false,
             },
             next_hop: Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 254))),
             iif: None,

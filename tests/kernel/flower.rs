@@ -271,6 +271,7 @@ pub(crate) fn flow(arrival: Tuple, departure: Tuple) -> Flow {
             mtu: 1500,
             tuple: departure,
             macs: Some(MacRewrite { src: WAN, dst: SERVER }),
+            egress_decides: false,
         },
         above: Above::default(),
     }

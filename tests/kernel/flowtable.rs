@@ -182,6 +182,7 @@ impl Net {
                 mtu: 1500,
                 tuple: opposite.inverted(),
                 macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
+                egress_decides: false,
             },
             above: Above::default(),
         }

@@ -80,6 +80,7 @@ fn forward(tuple: Tuple) -> Forward {
         mtu: 1500,
         tuple,
         macs: Some(MacRewrite { src: ROUTER, dst: NEXT_HOP }),
+        egress_decides: false,
     }
 }
 

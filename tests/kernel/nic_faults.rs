@@ -253,6 +253,29 @@ fn what_a_nic_cannot_do_is_refused_in_its_words_or_done_in_software() {
 }
 
 #[test]
+fn what_has_to_leave_through_the_stack_is_in_software_or_refused() {
+    const SHAPER: &str = "root handle 1: tbf rate 1gbit burst 100k latency 50ms";
+    let mut h = Hardware::start("leaves", "both", &[]);
+    let mut c = h.router.connect();
+    h.wait_in_hardware(&mut c);
+    h.router.run(&format!("tc qdisc add dev wan {SHAPER}"));
+    wait_until("what leaves there is in software, and nothing else", || {
+        c.ping();
+        h.router.installed() == BOTH && h.in_hardware() == ["wan"]
+    });
+    h.router.run("tc qdisc del dev wan root");
+    h.wait_in_hardware(&mut c);
+    assert_eq!(h.router.signal(Signal::SIGTERM), Some(0));
+    h = h.daemon("skip-sw");
+    h.wait_in_hardware(&mut c);
+    h.router.run(&format!("tc qdisc add dev wan {SHAPER}"));
+    h.router.wait_refused(("lan", "original"), "others-at-egress", "in the NIC only", &mut c);
+    assert_eq!(h.in_hardware(), ["wan"]);
+    h.router.run("tc qdisc del dev wan root");
+    h.wait_in_hardware(&mut c);
+}
+
+#[test]
 fn rules_of_a_port_for_both_are_in_the_nic_where_it_takes_them_and_nowhere_else() {
     let h = Hardware::start("both", "both", &[]);
     let mut c = h.router.connect();

@@ -28,6 +28,7 @@ mod bridge;
 mod choice;
 mod ebpf;
 mod ecmp;
+mod egress;
 mod ends;
 mod explain;
 mod firewall;

@@ -45,6 +45,11 @@ pub struct Forward {
     /// New MAC addresses, and with them one taken off the TTL or hop limit: a routed packet.
     /// `None`: a bridged one, left as it is.
     pub macs: Option<MacRewrite>,
+    /// Something stands where packets leave the egress netdev and decides about them: a queueing discipline
+    /// that shapes or classifies, filters or programs at its egress. A rule must give packets to it, as the
+    /// kernel's `dev_queue_xmit` does; one that would send them past it (in a NIC, by XDP) is to be refused,
+    /// with [`Reason::OthersAtEgress`].
+    pub egress_decides: bool,
 }
 
 /// The netdevs that route the packets (of bridged ones, the ports of the bridge), where they are not
@@ -125,6 +130,21 @@ impl Flow {
     #[must_use]
     pub fn has_nat(&self) -> bool {
         self.matches.tuple != self.forward.tuple
+    }
+
+    /// Refuses what has to leave through the kernel's queueing disciplines and hooks: for rules that send packets
+    /// past them. `rules` says of which that is so.
+    ///
+    /// # Errors
+    /// [`Reason::OthersAtEgress`].
+    pub fn check_egress(&self, rules: &str) -> Result<(), Rejection> {
+        if !self.forward.egress_decides {
+            return Ok(());
+        }
+        let why = format!(
+            "{rules} would pass by what stands at the egress of the netdev that the packets leave by"
+        );
+        Err(Rejection::with_detail(Reason::OthersAtEgress, why))
     }
 
     /// True when the packets are IPv4, and a router forwards them: `ip_forward` is what is done to them.

@@ -115,6 +115,8 @@ reasons! {
     HashRouted = 31, "hash-routed", Permanent;
     /// Filters or programs of others see the packets first in software, and rules in the NIC would pass them by.
     OthersInFront = 32, "others-in-front", Transient;
+    /// A queueing discipline that shapes or classifies, or filters or programs of others, stand where the packets leave, and rules here would pass them by.
+    OthersAtEgress = 34, "others-at-egress", Transient;
 }
 
 impl fmt::Display for Reason {

@@ -34,7 +34,14 @@ fn flow() -> Flow {
         direction: Direction::Original,
         ingress_mtu: 1500,
         matches: FlowMatch { eth_dst: None, vlan: None, tuple: tuple() },
-        forward: Forward { egress: ifindex(2), vlan: None, mtu: 1500, tuple: tuple(), macs: None },
+        forward: Forward {
+            egress: ifindex(2),
+            vlan: None,
+            mtu: 1500,
+            tuple: tuple(),
+            macs: None,
+            egress_decides: false,
+        },
         above: Above::default(),
     }
 }

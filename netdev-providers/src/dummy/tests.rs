@@ -43,6 +43,7 @@ fn flow(n: u64) -> Flow {
             mtu: 1500,
             tuple,
             macs: None,
+            egress_decides: false,
         },
         above: Above::default(),
     }

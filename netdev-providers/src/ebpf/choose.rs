@@ -3,7 +3,7 @@
 use super::place::Place;
 use crate::contract::types::Ifindex;
 use crate::netlink::error::NetlinkError;
-use crate::netlink::front::filters;
+use crate::netlink::front::{ALL, PARENT_INGRESS, filters};
 use crate::netlink::generic::has_feature;
 use crate::netlink::link::Link;
 
@@ -45,7 +45,7 @@ impl Choice {
         }
         if wanted != Some(Mode::Xdp) {
             // tcx is in front of all filters.
-            if filters(link.ifindex, u16::MAX)?.is_empty() {
+            if filters(link.ifindex, PARENT_INGRESS, ALL)?.is_empty() {
                 places.push(Place::Tcx);
             }
             places.push(Place::Clsact);

@@ -82,7 +82,7 @@ impl EbpfClass {
             capacity: self.config.max_rules,
         };
         let around = standing.around().unwrap_or_default();
-        let shared = Shared::new(Arc::clone(&flows), around);
+        let shared = Shared::new(Arc::clone(&flows), around, about.place);
         let capacity = self.config.max_rules;
         let parts = Parts { ifindex, object, pins, current, flows, egress, standing, capacity };
         let writer = Writer::new(parts).inspect_err(|_| {

@@ -237,6 +237,7 @@ mod tests {
                     src: MacAddr([7, 8, 9, 10, 11, 12]),
                     dst: MacAddr([13, 14, 15, 16, 17, 18]),
                 }),
+                egress_decides: false,
             },
             above: Above::default(),
         }

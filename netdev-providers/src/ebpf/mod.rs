@@ -35,7 +35,8 @@
 //! * **A netdev to redirect to that is down** drops, as with rules of tc-flower: whoever adds rules must delete them when
 //!   it goes down.
 //! * **Priority tags** (VLAN 0) go up the stack.
-//! * **In XDP there is no `skb->priority`**: qdiscs are passed by as well.
+//! * **In XDP there is no `skb->priority`**, and neither qdisc nor filter at egress: flows whose packets have to meet some
+//!   there are refused ([`Forward::egress_decides`](crate::Forward::egress_decides)).
 //! * **A wrong L4 checksum** is looked for nowhere, and stays wrong.
 //!
 //! # Restart

@@ -18,7 +18,7 @@ use crate::bpf::{detach_link, program_maps, tcx_ingress};
 use crate::contract::provider::Fault;
 use crate::contract::types::Ifindex;
 use crate::netlink::error::NetlinkError;
-use crate::netlink::front::{filters, in_front, named, xdp_of};
+use crate::netlink::front::{ALL, PARENT_INGRESS, filters, in_front, named, xdp_of};
 use crate::netlink::link::Links;
 
 /// `XDP_ATTACHED_DRV` (linux/if_link.h).
@@ -238,7 +238,7 @@ impl Standing {
         match self.place {
             Place::Xdp => {
                 around.behind = tcx_ingress(self.ifindex).iter().map(tcx).collect();
-                around.behind.extend(all(filters(self.ifindex, u16::MAX)?));
+                around.behind.extend(all(filters(self.ifindex, PARENT_INGRESS, ALL)?));
             }
             Place::Tcx => {
                 let programs = tcx_ingress(self.ifindex);
@@ -249,7 +249,7 @@ impl Standing {
                     xdp.iter().map(|(_, id)| format!("XDP program {}", named(*id))).collect();
                 around.front.extend(front.iter().map(tcx));
                 around.behind = behind.iter().skip(1).map(tcx).collect();
-                around.behind.extend(all(filters(self.ifindex, u16::MAX)?));
+                around.behind.extend(all(filters(self.ifindex, PARENT_INGRESS, ALL)?));
             }
             Place::Clsact => around.front = all(in_front(self.ifindex, PRIO)?),
         }

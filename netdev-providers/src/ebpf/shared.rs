@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::entry::RuleNumber;
 use super::maps::Flows;
-use super::place::Around;
+use super::place::{Around, Place};
 use crate::contract::flow::Flow;
 use crate::contract::reason::{Reason, Rejection};
 use crate::contract::types::Cookie;
@@ -26,15 +26,18 @@ pub(super) struct Shared {
     around: Mutex<Around>,
     /// Others are behind the program, and would not see what it forwards.
     overtakes: AtomicBool,
+    /// It sends past the stack.
+    is_xdp: bool,
 }
 
 impl Shared {
-    pub(super) fn new(flows: Arc<Flows>, around: Around) -> Self {
+    pub(super) fn new(flows: Arc<Flows>, around: Around, place: Place) -> Self {
         let shared = Self {
             flows: Mutex::new(flows),
             adopted: Mutex::default(),
             around: Mutex::default(),
             overtakes: AtomicBool::new(false),
+            is_xdp: place == Place::Xdp,
         };
         shared.set_around(around);
         shared
@@ -66,6 +69,6 @@ impl Shared {
                 "programs or filters of others are behind ours, and would not see the packets";
             return Err(Rejection::with_detail(Reason::OthersInFront, why));
         }
-        Ok(())
+        if self.is_xdp { flow.check_egress("XDP") } else { Ok(()) }
     }
 }

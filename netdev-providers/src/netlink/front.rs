@@ -22,7 +22,7 @@ const TCA_OPTIONS: u16 = 2;
 const TCA_CHAIN: u16 = 11;
 const TCMSG_LEN: usize = 20;
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`.
-const PARENT_INGRESS: u32 = 0xffff_fff2;
+pub(crate) const PARENT_INGRESS: u32 = 0xffff_fff2;
 // linux/pkt_cls.h
 const TCA_CLS_FLAGS_IN_HW: u32 = 1 << 2;
 const TCA_ACT_KIND: u16 = 1;
@@ -38,6 +38,8 @@ const XDP_IN_NIC: u8 = 3;
 
 /// Prios that are told one by one.
 const PRIOS: usize = 16;
+/// More than any prio is.
+pub(crate) const ALL: u32 = 1 << 16;
 /// Filters that are read at most.
 const FILTERS: u32 = 4096;
 
@@ -61,7 +63,7 @@ pub fn in_front(ifindex: Ifindex, prio: u16) -> Result<Vec<InFront>, NetlinkErro
             .into_iter()
             .map(|id| InFront { what: format!("tcx program {}", named(id)), in_nic: false }),
     );
-    found.extend(filters(ifindex, prio)?);
+    found.extend(filters(ifindex, PARENT_INGRESS, prio.into())?);
     Ok(found)
 }
 
@@ -130,7 +132,7 @@ struct Filters {
 
 impl Filters {
     /// False: those that follow need not be read.
-    fn take(&mut self, m: &Received<'_>, below: u16) -> bool {
+    fn take(&mut self, m: &Received<'_>, below: u32) -> bool {
         let (RTM_NEWTFILTER, Some(b)) = (m.ty, m.fixed::<TCMSG_LEN>()) else { return true };
         self.read += 1;
         let word = |at: usize| u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
@@ -142,7 +144,7 @@ impl Filters {
             return self.read < FILTERS;
         }
         // In the order of their prios.
-        if prio >= below || self.read >= FILTERS {
+        if u32::from(prio) >= below || self.read >= FILTERS {
             return false;
         }
         let Some(kind) = attrs.find_type(TCA_KIND).and_then(|a| a.str()) else { return true };
@@ -198,8 +200,12 @@ impl Filters {
     }
 }
 
-/// The filters of its ingress qdisc with smaller prios than this.
-pub(crate) fn filters(ifindex: Ifindex, below: u16) -> Result<Vec<InFront>, NetlinkError> {
+/// Its filters with this parent (`PARENT_INGRESS`, or the handle of another qdisc), and with smaller prios than this.
+pub(crate) fn filters(
+    ifindex: Ifindex,
+    parent: u32,
+    below: u32,
+) -> Result<Vec<InFront>, NetlinkError> {
     let mut tries = 4;
     loop {
         let mut socket = Socket::open(Family::Route)?;
@@ -208,7 +214,7 @@ pub(crate) fn filters(ifindex: Ifindex, below: u16) -> Result<Vec<InFront>, Netl
         let mut m = Message::new(&mut buf, RTM_GETTFILTER, REQUEST | DUMP, seq);
         let mut tcmsg = [0; TCMSG_LEN];
         tcmsg[4..8].copy_from_slice(&ifindex.get().to_ne_bytes());
-        tcmsg[12..16].copy_from_slice(&PARENT_INGRESS.to_ne_bytes());
+        tcmsg[12..16].copy_from_slice(&parent.to_ne_bytes());
         m.raw(&tcmsg).u32(TCA_CHAIN, 0);
         m.finish();
         let mut filters = Filters::default();

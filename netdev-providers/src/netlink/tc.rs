@@ -1,5 +1,5 @@
-//! What is done at the ingress hooks of netdevs, as the kernel announces it (`RTNLGRP_TC`): qdiscs that come
-//! and go there, and filters.
+//! What is done at the hooks of netdevs, as the kernel announces it (`RTNLGRP_TC`): qdiscs that come and go, and
+//! filters.
 //!
 //! Every rule that a provider writes is announced too, tens of thousands a second. A socket filter of the
 //! kernel keeps those out of the socket: by their prio, which is behind those of others ([`listen`]).
@@ -23,6 +23,10 @@ const RTM_DELTFILTER: u16 = 45;
 /// `TC_H_INGRESS` (linux/pkt_sched.h): the parent of the one qdisc that has an ingress hook, `ingress` or
 /// `clsact`.
 const TC_H_INGRESS: u32 = 0xffff_fff1;
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)`: the parent of filters at egress.
+pub(crate) const PARENT_EGRESS: u32 = 0xffff_fff3;
+/// The upper half of a parent that is the qdisc with the ingress hook.
+const MAJOR_INGRESS: u16 = 0xffff;
 
 // Where fields stand in a message: behind `struct nlmsghdr`, of 16 bytes, is `struct tcmsg`.
 const AT_TYPE: u32 = 4;
@@ -31,8 +35,10 @@ const AT_HANDLE: u32 = 24;
 const AT_PARENT: u32 = 28;
 /// The prio is the upper half of `tcm_info`, in host order.
 const AT_PRIO: u32 = if cfg!(target_endian = "little") { 34 } else { 32 };
+/// The upper half of `tcm_parent`.
+const AT_MAJOR: u32 = if cfg!(target_endian = "little") { AT_PARENT + 2 } else { AT_PARENT };
 
-/// A change at the ingress hook of a netdev.
+/// A change at a hook of a netdev.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcEvent {
     /// Of which netdev.
@@ -50,6 +56,8 @@ pub enum TcChange {
     QdiscMade,
     /// There is none any more: its filters are gone with it.
     QdiscRemoved,
+    /// A qdisc that packets leave through came, changed, or has gone.
+    EgressQdisc,
     /// A filter was added or removed.
     Filter {
         /// Where, as whoever asked for it said: `ffff:fff2` is ingress.
@@ -71,6 +79,7 @@ impl TcEvent {
         let change = match m.ty {
             RTM_NEWQDISC if parent == TC_H_INGRESS => TcChange::QdiscMade,
             RTM_DELQDISC if parent == TC_H_INGRESS => TcChange::QdiscRemoved,
+            RTM_NEWQDISC | RTM_DELQDISC => TcChange::EgressQdisc,
             RTM_NEWTFILTER | RTM_DELTFILTER => TcChange::Filter {
                 parent,
                 prio: u16::try_from(word(16) >> 16).ok()?,
@@ -82,8 +91,33 @@ impl TcEvent {
     }
 }
 
+impl TcChange {
+    /// It can concern packets that arrive.
+    #[must_use]
+    pub const fn is_at_ingress(self) -> bool {
+        match self {
+            Self::QdiscMade | Self::QdiscRemoved => true,
+            Self::EgressQdisc => false,
+            // An `ingress` qdisc takes filters for egress among its own.
+            Self::Filter { parent, .. } => parent >> 16 == MAJOR_INGRESS as u32,
+        }
+    }
+
+    /// It can concern packets that leave. (A qdisc that comes has no filters yet.)
+    #[must_use]
+    pub const fn is_at_egress(self) -> bool {
+        match self {
+            Self::QdiscRemoved | Self::EgressQdisc => true,
+            Self::QdiscMade => false,
+            Self::Filter { parent, .. } => {
+                parent == PARENT_EGRESS || parent >> 16 != MAJOR_INGRESS as u32
+            }
+        }
+    }
+}
+
 /// Has the kernel keep from this socket, which is to join [`GROUP`], all messages but those that tell of
-/// a qdisc with an ingress hook, of a filter with a smaller prio than `below`, and of a prio whose
+/// a qdisc, of a filter at ingress with a smaller prio than `below`, of one at egress, and of a prio whose
 /// filters have all gone; of all netdevs, or of one.
 ///
 /// # Errors
@@ -116,27 +150,30 @@ fn program(below: u16, of: Option<Ifindex>) -> Vec<SockFilter> {
     // How far a jump goes is counted from the next instruction.
     vec![
         /* 0 */ op(LD_H, AT_TYPE),
-        /* 1 */ jump(JEQ, 5, 0, half(RTM_NEWQDISC)),
-        /* 2 */ jump(JEQ, 4, 0, half(RTM_DELQDISC)),
-        /* 3 */ jump(JEQ, 5, 0, half(RTM_NEWTFILTER)),
-        /* 4 */ jump(JEQ, 0, 12, half(RTM_DELTFILTER)),
+        /* 1 */ jump(JEQ, 15, 0, half(RTM_NEWQDISC)),
+        /* 2 */ jump(JEQ, 14, 0, half(RTM_DELQDISC)),
+        /* 3 */ jump(JEQ, 3, 0, half(RTM_NEWTFILTER)),
+        /* 4 */ jump(JEQ, 0, 14, half(RTM_DELTFILTER)),
         // A filter that has gone, or all of its prio.
         /* 5 */ op(LD_W, AT_HANDLE),
-        /* 6 */ jump(JEQ, 8, 2, 0),
-        // A qdisc.
-        /* 7 */ op(LD_W, AT_PARENT),
-        /* 8 */ jump(JEQ, 6, 8, word(TC_H_INGRESS)),
-        // A filter.
-        /* 9 */ op(LD_B, high),
-        /* 10 */ op(LSH, 8),
-        /* 11 */ op(TAX, 0),
-        /* 12 */ op(LD_B, low),
-        /* 13 */ op(OR_X, 0),
-        /* 14 */ jump(JGE, 2, 0, u32::from(below)),
-        /* 15 */ op(LD_W, AT_IFINDEX),
-        /* 16 */ jump(JEQ, 1, u8::from(of.is_none()), of.map_or(0, |i| word(i.get()))),
-        /* 17 */ op(RET, 0),
-        /* 18 */ op(RET, u32::MAX),
+        /* 6 */ jump(JEQ, 10, 0, 0),
+        // A filter: at egress, of a qdisc that packets leave through, or at ingress.
+        /* 7 */
+        op(LD_W, AT_PARENT),
+        /* 8 */ jump(JEQ, 8, 0, word(PARENT_EGRESS)),
+        /* 9 */ op(LD_H, AT_MAJOR),
+        /* 10 */ jump(JEQ, 0, 6, half(MAJOR_INGRESS)),
+        /* 11 */ op(LD_B, high),
+        /* 12 */ op(LSH, 8),
+        /* 13 */ op(TAX, 0),
+        /* 14 */ op(LD_B, low),
+        /* 15 */ op(OR_X, 0),
+        /* 16 */ jump(JGE, 2, 0, u32::from(below)),
+        // Of which netdev.
+        /* 17 */ op(LD_W, AT_IFINDEX),
+        /* 18 */ jump(JEQ, 1, u8::from(of.is_none()), of.map_or(0, |i| word(i.get()))),
+        /* 19 */ op(RET, 0),
+        /* 20 */ op(RET, u32::MAX),
     ]
 }
 
@@ -192,27 +229,31 @@ mod tests {
     }
 
     #[test]
-    fn of_filters_only_those_in_front_get_through_and_prios_that_have_gone() {
+    fn of_filters_at_ingress_only_those_in_front_get_through_and_prios_that_have_gone() {
         let qdiscs = [
             message(RTM_NEWQDISC, 7, 0xffff_0000, TC_H_INGRESS, 0),
             message(RTM_DELQDISC, 7, 0xffff_0000, TC_H_INGRESS, 0),
+            message(RTM_NEWQDISC, 7, 0x0001_0000, 0xffff_ffff, 0),
+            message(RTM_DELQDISC, 7, 0x0001_0000, 0x0001_0001, 0),
         ];
         let filters = [
             message(RTM_NEWTFILTER, 7, 1, INGRESS, 1),
             message(RTM_NEWTFILTER, 7, 1, 0xffff_0000, 0xc0ff),
             message(RTM_DELTFILTER, 7, 0x8000_0001, INGRESS, 0x00ff),
             message(RTM_DELTFILTER, 7, 0, INGRESS, 0xc105),
+            message(RTM_NEWTFILTER, 7, 1, PARENT_EGRESS, 0xffff),
+            message(RTM_DELTFILTER, 7, 1, PARENT_EGRESS, 0xc104),
+            message(RTM_NEWTFILTER, 7, 1, 0x0001_0000, 0xc104),
+            message(RTM_NEWTFILTER, 7, 1, 0xfffe_fff2, 0xc104),
         ];
         let others = [
-            message(RTM_NEWQDISC, 7, 0x0001_0000, 0xffff_ffff, 0),
-            message(RTM_DELQDISC, 7, 0x0001_0000, 0x0001_0001, 0),
             message(RTM_NEWTFILTER, 7, 1, INGRESS, 0xc100),
             message(RTM_NEWTFILTER, 7, 1, INGRESS, 0xffff),
             message(RTM_DELTFILTER, 7, 1, INGRESS, 0xc104),
             message(40, 7, 1, TC_H_INGRESS, 1),
         ];
         let wanted = [&qdiscs[..], &filters].concat();
-        let all = [&others[..3], &wanted, &others[3..]].concat();
+        let all = [&others[..2], &wanted, &others[2..]].concat();
         assert_eq!(passed(None, &all), wanted);
         assert_eq!(passed(Some(7), &all), wanted);
         assert_eq!(passed(Some(0x0700_0000), &all), <[Vec<u8>; 0]>::default());
@@ -233,11 +274,25 @@ mod tests {
         assert_eq!(event(&message(RTM_NEWTFILTER, 7, 0, INGRESS, 10)), filter(10, false));
         assert_eq!(event(&message(RTM_DELTFILTER, 7, 9, INGRESS, 10)), filter(10, false));
         assert_eq!(event(&message(RTM_DELTFILTER, 7, 0, INGRESS, 0xc105)), filter(0xc105, true));
-        assert_eq!(event(&message(RTM_NEWQDISC, 7, 0x0001_0000, 0xffff_ffff, 0)), None);
+        let root = message(RTM_NEWQDISC, 7, 0x0001_0000, 0xffff_ffff, 0);
+        assert_eq!(event(&root), of(TcChange::EgressQdisc));
         assert_eq!(event(&message(16, 7, 0, TC_H_INGRESS, 0)), None);
         let short = &removed[..28];
         let mut short = short.to_vec();
         short[0..4].copy_from_slice(&28_u32.to_ne_bytes());
         assert_eq!(event(&short), None);
+    }
+
+    #[test]
+    fn a_change_is_at_ingress_or_at_egress_or_can_be_at_both() {
+        let filter = |parent| TcChange::Filter { parent, prio: 1, all_gone: false };
+        let both = |c: TcChange| (c.is_at_ingress(), c.is_at_egress());
+        assert_eq!(both(TcChange::QdiscMade), (true, false));
+        assert_eq!(both(TcChange::QdiscRemoved), (true, true));
+        assert_eq!(both(TcChange::EgressQdisc), (false, true));
+        assert_eq!(both(filter(INGRESS)), (true, false));
+        assert_eq!(both(filter(0xffff_0000)), (true, false));
+        assert_eq!(both(filter(PARENT_EGRESS)), (true, true));
+        assert_eq!(both(filter(0x0001_0000)), (false, true));
     }
 }

@@ -9,7 +9,7 @@ use tracing::{debug, warn};
 use super::key::{ConnId, Key};
 use super::readback::goes_on;
 use super::shared::{Shared, State, is_accounting};
-use super::table::{CHANGES_PER_TRANSACTION, Change, TableError, is_whole};
+use super::table::{CHANGES_PER_TRANSACTION, Change, Table, TableError, is_whole};
 use crate::contract::flow::{Flow, Tracked};
 use crate::contract::operation::{Done, Operation, Outcome, Request, Ticket};
 use crate::contract::provider::{Counters, Fault, Provider, Repaired, RuleReport};
@@ -70,6 +70,14 @@ enum What {
     Delete { rule: RuleId },
 }
 
+/// A NIC that has the entry sends past the stack.
+fn passes_egress(state: &State, flow: &Flow) -> Result<(), Rejection> {
+    if state.table.as_ref().is_some_and(Table::is_hardware) {
+        flow.check_egress("a flowtable in hardware")?;
+    }
+    Ok(())
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -125,6 +133,7 @@ impl NfFlowtable {
             Request::Add { cookie, flow } => {
                 let fits = self
                     .can_offload(&flow)
+                    .and_then(|()| passes_egress(state, &flow))
                     .and_then(|()| self.look_above(state, &flow))
                     .and_then(|()| state.takes_to(&flow));
                 if let Err(why) = fits {
@@ -530,6 +539,7 @@ mod tests {
                 mtu: 1500,
                 tuple,
                 macs: None,
+                egress_decides: false,
             },
             above: Above::default(),
         };

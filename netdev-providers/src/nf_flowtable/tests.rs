@@ -216,6 +216,7 @@ fn flow(arriving: &str, leaving: &str, direction: Direction) -> Flow {
             mtu: 1500,
             tuple: leaving.parse().unwrap(),
             macs: Some(MacRewrite { src: MacAddr([2; 6]), dst: MacAddr([4; 6]) }),
+            egress_decides: false,
         },
         above: Above::default(),
     }

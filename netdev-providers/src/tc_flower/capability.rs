@@ -405,6 +405,7 @@ pub(super) fn trial_flow(ifindex: Ifindex, shape: Shape) -> Flow {
             mtu: 0,
             tuple: if shape.does == Does::Nat { tuple(other, 1) } else { tuple(zero, 0) },
             macs: Some(MacRewrite { src: MacAddr::default(), dst: MacAddr::default() }),
+            egress_decides: false,
         },
         above: Above::default(),
     }

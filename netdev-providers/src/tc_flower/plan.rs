@@ -97,6 +97,9 @@ impl Plan {
                 "rules of this port are in the NIC only: see `ctoffload port show` for who is in front in software",
             ));
         }
+        if found.mode == Mode::Hardware {
+            flow.check_egress("rules of this port, which are in the NIC only,")?;
+        }
         if let (true, Err(why)) = (flow.has_vlan(), &found.vlan) {
             return Err(Rejection::with_detail(Reason::Unsupported, why.as_str()));
         }
@@ -121,10 +124,11 @@ impl Plan {
     }
 
     /// True when the flow's rule is kept out of hardware from the start: what it needs is told apart
-    /// in software only, or somebody is in front there.
+    /// in software only, or somebody is in front there, or where the packets leave.
     pub(super) fn is_for_software(&self, flow: &Flow) -> bool {
         !self.found.mode.has_hardware()
             || self.around.is_overtaken()
+            || flow.forward.egress_decides
             || flow.may_exceed_mtu()
             || (flow.matches.vlan.is_some() && !self.found.tagged_in_hw)
     }

@@ -56,6 +56,7 @@ fn example() -> Flow {
                 src: MacAddr([2, 0, 0, 0, 2, 1]),
                 dst: MacAddr([2, 0, 0, 0, 2, 2]),
             }),
+            egress_decides: false,
         },
         above: Above::default(),
     }
@@ -104,6 +105,7 @@ prop_compose! {
                 mtu,
                 tuple: tuple(to),
                 macs: macs.map(|(src, dst)| MacRewrite { src, dst }),
+                egress_decides: false,
             },
             above: Above::default(),
         }

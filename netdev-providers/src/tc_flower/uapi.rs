@@ -33,7 +33,7 @@ pub(super) const TC_H_CLSACT: u32 = 0xffff_fff1;
 /// (`ingress_find` in sch_ingress.c) says yes to any minor number, and there is but one block.
 pub(super) const PARENT_INGRESS: u32 = 0xffff_fff2;
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)`.
-pub(super) const PARENT_EGRESS: u32 = 0xffff_fff3;
+pub(super) use crate::netlink::tc::PARENT_EGRESS;
 
 // linux/pkt_cls.h: verdicts
 /// The next filter is asked.

@@ -89,7 +89,7 @@ impl Watch {
 
 fn note(seen: &mut Seen, prios: Prios, change: TcChange) {
     match change {
-        TcChange::QdiscMade => {}
+        TcChange::QdiscMade | TcChange::EgressQdisc => {}
         TcChange::QdiscRemoved => {
             seen.qdisc_removed = true;
             seen.front = true;

@@ -313,6 +313,7 @@ impl RawPath {
                 mtu: self.mtu,
                 tuple: conn.leaving(d),
                 macs: routed.then_some(macs),
+                egress_decides: false,
             },
             next_hop: None,
             iif: None,
@@ -381,7 +382,7 @@ impl RawSight {
 
 impl RawFlow {
     pub(crate) fn of(flow: &Flow) -> Self {
-        let Forward { egress, vlan, mtu, tuple, macs } = flow.forward;
+        let Forward { egress, vlan, mtu, tuple, macs, .. } = flow.forward;
         let routed = if macs.is_some() { FLOW_ROUTED } else { 0 };
         let tracked =
             Tracked { zone: flow.zone, direction: flow.direction, matches: flow.matches, tuple };

@@ -17,6 +17,7 @@ pub(super) struct RawAdmission {
     default: RawVerdict,
     pub(super) min_packets: Option<u64>,
     pub(super) min_bytes: u64,
+    pub(super) bypass_egress: Vec<Spanned<String>>,
 }
 
 #[derive(Deserialize)]

@@ -308,6 +308,7 @@ const fn taken_help(why: TakenBack) -> Option<&'static str> {
         }
         TakenBack::Ipsec => "see `ip xfrm policy`",
         TakenBack::Neighbour => "see `ip neigh show` for the next hop: does it answer?",
+        TakenBack::AtEgress => "see `tc qdisc show` and `tc filter show dev NETDEV egress`",
         TakenBack::Evicted => "see `ctoffload port show PORT` for its capacity",
         TakenBack::Lost => "see who removes filters: `tc monitor`",
         _ => return None,
@@ -350,6 +351,7 @@ fn refused_help(r: &Refused) -> Option<String> {
         Reason::ZoneUnclear => "let the netdev, the tag, addresses or ports choose the zone: see `nft list ruleset`".into(),
         Reason::HashRouted if r.ipv6 => "IPv6 chooses by the flow label, which may be another in each packet: give the route one next hop, or a rule for these addresses with a route of its own".into(),
         Reason::HashRouted => "set net.ipv4.fib_multipath_hash_policy to 0: addresses alone choose then".into(),
+        Reason::OthersAtEgress => "rules in software of tc-flower, and ebpf with mode = \"tcx\", leave through the stack; or name the netdev in [admission] bypass-egress; see `tc qdisc show`, `tc filter show dev NETDEV egress`".into(),
         Reason::OthersInFront => format!("see `ctoffload port show {port}` for who is in front; rules in software (offload = \"both\") can stand behind them"),
         _ => return None,
     })

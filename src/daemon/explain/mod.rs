@@ -6,7 +6,7 @@ mod cause;
 use std::sync::Arc;
 use std::time::Duration;
 
-use netdev_providers::{Direction, Ifindex, Rejection, Tuple, Zone};
+use netdev_providers::{Direction, Ifindex, Reason, Rejection, Tuple, Zone};
 
 use self::cause::{Cause, Refused};
 use super::config::Config;
@@ -196,12 +196,29 @@ impl Looking<'_> {
         match (slot.state, &slot.rejection) {
             (SlotState::Rejected, Some(why)) => {
                 let retry = slot.retry_in_ms.map(Duration::from_millis);
-                Cause::Refused(self.refused(slot.netdev.ifindex, why.clone(), retry))
+                let mut why = why.clone();
+                // The provider does not know who it is.
+                if why.reason == Reason::OthersAtEgress
+                    && let Some(who) = self.at_egress(slot.direction)
+                {
+                    why.detail = Some(who.into());
+                }
+                Cause::Refused(self.refused(slot.netdev.ifindex, why, retry))
             }
             (SlotState::Deleting, Some(why)) => Cause::Undeleted(port, why.clone()),
             (SlotState::Deleting, None) => Cause::Deleting(port),
             _ => Cause::Pending(port),
         }
+    }
+
+    /// Who stands at egress of the netdev that a direction leaves by, or of one below it.
+    fn at_egress(&self, d: Direction) -> Option<String> {
+        let [_, leaving] = self.tuples(d)?;
+        let Ok(Towards::By(oif)) = towards(leaving.dst()) else { return None };
+        let links = self.backend.links();
+        let below = |i: &Ifindex| *i == oif || links.above(*i).contains(&oif);
+        let mut all = links.all().into_iter().map(|l| l.ifindex).filter(below);
+        all.find_map(|i| Some(format!("{} at {}", self.backend.egress().at(i)?, self.name(i))))
     }
 
     /// What keeps a port from taking offers.

@@ -91,6 +91,7 @@ pub fn resolve(
             mtu: departure.mtu,
             tuple: leaving,
             macs: None,
+            egress_decides: false,
         },
         next_hop: None,
         iif: (iif != real).then_some(iif),

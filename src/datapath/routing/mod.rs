@@ -17,6 +17,7 @@
 pub mod answers;
 pub mod bridged;
 mod dump;
+pub mod egress;
 mod events;
 pub mod fdb;
 pub mod ipsec;

@@ -74,6 +74,8 @@ pub enum NetEvent {
     /// Others have done something at the ingress hook of a netdev: a qdisc, a filter in front of rules; `None`:
     /// of which one is not known.
     Ingress(Option<Ifindex>),
+    /// Others have done something where packets leave: a qdisc, filters.
+    Egress,
     /// Routes to this prefix changed: for a rule and for an address, to the whole of its family.
     Routes((IpAddr, u8)),
     /// Events were lost: everything may have changed. The links that there are follow as
@@ -243,10 +245,13 @@ async fn listen(events: &Sender<NetEvent>, tc_prio: u16) -> io::Result<Ended> {
                 },
                 datagram = ingress.next() => match datagram {
                     Ok(datagram) => datagram.messages().filter_map(|m| TcEvent::parse(&m)).all(|e| {
-                        events.send(NetEvent::Ingress(Some(e.ifindex))).is_ok()
+                        let ingress = NetEvent::Ingress(Some(e.ifindex));
+                        (!e.change.is_at_ingress() || events.send(ingress).is_ok())
+                            && (!e.change.is_at_egress() || events.send(NetEvent::Egress).is_ok())
                     }),
                     Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
                         events.send(NetEvent::Ingress(None)).is_ok()
+                            && events.send(NetEvent::Egress).is_ok()
                     }
                     Err(e) => return Err(e),
                 },

@@ -216,6 +216,7 @@ impl PathResolver {
                 mtu,
                 tuple: leaving,
                 macs: Some(MacRewrite { src: out_mac, dst: neighbour }),
+                egress_decides: false,
             },
             next_hop: Some(next_hop),
             iif: (iif != sight.ifindex).then_some(iif),

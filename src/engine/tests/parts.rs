@@ -183,7 +183,14 @@ fn flow() -> Flow {
         direction: Original,
         ingress_mtu: 1500,
         matches: FlowMatch { eth_dst: None, vlan: None, tuple },
-        forward: Forward { egress: ifindex(2), vlan: None, mtu: 1500, tuple, macs: None },
+        forward: Forward {
+            egress: ifindex(2),
+            vlan: None,
+            mtu: 1500,
+            tuple,
+            macs: None,
+            egress_decides: false,
+        },
         above: Above::default(),
     }
 }

@@ -30,7 +30,7 @@ pub(crate) fn flow(n: u32, egress: Ifindex) -> Flow {
         direction: Direction::Original,
         ingress_mtu: 1500,
         matches: FlowMatch { eth_dst: Some(ROUTER), vlan: None, tuple },
-        forward: Forward { egress, vlan: None, mtu: 1500, tuple, macs },
+        forward: Forward { egress, vlan: None, mtu: 1500, tuple, macs, egress_decides: false },
         above: Above::default(),
     }
 }

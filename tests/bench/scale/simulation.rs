@@ -422,6 +422,7 @@ impl Simulation {
                 mtu: 1500,
                 tuple: conn.leaving(d),
                 macs: None,
+                egress_decides: false,
             },
             next_hop: None,
             iif: None,

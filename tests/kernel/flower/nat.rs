@@ -158,6 +158,7 @@ fn a_translated_tcp_connection_goes_on_when_the_router_no_longer_forwards(backen
                     mtu: 1500,
                     tuple: tuple_at(sport).inverted(),
                     macs: Some(MacRewrite { src: LAN, dst: CLIENT }),
+                    egress_decides: false,
                 },
                 ..flow(departure, departure)
             },

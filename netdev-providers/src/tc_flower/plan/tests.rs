@@ -180,6 +180,24 @@ fn the_last_words_of_the_nic_are_kept() {
 }
 
 #[test]
+fn what_has_to_leave_by_the_stack_is_in_software_or_refused() {
+    let decides = |nat| {
+        let flow = flow(nat);
+        Flow { forward: Forward { egress_decides: true, ..flow.forward }, ..flow }
+    };
+    let both = plan(Found::everything(Mode::Both));
+    for nat in [false, true] {
+        assert!(both.is_for_software(&decides(nat)) && !both.is_for_software(&flow(nat)));
+        assert_eq!(both.can_offload(&decides(nat)), Ok(()));
+    }
+    assert_eq!(plan(Found::everything(Mode::Software)).can_offload(&decides(false)), Ok(()));
+    let hardware = plan(Found::everything(Mode::Hardware));
+    assert_eq!(hardware.can_offload(&flow(false)), Ok(()));
+    let refused = hardware.can_offload(&decides(false)).unwrap_err();
+    assert_eq!(refused.reason, Reason::OthersAtEgress);
+}
+
+#[test]
 fn while_others_are_in_front_whom_the_nic_has_not_rules_are_in_software_or_refused() {
     let front = |in_nic| InFront { what: "matchall at prio 1 (all)".into(), in_nic };
     assert!(!Around::would_overtake(&[]) && !Around::would_overtake(&[front(true)]));
