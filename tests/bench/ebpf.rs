@@ -19,6 +19,8 @@ mod rules;
 #[allow(dead_code, reason = "shared with the other suites")]
 #[path = "kernel/setting.rs"]
 mod setting;
+#[path = "ebpf/tcp.rs"]
+mod tcp;
 #[allow(dead_code, reason = "shared with the other suites")]
 #[path = "kernel/world.rs"]
 mod world;
@@ -62,20 +64,31 @@ fn main() -> ExitCode {
     let mut report = Report::default();
     world::private_network();
     sh("ip link add lan0 address 02:00:00:00:01:01 type veth peer name c0
-        ip link add wan0 address 02:00:00:00:02:01 type veth peer name s0
+        ip link add wan0 address 02:00:00:00:02:01 numtxqueues 2 numrxqueues 2 type veth peer name s0 numtxqueues 2 numrxqueues 2
         for n in lan0 wan0; do ethtool -K $n rxvlan off >/dev/null; done
         ip link set lan0 up; ip link set c0 up; ip link set wan0 up; ip link set s0 up
         ip addr add 10.0.0.1/8 dev lan0; ip addr add 203.0.113.1/24 dev wan0
         ip neigh add 203.0.113.80 lladdr 02:00:00:00:02:02 dev wan0
         echo 1 > /proc/sys/net/ipv4/ip_forward
         nft 'table ip t { chain post { type nat hook postrouting priority 100; }; chain f { type filter hook forward priority 0; ct state invalid drop; }; }'");
-    if let Some(&cpu) = cpus().first() {
+    // While this thread may use all processors, as those that it starts.
+    tcp::throughput(&setting, &mut report);
+    let all = cpus();
+    if let Some(&cpu) = all.first() {
         pin(cpu);
     }
-    let sizes: &[u32] = if setting.quick { &[1000] } else { &[1000, 100_000, 1_000_000] };
+    let sizes: &[u32] = if setting.quick { &[1000] } else { &[1, 1000, 100_000, 1_000_000] };
     for &count in sizes {
-        tables(&setting, &mut report, count);
+        if count > 1 {
+            tables(&setting, &mut report, count);
+        }
         forwarding(&setting, &mut report, count);
+    }
+    if let &[first, second, ..] = &all[..] {
+        let sizes: &[u32] = if setting.quick { &[1000] } else { &[1, 100_000] };
+        for &flows in sizes {
+            two_processors(&setting, &mut report, flows, [first, second]);
+        }
     }
     report::finish(&report, setting.out.as_deref())
 }
@@ -267,4 +280,39 @@ fn forwarding(setting: &Setting, report: &mut Report, flows: u32) {
     over("tcx, times the slow path", 1, 0, 1.0);
     drop(xdp);
     frames.xdp("drop_frame").detach(sink).unwrap();
+}
+
+/// The same flows on two processors at once: a rule counts in one place, whoever forwards.
+fn two_processors(setting: &Setting, report: &mut Report, flows: u32, on: [usize; 2]) {
+    let mut frames = [Frames::load(), Frames::load()];
+    let sink = frames[0].xdp("drop_frame").attach("s0", XdpMode::Driver).unwrap();
+    let xdp = Ours::bind_to(&class(Mode::Xdp, flows), "lan0", "wan0");
+    let program = ours_in_xdp();
+    xdp.run(xdp.prepare_adds(flows));
+    let (mut one, mut two) = (Samples::default(), Samples::default());
+    let (rounds, many) = if setting.quick { (2, 50_000) } else { (7, 2_000_000) };
+    for _ in 0..rounds {
+        one.push(frames[0].run(Some(&program), flows, XDP_PASS, many));
+        let [first, second] = &mut frames;
+        let together = std::thread::scope(|scope| {
+            let go = [(first, on[0]), (second, on[1])].map(|(frames, cpu)| {
+                let program = &program;
+                scope.spawn(move || {
+                    pin(cpu);
+                    frames.run(Some(program), flows, XDP_PASS, many)
+                })
+            });
+            go.map(|thread| thread.join().unwrap()).iter().sum()
+        });
+        two.push(together);
+    }
+    let mpps = |s: &Samples| s.median().map(|r| r / 1e6);
+    let name = format!("XDP, two processors over one, {flows} flows ({})", setting.on);
+    report.add(
+        Figure::new(name, two.over(&one).median(), "x")
+            .peer("two Mpps", mpps(&two))
+            .peer("one Mpps", mpps(&one)),
+    );
+    drop(xdp);
+    frames[0].xdp("drop_frame").detach(sink).unwrap();
 }

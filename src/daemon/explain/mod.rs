@@ -179,7 +179,8 @@ impl Looking<'_> {
         match past.why {
             Past::TakenBack(why) => Cause::Taken(port, why, Duration::from_millis(past.ago_ms)),
             Past::Refused(reason) => {
-                Cause::Refused(self.refused(past.netdev.ifindex, reason.into(), None))
+                let why = self.named(reason.into(), past.direction);
+                Cause::Refused(self.refused(past.netdev.ifindex, why, None))
             }
         }
     }
@@ -196,19 +197,23 @@ impl Looking<'_> {
         match (slot.state, &slot.rejection) {
             (SlotState::Rejected, Some(why)) => {
                 let retry = slot.retry_in_ms.map(Duration::from_millis);
-                let mut why = why.clone();
-                // The provider does not know who it is.
-                if why.reason == Reason::OthersAtEgress
-                    && let Some(who) = self.at_egress(slot.direction)
-                {
-                    why.detail = Some(who.into());
-                }
+                let why = self.named(why.clone(), slot.direction);
                 Cause::Refused(self.refused(slot.netdev.ifindex, why, retry))
             }
             (SlotState::Deleting, Some(why)) => Cause::Undeleted(port, why.clone()),
             (SlotState::Deleting, None) => Cause::Deleting(port),
             _ => Cause::Pending(port),
         }
+    }
+
+    /// With the name of who it is, where the provider that refused does not know him.
+    fn named(&self, mut why: Rejection, d: Direction) -> Rejection {
+        if why.reason == Reason::OthersAtEgress
+            && let Some(who) = self.at_egress(d)
+        {
+            why.detail = Some(who.into());
+        }
+        why
     }
 
     /// Who stands at egress of the netdev that a direction leaves by, or of one below it.
