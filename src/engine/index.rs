@@ -1,12 +1,14 @@
 //! Connections are found by key, made, and ended here: in the cold index (`zones`), never on
 //! the packet path.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use netdev_providers::{Direction, Epoch, Generation, Tuple, Zone};
 
 use super::Engine;
 use super::conn::{ConnHandle, ConnKey};
+use super::port::Port;
 use super::state::PortSlot;
 use super::table::PortTable;
 use super::taken::TakenBack;
@@ -122,15 +124,38 @@ impl Engine {
     /// The connection has ended: deletes its rules, on the ports that hold something of it and no
     /// others. Does not wait for them; returns how many there were.
     pub fn conn_del(&self, conn: &ConnHandle) -> usize {
-        if !conn.end() {
-            return 0;
+        self.conns_del([conn])
+    }
+
+    /// The same for several connections: each port's thread is woken once, behind the last of them.
+    pub fn conns_del<'a>(&self, conns: impl IntoIterator<Item = &'a ConnHandle>) -> usize {
+        let ended: Vec<_> = conns.into_iter().filter(|conn| conn.end()).collect();
+        for conn in &ended {
+            if self.0.conns.remove(conn) {
+                self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
+            }
         }
-        if self.0.conns.remove(conn) {
-            self.0.conn_count.fetch_sub(1, Ordering::Relaxed);
-        }
+        // Only now: whoever has claimed a slot before the end has done so on a port that stands in it.
         let table = self.0.publication.table();
-        let unwound = |d, g| self.unwind_slot(&table, conn, d, g, TakenBack::Asked);
-        conn.all_slots().filter(|(d, g, _)| unwound(*d, *g)).count()
+        let mut rules = 0;
+        let mut to_wake: Vec<&Arc<Port>> = Vec::new();
+        for conn in ended {
+            for (d, generation, _) in conn.all_slots() {
+                // The slots of a port that is gone have been reset by its flush.
+                let Some(port) = table.by_generation(generation) else { continue };
+                let Some(slot) = PortSlot::find(&self.0, port, conn, d) else { continue };
+                let (had_one, command) = slot.unwound(TakenBack::Asked);
+                rules += usize::from(had_one);
+                if let Some(command) = command {
+                    port.queue.put(command);
+                    if !to_wake.iter().any(|p| Arc::ptr_eq(p, port)) {
+                        to_wake.push(port);
+                    }
+                }
+            }
+        }
+        to_wake.iter().for_each(|port| port.queue.wake());
+        rules
     }
 
     /// Takes the connection off the hardware: deletes its rules; it lives on in software, and the

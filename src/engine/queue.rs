@@ -274,6 +274,12 @@ impl Queue {
 
     /// Queues anything else; removals before all that waits, and in order among themselves.
     pub(super) fn push(&self, command: Command) {
+        self.put(command);
+        self.wake();
+    }
+
+    /// The same; nobody is told, which is for the caller ([`wake`](Self::wake)), behind the last of several.
+    pub(super) fn put(&self, command: Command) {
         self.pushed.fetch_add(1, Ordering::Relaxed);
         if command.overtakes() {
             self.removals.push(command);
@@ -284,7 +290,6 @@ impl Queue {
             let behind = command.is_behind_offers().then(offers);
             self.commands.push(Waiting { command, behind });
         }
-        self.wake();
     }
 
     /// Wakes the writer if it sleeps: the system call is made by one of many who push.

@@ -346,19 +346,27 @@ impl<'a> PortSlot<'a> {
 
     /// The same, and queues what is to be done. True when there was something.
     pub(super) fn retract(&self, why: TakenBack) -> bool {
+        let (had_one, command) = self.unwound(why);
+        if let Some(command) = command {
+            self.port.queue.push(command);
+        }
+        had_one
+    }
+
+    /// The same; what the port's thread is to do is for the caller to queue.
+    pub(super) fn unwound(&self, why: TakenBack) -> (bool, Option<Command>) {
+        let whose = || (self.conn.clone(), self.d);
         match self.unwind(why) {
             Unwind::Delete => {
-                self.follow_up(Command::Delete);
-                true
+                let (conn, d) = whose();
+                (true, Some(Command::Delete(conn, d)))
             }
-            Unwind::Cancelling => true,
-            Unwind::Reopened => {
-                if !self.conn.is_dead() {
-                    self.follow_up(Command::Rearm);
-                }
-                false
+            Unwind::Cancelling => (true, None),
+            Unwind::Reopened if !self.conn.is_dead() => {
+                let (conn, d) = whose();
+                (false, Some(Command::Rearm(conn, d)))
             }
-            Unwind::Nothing => false,
+            Unwind::Reopened | Unwind::Nothing => (false, None),
         }
     }
 

@@ -25,6 +25,27 @@ fn delete_goes_only_to_slots_that_hold_something() {
 }
 
 #[test]
+fn connections_that_end_together_each_lose_what_they_have_once() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    b.port(2);
+    let [both, one, none] = [1, 2, 3].map(|n| b.conn(n));
+    b.install(1, &both, Original);
+    b.install(2, &both, Reply);
+    b.install(2, &one, Reply);
+    let lives = b.conn(4);
+    b.install(1, &lives, Original);
+    assert_eq!(b.engine.conns_del([&both, &one, &none, &both]), 3);
+    b.settle();
+    assert_eq!([1, 2].map(|n| dummy.rules(ifindex(n)).len()), [1, 0]);
+    assert_eq!(b.engine.conn_count(), 1);
+    assert_eq!(b.engine.conns_del([&both, &one]), 0, "idempotent");
+    assert_eq!(b.engine.conns_del([]), 0);
+    assert!(b.rearmed().is_empty(), "an ended connection is not sighted again");
+}
+
+#[test]
 fn one_slot_is_retracted_and_no_other_of_its_connection() {
     let dummy = DummyClass::new("dummy");
     let b = Bench::new(&[&dummy]);
