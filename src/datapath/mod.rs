@@ -16,7 +16,7 @@
 //! |---|---|
 //! | [`backend`] | none: callbacks on the engine's port threads |
 //! | [`admission`] | none: which connections may be offloaded, asked by `sights` |
-//! | `sights` | reads NFLOG, is a worker of the engine |
+//! | `sights` | reads NFLOG, is a worker of the engine; by `identify`, which connections sights are of |
 //! | `rearm` | deletes elements of the ledger, a little at a time, and compares it with what is known |
 //! | `ends` | reads conntrack events |
 //! | `changes` | reads link, neighbour and route events; attaches and detaches ports |
@@ -35,6 +35,7 @@ mod egress;
 pub mod ended;
 mod ends;
 mod firewall;
+mod identify;
 pub mod inspect;
 mod keepalive;
 mod life;
@@ -62,6 +63,7 @@ use tokio::sync::oneshot;
 
 pub use self::backend::{Backend, Counts, Observer};
 pub use self::config::{Config, MIN_PACKETS, OnRulesetChange, Revalidation, Tunables};
+use self::identify::Identifier;
 use self::netfilter::conntrack::{Conntrack, ConntrackError, CtEvents};
 use self::netfilter::ledger::LedgerError;
 use self::netfilter::nflog::{NflogError, SightLog};
@@ -183,7 +185,7 @@ impl KernelDatapath {
         {
             tracing::info!("events of all connections are read: {e}");
         }
-        let keepers = Conntrack::open()?;
+        let (keepers, identifier) = (Conntrack::open()?, Identifier::open()?);
         for port in [backend.conntrack().port()?, keepers.port()?] {
             ct_events.ignore_updates_of(port);
         }
@@ -191,7 +193,7 @@ impl KernelDatapath {
 
         datapath.spawn("sights", {
             let (backend, engine, stop) = (Arc::clone(&backend), engine.clone(), Arc::clone(&stop));
-            move || sights::Reader::new(backend, engine, log).run(&stop)
+            move || sights::Reader::new(backend, engine, log, identifier).run(&stop)
         })?;
         datapath.spawn("ends", {
             let (backend, engine, stop) = (Arc::clone(&backend), engine.clone(), Arc::clone(&stop));

@@ -1,16 +1,22 @@
 //! Sights: packets that the kernel forwarded in software, one for every (netdev, connection,
 //! direction). This thread is a worker of the engine: it offers and goes on.
+//!
+//! What one read of the log brings goes through together: whose packets they are is asked once ([`identify`]), each
+//! is looked at, and each port is offered all of its own and woken once.
+//!
+//! [`identify`]: super::identify
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use netdev_providers::{Direction, Ifindex, MacAddr, Permanence, Zone};
+use netdev_providers::{Direction, Ifindex, MacAddr, Permanence};
 
 use super::TICK;
 use super::backend::{Shared, Sighted, key_of};
 use super::ends::{self, JUST_CHANGED};
 use super::firewall::Quarantine;
+use super::identify::{Identifier, Whose};
 use super::netfilter::conntrack::{CtEntry, CtId, TcpState};
 use super::netfilter::ledger::{Hook, LedgerKey};
 use super::netfilter::nflog::{LogRead, NflogError, Sight, SightLog};
@@ -32,25 +38,41 @@ const UNUSED_MS: u64 = 15_000;
 /// The ledger is compared with what is known this often even when nothing seems lost.
 const CLEAN_EVERY: Duration = Duration::from_secs(60);
 
-/// The connection of a sight, and which of its directions.
-type Whose = (CtEntry, CtId, Direction);
-
 pub(super) struct Reader {
     backend: Shared,
     engine: Engine,
     log: SightLog,
+    identifier: Identifier,
     worker: Worker,
     refused: VecDeque<(Instant, LedgerKey)>,
     quarantine: Quarantine,
 }
 
+/// What a port is to be offered because of a sight.
+struct Candidate {
+    port: Ifindex,
+    conn: ConnHandle,
+    direction: Direction,
+    path: PathSpec,
+    /// The element of the ledger.
+    key: LedgerKey,
+    /// Whom the frame was for.
+    to: Option<MacAddr>,
+}
+
 impl Reader {
-    pub(super) fn new(backend: Shared, engine: Engine, log: SightLog) -> Self {
+    pub(super) fn new(
+        backend: Shared,
+        engine: Engine,
+        log: SightLog,
+        identifier: Identifier,
+    ) -> Self {
         let worker = engine.worker();
         Self {
             backend,
             engine,
             log,
+            identifier,
             worker,
             refused: VecDeque::new(),
             quarantine: Quarantine::default(),
@@ -65,25 +87,9 @@ impl Reader {
         self.worker.offline();
         while !stop.load(Ordering::Relaxed) {
             let lost = match failures.passed("sight log", self.log.next(TICK))? {
-                Some(LogRead { mut sights, lost, emptied }) => {
-                    // After the read: what comes now is of this firewall, or is refused when it is
-                    // looked at.
-                    let firewall = self.backend.firewall().generation();
-                    let reset: Vec<_> = sights
-                        .extract_if(.., |s| s.is_reset())
-                        .filter_map(|s| Some(self.identify_quickly(&s)?.0))
-                        .collect();
-                    ends::unbelieved(&self.backend, &self.engine, &reset);
-                    let identified: Vec<_> = sights.iter().map(|s| (s, self.identify(s))).collect();
-                    if self.quarantine.passed(firewall, emptied, Instant::now()) {
-                        self.worker.online();
-                        for (sight, whose) in identified {
-                            self.sighted(sight, whose, firewall);
-                        }
-                        self.worker.offline();
-                    } else {
-                        self.disbelieve(&identified);
-                    }
+                Some(read) => {
+                    let lost = read.lost;
+                    self.read(read);
                     lost
                 }
                 None => {
@@ -103,28 +109,90 @@ impl Reader {
         Ok(())
     }
 
-    /// Packets that the firewall may have let pass as it was: the next of each is to be seen.
-    fn disbelieve(&self, identified: &[(&Sight, Option<Whose>)]) {
-        let key = |(s, whose): &(&Sight, Option<Whose>)| {
-            let (entry, ct_id, direction) = whose.as_ref()?;
-            Some(key_in_ledger(s, entry, *ct_id, *direction))
-        };
-        self.backend.counts().sights.fetch_add(identified.len() as u64, Ordering::Relaxed);
-        self.backend.rearming().soon(identified.iter().filter_map(key));
+    fn read(&mut self, read: LogRead) {
+        let LogRead { mut sights, emptied, .. } = read;
+        // After the read: what comes now is of this firewall, or is refused when it is
+        // looked at.
+        let firewall = self.backend.firewall().generation();
+        let mut resets: Vec<_> = sights.extract_if(.., |s| s.is_reset()).collect();
+        if !resets.is_empty() {
+            let of = self.identifier.identify_quickly(&mut resets);
+            let of: Vec<_> = of.into_iter().flatten().map(|(entry, ..)| entry).collect();
+            ends::unbelieved(&self.backend, &self.engine, &of);
+        }
+        let whose = self.identifier.identify(&mut sights);
+        self.backend.counts().sights.fetch_add(sights.len() as u64, Ordering::Relaxed);
+        if !self.quarantine.passed(firewall, emptied, Instant::now()) {
+            self.disbelieve(&sights, &whose);
+            return;
+        }
+        if sights.is_empty() {
+            return;
+        }
+        self.worker.online();
+        let mut candidates = Vec::with_capacity(sights.len());
+        for (sight, whose) in sights.iter().zip(whose) {
+            candidates.extend(self.sighted(sight, whose, firewall));
+        }
+        self.offer(candidates);
+        self.worker.offline();
     }
 
-    fn sighted(&mut self, sight: &Sight, whose: Option<Whose>, firewall: u64) {
-        self.backend.counts().sights.fetch_add(1, Ordering::Relaxed);
+    /// Offers each port its own, in order.
+    fn offer(&mut self, mut candidates: Vec<Candidate>) {
+        while let Some(ifindex) = candidates.first().map(|c| c.port) {
+            let (mut its, others) = candidates.into_iter().partition(|c| c.port == ifindex);
+            candidates = others;
+            let offers = self.offers_of(ifindex, &mut its);
+            for (Candidate { conn, direction, key, to, .. }, offer) in its.into_iter().zip(offers) {
+                match offer {
+                    Offer::Refused(reason) => {
+                        tracing::debug!(%conn, %direction, %reason, "offer refused");
+                        if reason.permanence() == Permanence::Transient {
+                            self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
+                        }
+                    }
+                    Offer::Decided => self.arrives_otherwise(&conn, direction, ifindex, key, to),
+                    Offer::Queued | Offer::Unbound => {}
+                }
+            }
+        }
+    }
+
+    /// What became of what a port was offered; nothing where it has gone: its elements go with it.
+    fn offers_of(&self, ifindex: Ifindex, its: &mut [Candidate]) -> Vec<Offer> {
+        let mut offers = Vec::with_capacity(its.len());
+        if let Some(port) = self.worker.port(ifindex) {
+            let each = its.iter_mut().map(|Candidate { conn, direction, path, .. }| {
+                let path = std::mem::replace(path, PathSpec::Resolve(PathHint::default()));
+                (&*conn, *direction, path)
+            });
+            port.offer_batch(each, |offer| offers.push(offer));
+        }
+        offers
+    }
+
+    /// Packets that the firewall may have let pass as it was: the next of each is to be seen.
+    fn disbelieve(&self, sights: &[Sight], whose: &[Option<Whose>]) {
+        let keys = sights.iter().zip(whose).filter_map(|(sight, whose)| {
+            let (entry, ct_id, direction) = whose.as_ref()?;
+            Some(key_in_ledger(sight, entry, *ct_id, *direction))
+        });
+        self.backend.rearming().soon(keys);
+    }
+
+    /// What is to be offered because of a sight, if anything is.
+    fn sighted(&mut self, sight: &Sight, whose: Option<Whose>, firewall: u64) -> Option<Candidate> {
         let Some((entry, id, direction)) = whose else {
             tracing::debug!(iif = %sight.in_dev, "a sight without a connection of ours");
-            return;
+            return None;
         };
         let bridged = sight.hook == Hook::Bridge;
         let key = key_in_ledger(sight, &entry, id, direction);
         // In the flowtable of somebody else: it is left to that one, and looked at again.
         if entry.status.offload() && !self.is_ours(&entry, id) {
             self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
-            return;
+            return None;
         }
         // The slot is that of the real netdev: a VLAN device, a bridge, a bond stand above it.
         let iif = sight.in_dev;
@@ -138,7 +206,7 @@ impl Reader {
         let Some(real) = real else {
             tracing::debug!(%iif, "where a packet has arrived cannot be told (yet)");
             self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
-            return;
+            return None;
         };
         let offloadable = match entry.tcp_state {
             Some(state) => state == TcpState::Established,
@@ -161,7 +229,7 @@ impl Reader {
             // The packet may be older than that.
             if known.changed.is_some_and(|at| at.elapsed() < JUST_CHANGED) {
                 self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
-                return;
+                return None;
             }
             (known.ct_mark, known.silent) = (entry.mark, false);
             let from = mac(6).filter(|_| bridged);
@@ -178,13 +246,13 @@ impl Reader {
             }
         }
         // No port: it has gone since, and its elements go with it.
-        let Some(port) = self.worker.port(real) else { return };
+        let port = self.worker.port(real)?;
         let Some(conn) = conn else {
             if offloadable {
                 port.conn_table_full();
                 self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
             }
-            return;
+            return None;
         };
         // Rules of admission are about ports, whatever stands above them.
         let name = self.backend.links().name(real);
@@ -215,16 +283,7 @@ impl Reader {
             }),
             Err(rejection) => PathSpec::Refused(Box::new(rejection)),
         };
-        match port.conn_seen(&conn, direction, path) {
-            Offer::Refused(reason) => {
-                tracing::debug!(%conn, %direction, %reason, "offer refused");
-                if reason.permanence() == Permanence::Transient {
-                    self.refused.push_back((Instant::now() + REFUSED_PAUSE, key));
-                }
-            }
-            Offer::Decided => self.arrives_otherwise(&conn, direction, real, key, mac(0)),
-            Offer::Queued | Offer::Unbound => {}
-        }
+        Some(Candidate { port: real, conn, direction, path, key, to: mac(0) })
     }
 
     /// A port has one slot for a direction, and its rule is for the netdev above it that it was first
@@ -258,37 +317,6 @@ impl Reader {
     fn is_ours(&self, entry: &CtEntry, id: CtId) -> bool {
         let key = ConnKey { zone: entry.zone, original: entry.original };
         self.engine.conn(&key).is_some_and(|c| c.tag() == u64::from(id.0))
-    }
-
-    /// The conntrack entry of a sight: in the log message itself, or, where the kernel does not put
-    /// it there, looked up.
-    fn identify(&self, sight: &Sight) -> Option<Whose> {
-        self.identify_quickly(sight).or_else(|| {
-            // Of another zone: no look-up finds it by this packet.
-            let packet = sight.leaving_tuple().filter(|_| sight.ct.is_none())?;
-            let entries = self.backend.conntrack().dump().ok()?;
-            let (entry, direction) = entries.into_iter().find_map(|e| {
-                let of = |d: &Direction| e.outgoing(*d) == packet;
-                Direction::BOTH.into_iter().find(of).map(|d| (e, d))
-            })?;
-            let id = entry.id?;
-            Some((entry, id, direction))
-        })
-    }
-
-    /// The same, but where that would take a dump of all connections: not for what somebody may send at will.
-    fn identify_quickly(&self, sight: &Sight) -> Option<Whose> {
-        if let (Some(entry), Some(direction)) = (&sight.ct, sight.direction) {
-            return Some((entry.clone(), entry.id?, direction));
-        }
-        let packet = sight.leaving_tuple()?;
-        let found = self.backend.conntrack().find_leaving(Zone(0), &packet);
-        let (entry, direction) = found.unwrap_or_else(|e| {
-            tracing::warn!("a sight could not be looked up: {e}");
-            None
-        })?;
-        let id = entry.id?;
-        Some((entry, id, direction))
     }
 
     fn rearm_refused(&mut self) {

@@ -115,7 +115,7 @@ fn seen(log: &mut SightLog, ct: &mut Conntrack) -> Vec<LedgerKey> {
     let mut keys: Vec<_> = sights(log)
         .into_iter()
         .map(|s| {
-            let found = ct.find_leaving(Zone(0), &s.leaving_tuple().unwrap()).unwrap();
+            let found = ct.find_leaving(Zone(0), &[s.leaving_tuple().unwrap()]).unwrap().remove(0);
             let (entry, direction) = found.expect("the connection of a sight");
             assert_eq!(s.ct.is_some(), log.has_conntrack());
             if let Some(logged) = s.ct {

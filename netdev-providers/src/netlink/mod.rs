@@ -7,6 +7,7 @@
 //! Messages that are sent by the thousand are encoded here, in place; everything that is read or
 //! written seldom goes through `netlink-packet-route` (in the engine's crate).
 
+mod datagrams;
 pub mod egress;
 pub mod error;
 pub mod front;

@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use tracing::trace;
 
+use super::datagrams::Datagrams;
 use super::error::{KernelError, NetlinkError};
 use super::wire::{MessageIter, NLMSG_HDRLEN, Received, align};
 
@@ -67,6 +68,7 @@ pub struct Socket {
     inner: netlink_sys::Socket,
     seq: u32,
     buf: Vec<u8>,
+    datagrams: Datagrams,
     warnings: Vec<(usize, Box<str>)>,
 }
 
@@ -118,7 +120,8 @@ impl Socket {
         bind(&mut inner).map_err(io("bind"))?;
         inner.set_ext_ack(true).map_err(io("setsockopt(NETLINK_EXT_ACK)"))?;
         inner.set_cap_ack(true).map_err(io("setsockopt(NETLINK_CAP_ACK)"))?;
-        let socket = Self { inner, seq: 0, buf: vec![0; RECV_BUF], warnings: Vec::new() };
+        let (buf, datagrams) = (vec![0; RECV_BUF], Datagrams::default());
+        let socket = Self { inner, seq: 0, buf, datagrams, warnings: Vec::new() };
         // Without CAP_NET_ADMIN the limit of net.core.rmem_max holds, which is enough for reading.
         if setsockopt(&socket.inner, sockopt::RcvBufForce, &SOCKET_RCVBUF).is_err() {
             let _ = setsockopt(&socket.inner, sockopt::RcvBuf, &SOCKET_RCVBUF);
@@ -223,6 +226,51 @@ impl Socket {
         }
     }
 
+    /// Waits for a datagram from the kernel, then receives those that are there, up to some dozens, in one system call,
+    /// and hands each to `read`. Not for answers to a dump, which are too long for it. Returns whether there may be
+    /// more.
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv). What could be read has been handed to `read` all the same.
+    pub fn recv_some(
+        &mut self,
+        within: Duration,
+        mut read: impl FnMut(MessageIter<'_>),
+    ) -> Result<bool, NetlinkError> {
+        let deadline = Instant::now() + within;
+        let mut wait = false;
+        loop {
+            if std::mem::replace(&mut wait, false) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if !wait_readable(self.inner.as_fd(), left)? {
+                    return Err(NetlinkError::TimedOut(within.as_millis()));
+                }
+            }
+            let received = self
+                .datagrams
+                .receive(self.inner.as_fd(), |datagram| read(MessageIter::new(datagram)));
+            match received {
+                Ok(received) if received.too_long => {
+                    return Err(NetlinkError::Malformed(
+                        "a datagram longer than any the kernel makes",
+                    ));
+                }
+                Ok(received) => {
+                    if received.passed_over > 0 {
+                        trace!(count = received.passed_over, "datagrams of others passed over");
+                    }
+                    if received.read > 0 {
+                        return Ok(received.more);
+                    }
+                }
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
+                    wait = true;
+                }
+                Err(source) => return Err(NetlinkError::Io { call: "recvmmsg", source }),
+            }
+        }
+    }
+
     /// Sends one request that asks for an acknowledgement (`NLM_F_ACK`), and waits for it. Further
     /// messages that answer it (`NLM_F_ECHO`, a get) go to `each`.
     ///
@@ -324,7 +372,7 @@ impl Socket {
         self.batch_with(messages, first_seq, count, |_, _| {})
     }
 
-    /// The same for requests that are answered with a message (a get): each answer goes to `each`, with
+    /// The same for requests that are answered with a message (a get, no dump): each answer goes to `each`, with
     /// which request it answers, counted from 0.
     ///
     /// # Errors
@@ -345,7 +393,7 @@ impl Socket {
         self.warnings.clear();
         let mut warnings = Vec::new();
         while !ended {
-            self.recv(ANSWER_WITHIN, |answers| {
+            self.recv_some(ANSWER_WITHIN, |answers| {
                 for m in answers {
                     let index = m.seq.wrapping_sub(first_seq) as usize;
                     if m.ty != NLMSG_ERROR {
@@ -515,5 +563,41 @@ mod tests {
         let acks = s.batch(&buf, first, 3).unwrap();
         let errnos: Vec<_> = acks.into_iter().map(|a| a.err().map(|e| e.errno)).collect();
         assert_eq!(errnos, [None, Some(Errno::ENODEV), None]);
+    }
+
+    fn get_link(seq: u32, index: i32) -> Vec<u8> {
+        let mut header = [0u8; 16];
+        header[4..8].copy_from_slice(&index.to_ne_bytes());
+        let mut buf = Vec::new();
+        let mut m = Message::new(&mut buf, RTM_GETLINK, REQUEST, seq);
+        m.raw(&header);
+        m.finish();
+        buf
+    }
+
+    #[test]
+    fn what_is_there_is_received_in_order_and_what_others_sent_is_not() {
+        let mut s = Socket::open(Family::Route).unwrap();
+        let other = Socket::open(Family::Route).unwrap();
+        let to_us = SocketAddr::new(s.port_id().unwrap(), 0);
+        // More than fit into one read; between them those of somebody else.
+        for seq in 1..=40 {
+            s.send(&get_link(seq, 1)).unwrap();
+            let sent = other.inner.send_to(&get_link(seq + 1000, 1), &to_us, 0);
+            // Sending to others takes a privilege.
+            assert!(sent.is_ok() || !nix::unistd::geteuid().is_root(), "{sent:?}");
+        }
+        let mut seqs = Vec::new();
+        let mut reads = 0;
+        while s
+            .recv_some(Duration::from_secs(5), |messages| seqs.extend(messages.map(|m| m.seq)))
+            .unwrap()
+        {
+            reads += 1;
+            assert!(reads < 40);
+        }
+        assert_eq!(seqs, (1..=40).collect::<Vec<_>>());
+        let nothing = s.recv_some(Duration::ZERO, |_| panic!("there is nothing"));
+        assert!(matches!(nothing, Err(NetlinkError::TimedOut(_))), "{nothing:?}");
     }
 }

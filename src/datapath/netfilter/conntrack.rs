@@ -1,5 +1,6 @@
 //! Connections: what they are, when they end, and how their life is prolonged (ctnetlink).
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -212,23 +213,55 @@ impl Conntrack {
         Ok(self.by_any_tuple(zone, original)?.filter(|e| e.original == *original))
     }
 
-    /// The connection, and the direction in it, of a packet that has this tuple when it leaves, after
-    /// all NAT: for kernels that do not log the connection with the packet. One of another zone is not
-    /// found this way: then compare [`CtEntry::outgoing`] over a [`dump`](Self::dump).
+    /// The connections, and the directions in them, of packets that have these tuples when they leave, after all NAT,
+    /// in order: for kernels that do not log the connection with the packet. Those of another zone are not found this
+    /// way: then compare [`CtEntry::outgoing`] over a [`dump`](Self::dump). Of a connection whose both directions are
+    /// among them it is asked once.
     ///
     /// # Errors
-    /// A failure of the exchange.
+    /// A failure of the exchange; a connection that does not exist is `None`.
     pub fn find_leaving(
         &mut self,
         zone: Zone,
-        seen: &Tuple,
-    ) -> Result<Option<(CtEntry, Direction)>, ConntrackError> {
-        // The other direction's packets arrive with it the other way round, which is a tuple of the
-        // entry: the kernel finds it by either.
-        Ok(self.by_any_tuple(zone, &seen.inverted())?.and_then(|entry| {
-            let direction = Direction::BOTH.into_iter().find(|d| entry.outgoing(*d) == *seen)?;
-            Some((entry, direction))
-        }))
+        seen: &[Tuple],
+    ) -> Result<Vec<Option<(CtEntry, Direction)>>, ConntrackError> {
+        let mut found = vec![None; seen.len()];
+        // Without NAT the one direction's tuple is the other's, the other way round; with NAT it can also be that of
+        // another connection, which is asked for in the second round.
+        let mut asked: HashMap<Tuple, usize, ahash::RandomState> = HashMap::default();
+        let mut wanted = Vec::with_capacity(seen.len());
+        let mut whose = Vec::with_capacity(seen.len());
+        for tuple in seen {
+            let answer = asked.get(&tuple.inverted()).copied().unwrap_or_else(|| {
+                *asked.entry(*tuple).or_insert_with(|| {
+                    // The other direction's packets arrive with it the other way round, which is a tuple of the
+                    // entry: the kernel finds it by either.
+                    wanted.push((zone, tuple.inverted()));
+                    wanted.len() - 1
+                })
+            });
+            whose.push(answer);
+        }
+        let of = |entry: &Option<CtEntry>, leaving: &Tuple| {
+            let entry = entry.as_ref()?;
+            let d = Direction::BOTH.into_iter().find(|d| entry.outgoing(*d) == *leaving)?;
+            Some((entry.clone(), d))
+        };
+        let answers = self.ask(&wanted)?;
+        let mut again = Vec::new();
+        for (n, answer) in whose.into_iter().enumerate() {
+            found[n] = of(&answers[answer], &seen[n]);
+            if found[n].is_none() && wanted[answer].1 != seen[n].inverted() {
+                again.push(n);
+            }
+        }
+        if !again.is_empty() {
+            let wanted: Vec<_> = again.iter().map(|&n| (zone, seen[n].inverted())).collect();
+            for (n, answer) in again.into_iter().zip(self.ask(&wanted)?) {
+                found[n] = of(&answer, &seen[n]);
+            }
+        }
+        Ok(found)
     }
 
     /// The connection that has this tuple in one of its directions.
@@ -263,6 +296,16 @@ impl Conntrack {
         &mut self,
         wanted: &[(Zone, Tuple)],
     ) -> Result<Vec<Option<CtEntry>>, ConntrackError> {
+        let mut found = self.ask(wanted)?;
+        for (found, (_, original)) in found.iter_mut().zip(wanted) {
+            // The kernel finds an entry by its reply tuple too.
+            found.take_if(|e| e.original != *original);
+        }
+        Ok(found)
+    }
+
+    /// The connections that have these tuples in one of their directions, in order.
+    fn ask(&mut self, wanted: &[(Zone, Tuple)]) -> Result<Vec<Option<CtEntry>>, ConntrackError> {
         let mut found = vec![None; wanted.len()];
         let mut buf = Vec::new();
         for (wanted, found) in
@@ -270,19 +313,17 @@ impl Conntrack {
         {
             buf.clear();
             let mut first = 0;
-            for (i, (zone, original)) in wanted.iter().enumerate() {
+            for (i, (zone, tuple)) in wanted.iter().enumerate() {
                 let seq = self.socket.next_seq();
                 if i == 0 {
                     first = seq;
                 }
                 let flags = if i + 1 == wanted.len() { ACK } else { 0 };
-                about(&mut buf, IPCTNL_MSG_CT_GET, flags, seq, *zone, original).finish();
+                about(&mut buf, IPCTNL_MSG_CT_GET, flags, seq, *zone, tuple).finish();
             }
             let refused = self.socket.batch_with(&buf, first, wanted.len(), |i, m| {
-                let entry =
+                found[i] =
                     m.payload.first().and_then(|f| CtEntry::parse(*f, m.attrs(NFGENMSG_LEN)));
-                // The kernel finds an entry by its reply tuple too.
-                found[i] = entry.filter(|e| e.original == wanted[i].1);
             })?;
             for ack in refused {
                 match ack {
@@ -473,9 +514,10 @@ impl CtEvents {
     pub fn next(&mut self, within: Duration) -> Result<EventRead, ConntrackError> {
         let mut read = EventRead::default();
         let ours = &self.ours;
-        read.lost = drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
+        let drained = drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
             read_events(messages, ours, &mut read)
         })?;
+        read.lost = drained.lost;
         Ok(read)
     }
 }
@@ -514,26 +556,39 @@ fn read_events(messages: MessageIter<'_>, ours: &[u32], read: &mut EventRead) ->
     lost
 }
 
-/// Reads what is there, waiting for the first datagram only. `true` when something was lost: the
-/// kernel said so, or `read` did.
+/// How a socket was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Drained {
+    /// Something was lost: the kernel said so, or who read.
+    pub(super) lost: bool,
+    /// Nothing was left.
+    pub(super) emptied: bool,
+}
+
+/// Reads what is there, waiting for the first datagram only, and not much more than so many. `read` says whether
+/// something was lost.
 pub(super) fn drain(
     socket: &mut Socket,
     within: Duration,
     datagrams: usize,
     mut read: impl FnMut(MessageIter<'_>) -> bool,
-) -> Result<bool, NetlinkError> {
-    let mut lost = false;
-    for i in 0..datagrams {
-        let wait = if i == 0 { within } else { Duration::ZERO };
-        match socket.recv(wait, &mut read) {
-            Ok(gap) => lost |= gap,
-            Err(NetlinkError::TimedOut(_)) => break,
+) -> Result<Drained, NetlinkError> {
+    let mut drained = Drained::default();
+    let (mut count, mut wait) = (0, within);
+    while count < datagrams && !drained.emptied {
+        let some = socket.recv_some(std::mem::take(&mut wait), |messages| {
+            count += 1;
+            drained.lost |= read(messages);
+        });
+        match some {
+            Ok(more) => drained.emptied = !more,
+            Err(NetlinkError::TimedOut(_)) => drained.emptied = true,
             // Told once; the messages that did fit follow.
-            Err(e) if e.errno() == Some(Errno::ENOBUFS) => lost = true,
+            Err(e) if e.errno() == Some(Errno::ENOBUFS) => drained.lost = true,
             Err(e) => return Err(e),
         }
     }
-    Ok(lost)
+    Ok(drained)
 }
 
 /// Makes the receive buffer larger, as far as privilege allows.

@@ -246,12 +246,10 @@ impl SightLog {
     pub fn next(&mut self, within: Duration) -> Result<LogRead, NflogError> {
         let mut read = LogRead::default();
         let expected = &mut self.expected;
-        let mut datagrams = 0;
-        read.lost = conntrack::drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
-            datagrams += 1;
+        let drained = conntrack::drain(&mut self.socket, within, DATAGRAMS_PER_READ, |messages| {
             read_logs(messages, expected, &mut read.sights)
         })?;
-        read.emptied = datagrams < DATAGRAMS_PER_READ;
+        (read.lost, read.emptied) = (drained.lost, drained.emptied);
         Ok(read)
     }
 }

@@ -209,9 +209,20 @@ fn netfilter_nat_shows_in_the_tuples() {
     assert!(e.status.snat() && e.status.dnat());
     let logged = sights(&mut log);
     assert_eq!(logged.len(), 2);
+    // Together as one by one, whatever is asked for besides.
+    let nobody: Tuple = "udp 10.0.1.2:9 > 10.0.9.9:9".parse().unwrap();
+    let mut seen: Vec<_> = logged.iter().map(|s| s.leaving_tuple().unwrap()).collect();
+    seen.insert(1, nobody);
+    let found = ct.find_leaving(Zone(0), &seen).unwrap();
+    let found: Vec<_> = found.into_iter().map(|f| f.map(|(found, d)| (found.id, d))).collect();
+    let directions: Vec<_> = found.iter().flatten().map(|(_, d)| *d).collect();
+    assert_eq!((found.len(), found[1]), (3, None));
+    assert!(found.iter().flatten().all(|(id, _)| *id == e.id));
+    assert!(directions.len() == 2 && directions[0] != directions[1], "{directions:?}");
     for sight in logged {
         let tuple = sight.leaving_tuple().unwrap();
-        let (found, direction) = ct.find_leaving(Zone(0), &tuple).unwrap().expect("the entry");
+        let (found, direction) =
+            ct.find_leaving(Zone(0), &[tuple]).unwrap().remove(0).expect("the entry");
         assert_eq!((found.id, e.outgoing(direction)), (e.id, tuple));
         assert_eq!(sight.in_dev, [r.ports[2], r.ports[1]][direction.index()]);
         if log.has_conntrack() {

@@ -259,7 +259,8 @@ fn netfilter_a_bridge_shows_its_ports_the_connection_and_the_tag() {
             let macs = macs.map(|bytes| bytes.collect::<Vec<_>>().join(":"));
             assert_eq!(macs, hosts.map(mac));
             assert_eq!(sight.leaving_tuple(), Some(entry.outgoing(key.direction)));
-            let found = ct.find_leaving(Zone(0), &sight.leaving_tuple().unwrap()).unwrap();
+            let found =
+                ct.find_leaving(Zone(0), &[sight.leaving_tuple().unwrap()]).unwrap().remove(0);
             assert_eq!(found.map(|(e, d)| (e.id, d)), Some((entry.id, key.direction)));
             assert_eq!(sight.ct.is_some(), log.has_conntrack());
             assert_eq!(sight.ct.as_ref().map(|e| e.original), Some(entry.original));
