@@ -20,8 +20,11 @@ use super::DatapathError;
 use super::config::{Config, Tunables};
 use super::ended::Ends;
 use super::firewall::Firewall;
-use super::netfilter::conntrack::{Conntrack, CtEntry, CtId, CtUpdate, TcpState, accounting};
+use super::netfilter::conntrack::{
+    Conntrack, ConntrackError, CtEntry, CtId, CtUpdate, TcpState, accounting,
+};
 use super::netfilter::ledger::{Hook, Ledger, LedgerConfig, LedgerKey};
+use super::pool::Pool;
 use super::rearm::Rearm;
 use super::routing::answers::Changes;
 use super::routing::bridged;
@@ -59,6 +62,9 @@ pub struct Counts {
     pub sweep_pause_ms: AtomicU64,
 }
 
+/// So many ports have conntrack told of connections at the same time: more than processors that do nothing else.
+const PORTS_AT_ONCE: usize = 4;
+
 /// A connection as the kernel knows it, from its first sight to its end in conntrack. By zone and
 /// original tuple, which are unique in conntrack; its id is not (32 bits of a hash), but tells it from
 /// the connection that had them before.
@@ -73,6 +79,8 @@ pub(super) struct Known {
     pub timeout: Option<Duration>,
     /// Its mark in conntrack, which the firewall and routes may look at.
     pub ct_mark: u32,
+    /// conntrack had it when its events were heard already: its end cannot be missed.
+    pub confirmed: bool,
     /// When its mark or its labels changed.
     pub changed: Option<Instant>,
     /// Its rules were taken back because no packet came.
@@ -133,7 +141,7 @@ pub struct Backend {
     ledger_table: String,
     rearming: Rearm,
     firewall: Firewall,
-    conntrack: Mutex<Conntrack>,
+    conntrack: Pool<Conntrack, PORTS_AT_ONCE>,
     /// Of which connections conntrack's events are read: those that are known. `None`: of all.
     heard: Option<Heard>,
     pub(super) known: DashMap<ConnKey, Known, ahash::RandomState>,
@@ -177,7 +185,7 @@ impl Backend {
             marks.clone(),
         )
         .map_err(DatapathError::Route)?;
-        let conntrack = Conntrack::open()?;
+        let conntrack = Pool::of(Conntrack::open)?;
         let heard = Heard::new()
             .inspect_err(|e| tracing::info!("events of all connections are read: {e}"))
             .ok();
@@ -230,7 +238,7 @@ impl Backend {
             changes,
             watched: Mutex::default(),
             ledger: Mutex::new(Some(ledger)),
-            conntrack: Mutex::new(conntrack),
+            conntrack,
             heard,
             known: DashMap::default(),
             installed: Mutex::default(),
@@ -378,8 +386,26 @@ impl Backend {
     pub(super) fn acquainted(&self, id: CtId, timeout: Option<Duration>, ct_mark: u32) -> Known {
         let (conn, changed, sighted) = (None, None, Vec::new());
         let events = self.heard.as_ref().map(|h| h.of(id));
-        let (evented, silent) = (false, false);
-        Known { id, evented, conn, timeout, ct_mark, changed, silent, sighted, _events: events }
+        let (evented, confirmed, silent) = (false, false, false);
+        Known {
+            id,
+            evented,
+            confirmed,
+            conn,
+            timeout,
+            ct_mark,
+            changed,
+            silent,
+            sighted,
+            _events: events,
+        }
+    }
+    /// conntrack has it, and its events are heard.
+    fn confirm(&self, conn: &ConnHandle) {
+        let known = self.known.get_mut(&conn.key()).filter(|k| Some(k.id) == ct_id(conn));
+        if let Some(mut known) = known {
+            known.confirmed = true;
+        }
     }
     pub(super) fn resolver(&self) -> &PathResolver {
         &self.resolver
@@ -400,7 +426,11 @@ impl Backend {
         (Some(known.id) == ct_id(conn)).then_some(known)
     }
     pub(super) fn conntrack(&self) -> MutexGuard<'_, Conntrack> {
-        self.conntrack.lock().unwrap_or_else(PoisonError::into_inner)
+        self.conntrack.one()
+    }
+    /// The netlink port ids that its changes are announced with.
+    pub(super) fn conntrack_ports(&self) -> Result<Vec<u32>, ConntrackError> {
+        self.conntrack.each().map(|conntrack| conntrack.port()).collect()
     }
 
     /// Lets packets be sighted that arrive on these ports, or on a netdev above one of them, and on
@@ -591,33 +621,48 @@ impl Datapath for Backend {
 
     /// From now on conntrack does not see these packets: TCP windows are no longer checked, in both
     /// directions and for the rest of the connection's life (its state would be stale), and a RST is
-    /// believed whatever its sequence number. A connection that has ended meanwhile is found here, by the entry that is not there.
+    /// believed whatever its sequence number (packets of the direction that is still in software have it compared
+    /// again: so for each slot). A connection that has ended meanwhile is found here, by the entry that is not there:
+    /// of UDP, for which there is nothing to be written, once, since from then on its end is heard of.
     fn prepare(&self, sights: &[Sight]) -> Vec<Result<(), Rejection>> {
+        let is_tcp = |s: &Sight| s.conn.key().original.proto() == L4Proto::Tcp;
+        let is_due = |s: &&Sight| is_tcp(s) || !self.known_of(&s.conn).is_some_and(|k| k.confirmed);
+        let due: Vec<_> = sights.iter().map(|s| is_due(&s)).collect();
         let updates: Vec<_> = sights
             .iter()
-            .map(|s| CtUpdate {
-                liberal: (s.conn.key().original.proto() == L4Proto::Tcp).then_some(true),
+            .zip(&due)
+            .filter(|(_, due)| **due)
+            .map(|(s, _)| CtUpdate {
+                liberal: is_tcp(s).then_some(true),
                 forget_acked: true,
                 ..CtUpdate::of(s.conn.key().zone, s.conn.key().original)
             })
             .collect();
-        match self.conntrack().update(&updates) {
-            Ok(acks) => acks
-                .into_iter()
-                .map(|ack| match ack {
-                    Ok(()) => Ok(()),
-                    Err(e) if e.errno == Errno::ENOENT => Err(Rejection::with_detail(
-                        Reason::ConnState,
-                        "conntrack has no such connection any more",
-                    )),
-                    Err(e) => Err(Rejection::from(e)),
-                })
-                .collect(),
+        let mut acks = match self.conntrack().update(&updates) {
+            Ok(acks) => acks.into_iter(),
             Err(e) => {
                 let rejection = Rejection::with_detail(Reason::Busy, format!("conntrack: {e}"));
-                vec![Err(rejection); sights.len()]
+                return vec![Err(rejection); sights.len()];
             }
-        }
+        };
+        let prepared = sights.iter().zip(due).map(|(sight, due)| {
+            if !due {
+                return Ok(());
+            }
+            match acks.next().unwrap_or(Ok(())) {
+                Ok(()) if is_tcp(sight) => Ok(()),
+                Ok(()) => {
+                    self.confirm(&sight.conn);
+                    Ok(())
+                }
+                Err(e) if e.errno == Errno::ENOENT => Err(Rejection::with_detail(
+                    Reason::ConnState,
+                    "conntrack has no such connection any more",
+                )),
+                Err(e) => Err(Rejection::from(e)),
+            }
+        });
+        prepared.collect()
     }
 
     /// By conntrack's entries: a rule that a dead daemon left belongs to the connection whose

@@ -42,6 +42,7 @@ mod life;
 mod lives;
 pub mod netfilter;
 mod pacing;
+mod pool;
 mod rearm;
 mod resets;
 pub mod routing;
@@ -186,7 +187,7 @@ impl KernelDatapath {
             tracing::info!("events of all connections are read: {e}");
         }
         let (keepers, identifier) = (Conntrack::open()?, Identifier::open()?);
-        for port in [backend.conntrack().port()?, keepers.port()?] {
+        for port in backend.conntrack_ports()?.into_iter().chain([keepers.port()?]) {
             ct_events.ignore_updates_of(port);
         }
         let (synced, first_sync) = mpsc::channel();

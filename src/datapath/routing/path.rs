@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::wire::{Message, Received};
@@ -27,6 +27,7 @@ use super::neighbour;
 use super::stack::{Frames, Stack, descend, routes_for};
 use super::switches::Switches;
 use super::tos::Named;
+use crate::datapath::pool::Pool;
 use crate::engine::datapath::{Path, PathHint, Sight};
 
 const RTM_NEWROUTE: u16 = 24;
@@ -65,7 +66,7 @@ pub struct PathResolver {
     tos: Named,
     marks: Marks,
     answers: Answers,
-    sockets: [Mutex<Socket>; SOCKETS],
+    sockets: Pool<Socket, SOCKETS>,
     /// Switches of netdevs that packets are routed on, as first read or last looked at.
     switched: Mutex<HashMap<Ifindex, [Option<String>; QUIET.len()]>>,
     /// The same of IPv6, of netdevs that paths come by or lead to.
@@ -91,11 +92,7 @@ impl PathResolver {
         tos: Named,
         marks: Marks,
     ) -> Result<Self, NetlinkError> {
-        let mut sockets = Vec::with_capacity(SOCKETS);
-        for _ in 0..SOCKETS {
-            sockets.push(Mutex::new(Socket::open(Family::Route)?));
-        }
-        let sockets = sockets.try_into().unwrap_or_else(|_| unreachable!("as many as these"));
+        let sockets = Pool::of(|| Socket::open(Family::Route))?;
         let unasked = Mutex::new([false, true].map(unasked));
         let (switched, switched6) = (Mutex::default(), Mutex::default());
         Ok(Self {
@@ -226,14 +223,8 @@ impl PathResolver {
         })
     }
 
-    /// One of the sockets: one that nobody uses now, if there is.
     fn socket(&self) -> MutexGuard<'_, Socket> {
-        let free = self.sockets.iter().find_map(|s| match s.try_lock() {
-            Ok(socket) => Some(socket),
-            Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        });
-        free.unwrap_or_else(|| self.sockets[0].lock().unwrap_or_else(PoisonError::into_inner))
+        self.sockets.one()
     }
 
     /// The MAC address that packets for a neighbour are sent to, if they can be.
@@ -590,20 +581,20 @@ fn ask_for_route(
     let mut m = Message::new(&mut buf, RTM_GETROUTE, REQUEST | ACK, seq);
     m.raw(&payload);
     m.finish();
-    socket
-        .request(&buf, seq, |m| {
-            if m.ty == RTM_NEWROUTE {
-                each(&m);
-            }
-        })
-        .map_err(|e| match e {
-            // EHOSTUNREACH, ENETUNREACH, EACCES (prohibit), EINVAL (blackhole, martian source),
-            // EXDEV (reverse-path filter): the kernel would not forward the packet.
-            NetlinkError::Kernel(k) => {
-                Rejection { reason: Reason::NoRoute, errno: Some(k.errno), detail: k.extack }
-            }
-            other => reject(other, "route look-up"),
-        })
+    // As a batch of one: answer and acknowledgement come in one read.
+    let answered = socket.batch_with(&buf, seq, 1, |_, m| {
+        if m.ty == RTM_NEWROUTE {
+            each(&m);
+        }
+    });
+    answered.and_then(|acks| acks.into_iter().try_for_each(|ack| Ok(ack?))).map_err(|e| match e {
+        // EHOSTUNREACH, ENETUNREACH, EACCES (prohibit), EINVAL (blackhole, martian source),
+        // EXDEV (reverse-path filter): the kernel would not forward the packet.
+        NetlinkError::Kernel(k) => {
+            Rejection { reason: Reason::NoRoute, errno: Some(k.errno), detail: k.extack }
+        }
+        other => reject(other, "route look-up"),
+    })
 }
 
 fn parse_route(m: &Received<'_>) -> Result<Route, Rejection> {
