@@ -1,5 +1,5 @@
 //! Ends of connections, as conntrack tells them. FIN and RST match no rule of ours: they reach
-//! conntrack, and come back as events.
+//! conntrack, and come back as events. What a read brings is ended together ([`Over`]).
 
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,11 +10,16 @@ use super::backend::{Backend, Shared, key_of};
 use super::netfilter::conntrack::{
     ConntrackError, CtEntry, CtEvent, CtEvents, CtId, CtUpdate, EventRead, TcpState, timeouts,
 };
+use super::netfilter::ledger::LedgerKey;
 use super::supervisor::Failures;
 use crate::engine::Engine;
-use crate::engine::conn::ConnKey;
+use crate::engine::conn::{ConnHandle, ConnKey};
 use crate::engine::taken::TakenBack;
 use crate::engine::usage::Usage;
+
+/// When events follow upon each other faster than that, they are left to gather for so long: else this thread is
+/// woken for each, and ports for each delete. It is no longer than what a thread may wait for a processor anyway.
+const GATHER: Duration = Duration::from_millis(1);
 
 /// # Errors
 /// When the events cannot be read any more.
@@ -24,8 +29,11 @@ pub(super) fn run(
     mut events: CtEvents,
     stop: &AtomicBool,
 ) -> Result<(), ConntrackError> {
-    let mut failures = Failures::default();
+    let (mut failures, mut last) = (Failures::default(), None::<Instant>);
     while !stop.load(Ordering::Relaxed) {
+        if last.is_some_and(|last| last.elapsed() < GATHER) {
+            std::thread::sleep(GATHER);
+        }
         let read = match failures.passed("conntrack events", events.next(TICK))? {
             Some(read) => read,
             None => {
@@ -35,25 +43,28 @@ pub(super) fn run(
         };
         let count = read.events.len() as u64;
         backend.counts().conntrack_events.fetch_add(count, Ordering::Relaxed);
+        let mut over = Over::default();
         for event in read.events {
             match event {
                 CtEvent::Destroy(entry) => {
                     if let Some(id) = entry.id {
-                        destroyed(backend, engine, &key_of(&entry), id);
+                        over.destroyed(backend, &key_of(&entry), id);
                     }
                 }
                 CtEvent::Update(entry) => {
                     remarked(backend, engine, &entry, entry.labels_changed);
-                    updated(backend, engine, &entry);
+                    over.updated(backend, &entry);
                 }
                 CtEvent::New(_) => {}
             }
         }
+        over.end(backend, engine);
         for entry in &read.own {
             if let Some(mut known) = backend.known.get_mut(&key_of(entry)) {
                 known.evented |= Some(known.id) == entry.id;
             }
         }
+        last = (count > 0 || !read.own.is_empty()).then(Instant::now);
         if read.lost {
             backend.counts().conntrack_lost.fetch_add(1, Ordering::Relaxed);
             tracing::warn!("conntrack events were lost: comparing with conntrack's table");
@@ -63,16 +74,59 @@ pub(super) fn run(
     Ok(())
 }
 
-/// The entry is gone: so are the connection's rules, on every port, and its elements in the ledger.
-/// An entry of another id is the one before, or after.
-pub(super) fn destroyed(backend: &Backend, engine: &Engine, key: &ConnKey, id: CtId) {
-    let Some((_, known)) = backend.known.remove_if(key, |_, k| k.id == id) else { return };
-    if let Some(conn) = &known.conn {
-        backend.ended.note(conn, false);
-        let rules = engine.conn_del(conn);
-        tracing::debug!(%conn, rules, "ended");
+/// Connections that conntrack has told the end of, gathered from what one read brings: their rules are taken away
+/// together ([`end`](Self::end)), so that ports are woken once, and their elements go to the ledger's in one go.
+#[derive(Default)]
+#[must_use = "rules stay until they are ended"]
+pub(super) struct Over {
+    conns: Vec<ConnHandle>,
+    elements: Vec<LedgerKey>,
+    reset: Vec<(ConnKey, CtId)>,
+}
+
+impl Over {
+    /// The entry is gone: so are the connection's rules, on every port, and its elements in the ledger.
+    /// An entry of another id is the one before, or after.
+    pub(super) fn destroyed(&mut self, backend: &Backend, key: &ConnKey, id: CtId) {
+        let Some((_, known)) = backend.known.remove_if(key, |_, k| k.id == id) else { return };
+        self.elements.extend(known.keys());
+        if let Some(conn) = known.conn {
+            tracing::debug!(%conn, "ended");
+            backend.ended.note(&conn, false);
+            self.conns.push(conn);
+        }
     }
-    backend.rearming().later(known.keys());
+
+    /// A connection that is closing is not offloaded any more. Its elements stay in the ledger until
+    /// its entry is gone, so that what is left of its packets is not sighted again.
+    pub(super) fn updated(&mut self, backend: &Backend, entry: &CtEntry) {
+        let Some(state) = entry.tcp_state else { return };
+        if !is_closing(state) {
+            return;
+        }
+        let key = key_of(entry);
+        let known = backend.known.get_mut(&key).filter(|k| Some(k.id) == entry.id);
+        let Some((conn, id)) = known.and_then(|mut k| Some((k.conn.take()?, k.id))) else { return };
+        tracing::debug!(%conn, ?state, "closing");
+        backend.ended.note(&conn, true);
+        self.conns.push(conn);
+        if state == TcpState::Close {
+            self.reset.push((key, id));
+        }
+    }
+
+    /// Takes their rules away.
+    pub(super) fn end(self, backend: &Backend, engine: &Engine) {
+        if !self.conns.is_empty() {
+            engine.conns_del(&self.conns);
+        }
+        if !self.elements.is_empty() {
+            backend.rearming().later(self.elements);
+        }
+        if !self.reset.is_empty() {
+            backend.resets.lock().unwrap_or_else(PoisonError::into_inner).extend(self.reset);
+        }
+    }
 }
 
 /// A packet that was sighted so shortly after its connection's mark changed may have passed the stack
@@ -108,24 +162,6 @@ pub(super) const fn is_closing(state: TcpState) -> bool {
             | TcpState::TimeWait
             | TcpState::Close
     )
-}
-
-/// A connection that is closing is not offloaded any more. Its elements stay in the ledger until
-/// its entry is gone, so that what is left of its packets is not sighted again.
-pub(super) fn updated(backend: &Backend, engine: &Engine, entry: &CtEntry) {
-    let Some(state) = entry.tcp_state else { return };
-    if !is_closing(state) {
-        return;
-    }
-    let key = key_of(entry);
-    let known = backend.known.get_mut(&key).filter(|k| Some(k.id) == entry.id);
-    let Some((conn, id)) = known.and_then(|mut k| Some((k.conn.take()?, k.id))) else { return };
-    backend.ended.note(&conn, true);
-    let rules = engine.conn_del(&conn);
-    tracing::debug!(%conn, rules, ?state, "closing");
-    if state == TcpState::Close {
-        backend.resets.lock().unwrap_or_else(PoisonError::into_inner).push((key, id));
-    }
 }
 
 /// RSTs that conntrack saw and did not believe, of these entries. Of a connection that is offloaded it has not

@@ -25,7 +25,7 @@ use netdev_providers::{Ifindex, MacAddr};
 
 use super::TICK;
 use super::backend::Shared;
-use super::ends;
+use super::ends::{self, Over};
 use super::lives::Lives;
 use super::netfilter::conntrack::{Conntrack, CtId};
 use super::pacing::Swept;
@@ -133,15 +133,17 @@ impl Keeper {
         let wanted: Vec<_> = some.iter().map(|(k, _)| (k.zone, k.original)).collect();
         match self.conntrack.get_many(&wanted) {
             Ok(entries) => {
+                let mut over = Over::default();
                 for ((key, id), entry) in some.into_iter().zip(entries) {
                     match entry.filter(|e| e.id == Some(id)) {
-                        None => ends::destroyed(&self.backend, &self.engine, &key, id),
+                        None => over.destroyed(&self.backend, &key, id),
                         Some(entry) => {
                             ends::remarked(&self.backend, &self.engine, &entry, false);
-                            ends::updated(&self.backend, &self.engine, &entry);
+                            over.updated(&self.backend, &entry);
                         }
                     }
                 }
+                over.end(&self.backend, &self.engine);
             }
             Err(e) => tracing::warn!("connections were not compared with conntrack's table: {e}"),
         }

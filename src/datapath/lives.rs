@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use super::backend::{Shared, ct_id};
-use super::ends;
+use super::ends::Over;
 use super::life::{Life, Seen, Step, Times, Verdict, Write, mend};
 use super::netfilter::conntrack::{
     Conntrack, ConntrackError, CtEntry, CtStatus, CtUpdate, Timeouts, timeouts,
@@ -155,8 +155,7 @@ impl Lives {
         timeouts: &Timeouts,
     ) -> Result<(), ConntrackError> {
         let entries = entries_of(conntrack, asked.iter().map(|a| &a.conn))?;
-        let mut updates = Vec::new();
-        let mut written = Vec::new();
+        let (mut updates, mut written, mut over) = (Vec::new(), Vec::new(), Over::default());
         for (asked, entry) in asked.iter().zip(&entries) {
             let Some((conn, life)) = self.by_epoch.get_mut(&asked.epoch) else { continue };
             let seen = entry.as_ref().map(Seen::of);
@@ -172,7 +171,7 @@ impl Lives {
                     }
                 }
                 (Verdict::Closing(mend), Some(entry)) => {
-                    ends::updated(backend, engine, entry);
+                    over.updated(backend, entry);
                     if mend.is_some() {
                         let write = Write { timeout: mend, ..Write::default() };
                         updates.push(update(conn, entry, write));
@@ -189,26 +188,28 @@ impl Lives {
                 }
                 (Verdict::Gone, _) | (_, None) => {
                     if let Some(id) = ct_id(conn) {
-                        ends::destroyed(backend, engine, &conn.key(), id);
+                        over.destroyed(backend, &conn.key(), id);
                     }
                     self.by_epoch.remove(&asked.epoch);
                 }
             }
         }
+        over.end(backend, engine);
         // What has ended is told by its event, or found when it is due again.
         conntrack.update_what_is_there(&updates)?;
         // A FIN can have come between the question and the write.
         let entries = entries_of(conntrack, written.iter())?;
-        let mut mends = Vec::new();
+        let (mut mends, mut over) = (Vec::new(), Over::default());
         for (conn, entry) in written.iter().zip(entries) {
             let Some(entry) = entry else { continue };
             if let Some(timeout) = mend(&Seen::of(&entry), timeouts) {
                 tracing::debug!(%conn, "closed while its timeout was written");
-                ends::updated(backend, engine, &entry);
+                over.updated(backend, &entry);
                 let write = Write { timeout: Some(timeout), ..Write::default() };
                 mends.push(update(conn, &entry, write));
             }
         }
+        over.end(backend, engine);
         conntrack.update_what_is_there(&mends)
     }
 }

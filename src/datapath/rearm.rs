@@ -42,7 +42,7 @@ pub(super) struct Rearm {
 
 #[derive(Debug)]
 struct Pending {
-    keys: HashSet<LedgerKey>,
+    keys: HashSet<LedgerKey, ahash::RandomState>,
     /// How many elements that nobody waits for make it worth a transaction.
     later_at_most: usize,
     pause_max: Duration,
@@ -60,7 +60,7 @@ struct Pending {
 impl Pending {
     fn new(later_at_most: usize, pause_max: Duration) -> Self {
         Self {
-            keys: HashSet::new(),
+            keys: HashSet::default(),
             later_at_most,
             pause_max,
             awaited: None,
@@ -114,20 +114,30 @@ impl Rearm {
     pub(super) fn soon(&self, keys: impl IntoIterator<Item = LedgerKey>) {
         let mut keys = keys.into_iter().peekable();
         if keys.peek().is_some() {
-            let mut p = self.pending();
-            p.keys.extend(keys);
-            p.awaited.get_or_insert_with(Instant::now);
-            self.changed.notify_one();
+            self.put(|p| {
+                p.keys.extend(keys);
+                p.awaited.get_or_insert_with(Instant::now);
+            });
         }
     }
 
     /// Of connections that have ended, or are silent: nobody waits for them.
     pub(super) fn later(&self, keys: impl IntoIterator<Item = LedgerKey>) {
+        self.put(|p| {
+            let before = p.keys.len();
+            p.keys.extend(keys);
+            if p.keys.len() > before {
+                p.later.get_or_insert_with(Instant::now);
+            }
+        });
+    }
+
+    /// Wakes the thread where it would sleep too long otherwise, and not for each of many.
+    fn put(&self, change: impl FnOnce(&mut Pending)) {
         let mut p = self.pending();
-        let before = p.keys.len();
-        p.keys.extend(keys);
-        if p.keys.len() > before {
-            p.later.get_or_insert_with(Instant::now);
+        let before = p.due();
+        change(&mut p);
+        if p.due().is_some_and(|due| before.is_none_or(|before| due < before)) {
             self.changed.notify_one();
         }
     }
