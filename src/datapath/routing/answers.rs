@@ -8,6 +8,8 @@
 //!
 //! What the kernel tells nobody of and nobody looks for (exceptions for one destination: a smaller MTU on the way, a
 //! redirect) is asked for again after some seconds (`KEPT`): a connection then has it no later than one that came so much earlier.
+//! Whether packets from a source are taken does not stand on such a thing, but on addresses, routes and switches alone,
+//! whose changes are counted: that is kept as long as there is room.
 //!
 //! **What is the same question** is up to the rules of routing. Where none looks at anything but the destination, the
 //! netdev and the mark, the route is one for all sources and ports; that packets from a source are taken at
@@ -178,8 +180,11 @@ impl Answers {
         if kept.changes > asked {
             return;
         }
-        if kept.changes < asked || kept.since.elapsed() >= KEPT || kept.is_full() {
+        if kept.changes < asked || kept.is_full() {
             *kept = Kept::new(asked);
+        } else if kept.since.elapsed() >= KEPT {
+            let sources = std::mem::take(&mut kept.sources);
+            *kept = Kept { sources, ..Kept::new(asked) };
         }
         note(&mut kept);
     }
@@ -307,6 +312,34 @@ mod tests {
         note(&elsewhere);
         let here = Question { arrived: netdev(2), ..elsewhere };
         assert_eq!(answers.route(&here, By::Destination), None);
+    }
+
+    #[test]
+    fn what_nobody_tells_of_is_asked_for_again_and_sources_are_not() {
+        let answers = Answers::new(Changes::default());
+        let a = question("10.0.0.1", "10.1.0.1", 5000);
+        let b = question("10.0.0.2", "10.1.0.2", 5000);
+        let note =
+            |q: &Question| answers.note_route(answers.asking(), q, By::Destination, route(3));
+        note(&a);
+        let age = |answers: &Answers| {
+            let since = Instant::now().checked_sub(KEPT).unwrap();
+            answers.kept.write().unwrap().since = since;
+        };
+        age(&answers);
+        assert_eq!(answers.route(&a, By::Destination), None);
+        note(&b);
+        assert_eq!(
+            answers.route(&a, By::Destination),
+            None,
+            "its destination may have a smaller MTU"
+        );
+        let crossed = question("10.0.0.1", "10.1.0.2", 5000);
+        assert_eq!(answers.route(&crossed, By::Destination), Some(route(3)));
+        // A change takes them along.
+        answers.changes.count();
+        note(&b);
+        assert_eq!(answers.route(&crossed, By::Destination), None);
     }
 
     #[test]
