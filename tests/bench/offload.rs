@@ -16,7 +16,13 @@
 //! **A rate is sustained** when for as long as it lasts nothing is lost (sights, conntrack's events), 99 of 100 of
 //! the directions get their rule before their connection ends, and a second after the last end no rule, no connection
 //! and nothing that waits is left. The generator, and the router's own work for its packets, share the processors with
-//! the daemon: where these cannot make a rate, that is said, and is the end of the search.
+//! the daemon: where these cannot make a rate, that is said, and is the end of the search. What they make with no
+//! daemon at all stands beside it.
+//!
+//! **Processor time of a connection** is that of all threads of the daemon's process, in user mode and in its system
+//! calls: what the kernel does for conntrack's answers and events, for BPF maps and for nf_tables on its behalf. What
+//! the router's packets cost (the log message of a sight among them) is the generator's, in whose system calls they
+//! are forwarded.
 
 #![allow(
     clippy::unwrap_used,
@@ -51,6 +57,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use conntrack::{Ender, Foreign};
+use ctoffload::datapath::netfilter::ledger::{Ledger, LedgerConfig};
 use daemon::Daemon;
 use frames::{NEXT_HOP_MACS, ROUTER_MACS, Sender, arriving, eligible_at, opening, tuple};
 use load::{Ends, Made};
@@ -74,6 +81,10 @@ const FOREIGN: [u32; 2] = [0, 1_000_000];
 const FIRST_RATE: u32 = 5_000;
 /// Where the cost of a connection is compared from one version to another.
 const STEADY_RATE: u32 = 10_000;
+/// More than two processors make.
+const TOO_MANY: u32 = 100_000;
+/// The number of the first connection that is made without a daemon: no other has it.
+const FIRST_ALONE: u32 = 300_000_000;
 /// A rule comes within that, or the packet is taken for lost.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -98,14 +109,52 @@ fn main() -> ExitCode {
          echo 1 > /proc/sys/net/ipv4/ip_forward"
     ));
     let mut report = Report::default();
+    if wants(&setting, "rate") {
+        without_daemon(&setting, &mut report);
+    }
     for foreign in FOREIGN {
         Run::of(&setting, foreign).all(&mut report);
     }
     report::finish(&report, setting.out.as_deref())
 }
 
+/// What the generator and the router make of the same connections while nobody offloads them: more than that no daemon
+/// beside them can be asked for. conntrack is switched on by a ledger that sights on no netdev.
+fn without_daemon(setting: &Setting, report: &mut Report) {
+    let ledger = Ledger::install(LedgerConfig::default()).expect("a ledger");
+    let ends = Ends { client: Sender::open(ifindex("c0")), server: Sender::open(ifindex("s0")) };
+    let lasting = Duration::from_secs(if setting.quick { 1 } else { 2 });
+    let (mut made, mut each) = (measure::Samples::default(), measure::Samples::default());
+    let mut first = FIRST_ALONE;
+    for _ in 0..3 {
+        let cpu = own_cpu();
+        let all = load::run(&ends, first, TOO_MANY, lasting);
+        first += all.connections;
+        let spent = own_cpu().saturating_sub(cpu);
+        made.push(f64::from(all.connections) / all.took.as_secs_f64());
+        each.push(spent.as_secs_f64() * 1e6 / f64::from(all.connections));
+    }
+    let name = |what: &str| format!("{what}, no daemon ({})", setting.on);
+    report.add(Figure::new(name("connections made and ended"), made.median(), "/s"));
+    let note = "of the generator, with the router's work for its packets".to_owned();
+    report.add(Figure::new(name("processor time of a connection"), each.median(), "us").note(note));
+    ledger.remove().expect("the ledger goes");
+}
+
+/// Processor time of this process so far.
+fn own_cpu() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID)
+        .expect("the clock of this process")
+        .into()
+}
+
 fn mac(mac: [u8; 6]) -> String {
     mac.map(|b| format!("{b:02x}")).join(":")
+}
+
+/// Whether a part was asked for, or none was and so all are.
+fn wants(setting: &Setting, part: &str) -> bool {
+    setting.has(part) || !PARTS.iter().any(|part| setting.has(part))
 }
 
 /// All that is measured beside so many entries of others.
@@ -144,15 +193,13 @@ impl<'a> Run<'a> {
     }
 
     fn all(&mut self, report: &mut Report) {
-        let all = !PARTS.iter().any(|part| self.setting.has(part));
-        let wanted = |part| all || self.setting.has(part);
-        if wanted("latency") {
+        if wants(self.setting, "latency") {
             self.latency(report);
         }
-        if wanted("cost") {
+        if wants(self.setting, "cost") {
             self.cost(report);
         }
-        if wanted("rate") {
+        if wants(self.setting, "rate") {
             self.sustained(report);
         }
     }
