@@ -68,6 +68,10 @@
 //! source-ports = ["1024-65535"]
 //! destination-ports = [443, "8000-8999"]
 //! zones = [0, "100-199"]
+//! ct-mark = "0x10/0xf0"      # the connection's mark: a number, or one with a mask
+//! ct-label = "0x2/0x2"       # its labels: that with the number n is bit n
+//! mark = 7                   # the packet's mark, as it leaves
+//! dscp = ["ef", 8, "16-23"]  # its DSCP, as it leaves
 //! ```
 //!
 //! # Reading it anew
@@ -136,6 +140,12 @@
 //! asked again only after a flush. How many rules a port may have is the port's `capacity`. (The
 //! `nf-flowtable` provider takes both directions of a connection at once: there, a rule for one of the
 //! two netdevs does not keep the direction of the other on the slow path.)
+//!
+//! **What the firewall says**: it knows best which connections are worth a rule, and can write that down: `ct mark set`,
+//! `ct label set`, `meta mark set`, `ip dscp set`. Marks and labels of connections are tested when a packet is sighted, and
+//! again when they change, by a tool as well: rules go at once, and the next packet is looked at anew. A packet's mark and
+//! DSCP are those of the packet that is sighted, at the end of postrouting. (Where rules test those, nothing is adopted at a
+//! restart: the next packet tells.)
 //!
 //! `min-packets` leaves connections in software that are over when a rule for them would be there: a
 //! question and its answer, a small page. Of a mix of short and long ones the default leaves out next to all of the

@@ -17,6 +17,7 @@ use netdev_providers::{
 use nix::errno::Errno;
 
 use super::DatapathError;
+use super::admission::Said;
 use super::config::{Config, Tunables};
 use super::ended::Ends;
 use super::firewall::Firewall;
@@ -725,7 +726,14 @@ impl Datapath for Backend {
                 let key = ConnKey { zone: entry.zone, original: entry.original };
                 // What is no longer admitted goes; its next packet is told why.
                 let name = self.links.name(port.ifindex);
-                self.tunables().admission.admit(&name, &key).ok()?;
+                let admission = &self.tunables().admission;
+                // What stands on its packets, the next one tells.
+                if admission.looks_at_packets() {
+                    return None;
+                }
+                let labels = entry.labels.unwrap_or(0);
+                let said = Said { ct_mark: entry.mark, labels, ..Said::default() };
+                admission.admit(&name, &key, &said).ok()?;
                 self.firewall.zone_is_clear(key.zone, port.ifindex, &name).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.

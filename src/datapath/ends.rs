@@ -52,7 +52,7 @@ pub(super) fn run(
                     }
                 }
                 CtEvent::Update(entry) => {
-                    remarked(backend, engine, &entry, entry.labels_changed);
+                    remarked(backend, engine, &entry, entry.labels.is_some());
                     over.updated(backend, &entry);
                 }
                 CtEvent::New(_) => {}

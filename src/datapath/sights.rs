@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use netdev_providers::{Direction, Ifindex, MacAddr, Permanence};
 
 use super::TICK;
+use super::admission::Said;
 use super::backend::{Shared, Sighted, key_of};
 use super::ends::{self, JUST_CHANGED};
 use super::firewall::Quarantine;
@@ -256,7 +257,8 @@ impl Reader {
         };
         // Rules of admission are about ports, whatever stands above them.
         let name = self.backend.links().name(real);
-        let admitted = self.backend.tunables().admission.admit(&name, &conn.key());
+        let admitted =
+            self.backend.tunables().admission.admit(&name, &conn.key(), &said(sight, &entry));
         let ipv6 = entry.original.is_ipv6();
         let firewall_says = || {
             self.backend.firewall().is_last(sight.hook, ipv6)?;
@@ -332,6 +334,16 @@ impl Reader {
 fn leaves_by(links: &Links, out: Option<Ifindex>, name: &str) -> bool {
     let Some(link) = links.by_name(name) else { return name.ends_with('*') };
     out.is_none_or(|out| link.ifindex == out || links.above(link.ifindex).contains(&out))
+}
+
+/// What stands on a connection and on its packet.
+fn said(sight: &Sight, entry: &CtEntry) -> Said {
+    Said {
+        ct_mark: entry.mark,
+        labels: entry.labels.unwrap_or(0),
+        mark: sight.mark,
+        dscp: sight.dscp().unwrap_or(0),
+    }
 }
 
 /// The element that a sight has made.

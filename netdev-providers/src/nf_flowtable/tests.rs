@@ -303,7 +303,7 @@ fn an_entry_goes_on_unless_its_connection_is_ending() {
         tcp_maxack: [false; 2],
         timeout: None,
         mark: 0,
-        labels_changed: false,
+        labels: None,
         helper: false,
         counters: None,
     };

@@ -25,9 +25,9 @@ const WEB: &str = "tcp 10.0.0.2:40000 > 198.51.100.7:443";
 
 #[test]
 fn without_rules_everything_is_admitted_and_with_the_other_default_nothing() {
-    assert_eq!(Admission::default().admit("eth0", &key(0, WEB)), Ok(()));
+    assert_eq!(Admission::default().admit("eth0", &key(0, WEB), &Said::default()), Ok(()));
     let closed = Admission { default: Verdict::Never, ..Admission::default() };
-    let refused = closed.admit("eth0", &key(0, WEB)).unwrap_err();
+    let refused = closed.admit("eth0", &key(0, WEB), &Said::default()).unwrap_err();
     assert_eq!(refused.reason, Reason::NotAdmitted);
     assert_eq!(
         refused.detail.as_deref(),
@@ -42,7 +42,7 @@ fn a_refusal_names_the_first_rule_that_matches() {
     let all = Rule { line: 11, ..never() };
     let a = Admission { rules: vec![elsewhere, port, all], ..Admission::default() };
     assert_eq!(
-        a.admit("eth0", &key(0, WEB)).unwrap_err().detail.as_deref(),
+        a.admit("eth0", &key(0, WEB), &Said::default()).unwrap_err().detail.as_deref(),
         Some("[[admit]] rule 2, line 7 of the configuration says never")
     );
 }
@@ -52,8 +52,11 @@ fn an_exception_stands_before_what_it_is_an_exception_of() {
     let one = Rule { destination: nets(&["198.51.100.7/32"]), ..Rule::default() };
     let rest = Rule { destination: nets(&["198.51.100.0/24"]), ..never() };
     let a = Admission { rules: vec![one, rest], ..Admission::default() };
-    assert_eq!(a.admit("eth0", &key(0, WEB)), Ok(()));
-    assert!(a.admit("eth0", &key(0, "tcp 10.0.0.2:40000 > 198.51.100.8:443")).is_err());
+    assert_eq!(a.admit("eth0", &key(0, WEB), &Said::default()), Ok(()));
+    assert!(
+        a.admit("eth0", &key(0, "tcp 10.0.0.2:40000 > 198.51.100.8:443"), &Said::default())
+            .is_err()
+    );
 }
 
 #[test]
@@ -69,7 +72,8 @@ fn each_field_is_tested_and_all_must_hold() {
         ..never()
     };
     let a = only(rule);
-    let refused = |port: &str, zone, tuple| a.admit(port, &key(zone, tuple)).is_err();
+    let refused =
+        |port: &str, zone, tuple| a.admit(port, &key(zone, tuple), &Said::default()).is_err();
     assert!(refused("wan2", 0, WEB));
     assert!(refused("wan2", 7, WEB));
     assert!(!refused("lan", 0, WEB));
@@ -86,10 +90,24 @@ fn each_field_is_tested_and_all_must_hold() {
 #[test]
 fn a_prefix_of_one_family_holds_nothing_of_the_other() {
     let v6 = key(0, "udp [2001:db8::1]:53 > [2001:db8::2]:53");
-    assert_eq!(only(Rule { source: nets(&["0.0.0.0/0"]), ..never() }).admit("a", &v6), Ok(()));
-    assert!(only(Rule { source: nets(&["::/0"]), ..never() }).admit("a", &v6).is_err());
+    assert_eq!(
+        only(Rule { source: nets(&["0.0.0.0/0"]), ..never() }).admit("a", &v6, &Said::default()),
+        Ok(())
+    );
+    assert!(
+        only(Rule { source: nets(&["::/0"]), ..never() })
+            .admit("a", &v6, &Said::default())
+            .is_err()
+    );
     let mapped = key(0, "udp [::ffff:10.0.0.1]:53 > [2001:db8::2]:53");
-    assert_eq!(only(Rule { source: nets(&["10.0.0.0/8"]), ..never() }).admit("a", &mapped), Ok(()));
+    assert_eq!(
+        only(Rule { source: nets(&["10.0.0.0/8"]), ..never() }).admit(
+            "a",
+            &mapped,
+            &Said::default()
+        ),
+        Ok(())
+    );
 }
 
 /// Whether the first `len` bits are the same, one by one.
@@ -171,6 +189,7 @@ impl Plain {
             destination_ports: ranges(&self.ports),
             zones: ranges(&self.zones),
             verdict: if self.never { Verdict::Never } else { Verdict::Offload },
+            ..Rule::default()
         }
     }
 }
@@ -229,16 +248,40 @@ proptest! {
         let default = if never_by_default { Verdict::Never } else { Verdict::Offload };
         let policy = Admission { rules: rules.iter().map(Plain::rule).collect(), default };
         let first = rules.iter().position(|r| r.matches(port, &k));
-        let (verdict, by) = policy.verdict(port, &k);
+        let (verdict, by) = policy.verdict(port, &k, &Said::default());
         match first {
             None => prop_assert_eq!((verdict, by), (default, Decider::Default)),
             Some(i) => {
                 prop_assert_eq!(by, Decider::Rule { number: i + 1, line: 1 });
                 prop_assert_eq!(verdict == Verdict::Never, rules[i].never);
                 let cut = Admission { rules: policy.rules[..=i].to_vec(), default };
-                prop_assert_eq!(cut.verdict(port, &k), (verdict, by));
+                prop_assert_eq!(cut.verdict(port, &k, &Said::default()), (verdict, by));
             }
         }
-        prop_assert_eq!(policy.admit(port, &k).is_ok(), verdict == Verdict::Offload);
+        prop_assert_eq!(policy.admit(port, &k, &Said::default()).is_ok(), verdict == Verdict::Offload);
     }
+}
+
+#[test]
+fn each_bit_of_what_the_firewall_has_said_is_tested_under_its_mask() {
+    let said = Said { ct_mark: 0x15, labels: 1 << 127, mark: 0x8000_0001, dscp: 63 };
+    let refused = |rule: Rule| only(rule).admit("a", &key(0, WEB), &said).is_err();
+    let masked = |value, mask| Some(Masked { value, mask });
+    assert!(refused(Rule { ct_mark: masked(0x10, 0xf0), ..never() }));
+    assert!(!refused(Rule { ct_mark: masked(0x10, 0xff), ..never() }));
+    assert!(!refused(Rule { ct_mark: masked(0, 0x10), ..never() }));
+    assert!(refused(Rule { ct_mark: masked(0, 0), ..never() }), "no bit of it");
+    assert!(refused(Rule { mark: masked(0x8000_0000, 0x8000_0000), ..never() }));
+    assert!(!refused(Rule { mark: masked(0x8000_0000, u32::MAX), ..never() }));
+    let label = |n: u32| Some(Masked { value: 1 << n, mask: 1 << n });
+    assert!(refused(Rule { ct_label: label(127), ..never() }));
+    assert!(!refused(Rule { ct_label: label(63), ..never() }));
+    assert!(refused(Rule { dscp: vec![0..=0, 60..=63], ..never() }));
+    assert!(!refused(Rule { dscp: vec![0..=62], ..never() }));
+    // Only what a packet has to tell keeps a rule from being adopted.
+    assert!(only(Rule { mark: masked(1, 1), ..never() }).looks_at_packets());
+    assert!(only(Rule { dscp: vec![0..=0], ..never() }).looks_at_packets());
+    assert!(
+        !only(Rule { ct_mark: masked(1, 1), ct_label: label(1), ..never() }).looks_at_packets()
+    );
 }

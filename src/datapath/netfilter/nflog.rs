@@ -113,6 +113,18 @@ pub struct Sight {
 }
 
 impl Sight {
+    /// The DSCP that the packet leaves with.
+    #[must_use]
+    pub fn dscp(&self) -> Option<u8> {
+        let [first, second] = *self.packet.first_chunk()?;
+        match first >> 4 {
+            4 => Some(second >> 2),
+            // The traffic class is the second half of the one and the first of the other.
+            6 => Some((first << 4 | second >> 4) >> 2),
+            _ => None,
+        }
+    }
+
     /// Addresses and ports that the packet leaves with, for
     /// [`Conntrack::find_leaving`](conntrack::Conntrack::find_leaving). `None` when it has
     /// IPv4 options, IPv6 extension headers, or another protocol than TCP and UDP: the rule does
@@ -434,6 +446,17 @@ mod tests {
         assert_eq!(s.leaving_tuple(), Some(ct.original));
         assert_eq!(s.hw_header.unwrap()[12..], [8, 0]);
         assert_eq!(s.packet.len(), 52);
+    }
+
+    #[test]
+    fn the_dscp_is_read_of_either_family() {
+        let (sights, _) = read(&unhex(WITHOUT_CT), &mut None);
+        let sight = |bytes: &[u8]| Sight { packet: bytes.into(), ..sights[0].clone() };
+        // Of IPv4 the rest of the byte, of IPv6 what stands around the traffic class is something else.
+        assert_eq!(sight(&[0x45, 46 << 2 | 3]).dscp(), Some(46));
+        assert_eq!(sight(&[0x6b, 0x9f, 0xff]).dscp(), Some(46));
+        assert_eq!(sight(&[0x45]).dscp(), None);
+        assert_eq!(sight(&[0x05, 0]).dscp(), None);
     }
 
     #[test]

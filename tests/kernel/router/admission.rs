@@ -237,3 +237,81 @@ fn short_flows_stay_in_software_by_default_and_long_ones_do_not() {
     r.wait_installed(&BOTH, &mut c);
     r.exchange_by_rules(&mut c, 50_000);
 }
+
+/// What the firewall writes on connections and packets chooses, and chooses again when it changes.
+#[test]
+fn marks_labels_and_dscp_choose_and_a_change_of_them_chooses_anew() {
+    let mut r = Router::new("admit-marks");
+    r.run(
+        "nft 'table inet fw {
+           chain f { type filter hook forward priority 0; tcp dport 6001 ct mark set 0x17; }
+         }'",
+    );
+    r.start_with(
+        "\
+[admission]
+default = \"never\"
+
+[[port]]
+match = \"?an\"
+
+[[admit]]
+verdict = \"offload\"
+ct-mark = \"0x10/0xf0\"
+
+[[admit]]
+verdict = \"offload\"
+ct-label = \"0x8/0x8\"
+
+[[admit]]
+verdict = \"offload\"
+dscp = [\"ef\"]
+",
+    );
+    let port_of = |c: &Connection| c.stream.peer_addr().expect("an address").port();
+    let slots = |r: &Router, c: &Connection| -> Vec<String> {
+        let conns = r.conns();
+        let its = conns.as_array().cloned().unwrap_or_default();
+        let its =
+            its.into_iter().find(|k| k["original"]["dport"] == port_of(c)).unwrap_or_default();
+        let mut states: Vec<_> = its["slots"].as_array().cloned().unwrap_or_default();
+        states.retain(|s| s["state"] == "installed");
+        states
+            .iter()
+            .map(|s| format!("{} {}", s["port"], s["direction"]).replace('"', ""))
+            .collect()
+    };
+    let wait = |r: &Router, c: &mut Connection, want: &[&str]| {
+        wait_until(&format!("{want:?} of port {}", port_of(c)), || {
+            c.ping();
+            slots(r, c) == want
+        });
+    };
+    let [mut marked, mut plain] =
+        ["6001", "6003"].map(|port| connect(&r, &format!("10.2.0.2:{port}")));
+    wait(&r, &mut marked, &BOTH);
+    wait_until("the other is refused", || {
+        plain.ping();
+        explain(&r, &plain).1.contains("no [[admit]] rule matches, and the default says never")
+    });
+    // A mark comes, and goes.
+    let mark = |port: u16, mark| {
+        r.run(&format!("conntrack -U -p tcp --dport {port} --mark {mark}"));
+    };
+    mark(6003, 0x1f);
+    wait(&r, &mut plain, &BOTH);
+    mark(6003, 0x2f);
+    wait(&r, &mut plain, &[]);
+    wait_until("it says why", || {
+        plain.ping();
+        explain(&r, &plain).1.contains("the default says never")
+    });
+    // By the DSCP of packets, each direction its own. What was refused is looked at anew when somebody flushes.
+    r.run("nft add rule inet fw f tcp dport 6003 ip dscp set ef");
+    wait(&r, &mut plain, &["lan original"]);
+    wait(&r, &mut marked, &BOTH);
+    // Labels: of connections that are new since there is a rule for them.
+    r.run("nft add rule inet fw f tcp dport 6002 ct label set 3");
+    let mut labelled = connect(&r, "10.2.0.2:6002");
+    wait(&r, &mut labelled, &BOTH);
+}

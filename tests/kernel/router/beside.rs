@@ -118,7 +118,7 @@ fn bpf(
     pointers: &[(usize, &[u8])],
     name: &str,
 ) -> OwnedFd {
-    try_bpf(command, words, pointers, name).unwrap_or_else(|e| panic!("bpf({command}): {e}"))
+    try_bpf(command, words, pointers, name).expect("a call of bpf(2)")
 }
 
 /// The same, where failure is an answer too.

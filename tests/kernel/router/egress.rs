@@ -111,7 +111,7 @@ fn rules_in_software_leave_through_the_stack(provider: &str) {
         let shown = r.run("tc -s qdisc show dev wan root");
         let sent =
             shown.split("Sent ").nth(1).and_then(|s| s.split(' ').next()?.parse::<u64>().ok());
-        sent.unwrap_or_else(|| panic!("{shown}"))
+        sent.expect("bytes sent")
     };
     let before = shaped();
     r.exchange_by_rules(&mut c, 100_000);

@@ -251,14 +251,21 @@ pub struct CtEntry {
     pub timeout: Option<Duration>,
     /// The connection's mark.
     pub mark: u32,
-    /// Of an event: its labels are told because they changed. Where an entry is asked for, they always
-    /// are, and this says nothing.
-    pub labels_changed: bool,
+    /// Its labels, the one with the number `n` as bit `n`, where they are told: of an event, because they changed;
+    /// where an entry is asked for, when it has any.
+    pub labels: Option<u128>,
     /// A helper looks into it: the status bit, or a helper that came with the expectation.
     pub helper: bool,
     /// What each direction carried, original and reply; only where conntrack counts
     /// (`net.netfilter.nf_conntrack_acct` was on when the entry was made).
     pub counters: Option<[Counters; 2]>,
+}
+
+/// `struct nf_conn_labels`: words of the kernel's, whose lowest bits come first.
+fn parse_labels(bytes: &[u8]) -> u128 {
+    let word = |n: usize| bytes.get(n * 8..)?.first_chunk().map(|b| u64::from_ne_bytes(*b));
+    let [low, high] = [0, 1].map(|n| word(n).unwrap_or(0));
+    u128::from(high) << 64 | u128::from(low)
 }
 
 impl CtEntry {
@@ -273,7 +280,7 @@ impl CtEntry {
         let mut status = CtStatus::default();
         let mut timeout = None;
         let mut mark = 0;
-        let mut labels_changed = false;
+        let mut labels = None;
         let mut helper = false;
         let mut protoinfo = None;
         let mut counters = [None; 2];
@@ -289,7 +296,7 @@ impl CtEntry {
                 CTA_STATUS => status = CtStatus(a.be32()?),
                 CTA_TIMEOUT => timeout = a.be32().map(|s| Duration::from_secs(s.into())),
                 CTA_MARK => mark = a.be32()?,
-                CTA_LABELS => labels_changed = true,
+                CTA_LABELS => labels = Some(parse_labels(a.payload)),
                 CTA_HELP => helper = true,
                 CTA_COUNTERS_ORIG => counters[0] = parse_counters(a.nested()),
                 CTA_COUNTERS_REPLY => counters[1] = parse_counters(a.nested()),
@@ -322,7 +329,7 @@ impl CtEntry {
             tcp_maxack: tcp_flags.map(|f| f & IP_CT_TCP_FLAG_MAXACK_SET != 0),
             timeout,
             mark,
-            labels_changed,
+            labels,
             helper,
             counters: counters[0].zip(counters[1]).map(<[_; 2]>::from),
         })
@@ -515,7 +522,7 @@ mod tests {
             tcp_maxack: [false, true],
             timeout: Some(Duration::from_secs(300)),
             mark: 7,
-            labels_changed: false,
+            labels: None,
             helper: false,
             counters: Some([counters(10), counters(20)]),
         };
@@ -557,8 +564,14 @@ mod tests {
             .unwrap()
             .helper
         );
-        let labelled = parsed(&t, &t.inverted(), |m| _ = m.attr(CTA_LABELS, &[0; 16])).unwrap();
-        assert!(labelled.labels_changed && !bare.labels_changed);
+        let labels = |bytes: &[u8]| {
+            parsed(&t, &t.inverted(), |m| _ = m.attr(CTA_LABELS, bytes)).unwrap().labels
+        };
+        assert_eq!((bare.labels, labels(&[0; 16])), (None, Some(0)));
+        let words = [1_u64 << 3, 1 << 63].map(u64::to_ne_bytes).concat();
+        assert_eq!(labels(&words), Some(1 << 3 | 1 << 127));
+        // A kernel that has fewer.
+        assert_eq!(labels(&words[..8]), Some(1 << 3));
         let mut buf = Vec::new();
         about(&mut buf, IPCTNL_MSG_CT_NEW, 0, 1, Zone(0), &t).finish();
         let m = MessageIter::new(&buf).next().unwrap();
