@@ -48,6 +48,7 @@ use super::slot::{AfterAdd, SlotState, SlotWord, Unwind};
 use super::table::PortTable;
 use super::worker::{Offer, Publication, Worker};
 use super::writer::{After, Writer};
+use super::zones::{Entered, Zones};
 use super::{Engine, Limits};
 
 const D: Direction = Direction::Original;
@@ -664,6 +665,63 @@ fn a_late_completion_is_recognised() {
         let (before, new) = flush.join().unwrap();
         assert_eq!(late, before == Some(SlotState::Pending));
         assert_eq!(b.word.added(new), AfterAdd::Settled);
+    });
+}
+
+// ---- the index ----
+
+/// One that has heard of the zone: loom does not see the locks of `std` by which one thread learns of a zone that
+/// another one has made.
+fn index() -> Arc<Zones> {
+    let zones = Zones::new(1);
+    assert!(matches!(zones.enter(&key(), |_| true, |_| None), Entered::None));
+    Arc::new(zones)
+}
+
+/// A connection behind NAT ends while it is entered: by the tuple of its answers it is found as long as it
+/// lives, and not when both are done.
+///
+/// Finds: `add_reply` without its look at the connection's end, or without the fence before that; `Conn::end` without
+/// its own.
+#[test]
+fn what_ends_while_it_is_entered_is_not_found_by_its_answers() {
+    exhaustive(|| {
+        let answers: Tuple = "tcp 198.51.100.1:80 > 203.0.113.9:1000".parse().unwrap();
+        let (zones, conn) = (index(), ConnHandle::new(key(), answers, Epoch(1), 0, 0));
+        let ended = {
+            let zones = Arc::clone(&zones);
+            thread::spawn(move || {
+                // What the engine does when one is deleted.
+                zones.find(&key()).is_some_and(|conn| conn.end() && zones.remove(&conn))
+            })
+        };
+        assert!(matches!(zones.enter(&key(), |_| true, |_| Some(conn.clone())), Entered::New(_)));
+        let ended = ended.join().unwrap();
+        assert_eq!(zones.find(&key()).is_some(), !ended);
+        assert_eq!(zones.of_tuple(&answers, None).len(), usize::from(!ended));
+    });
+}
+
+/// The same where all are taken out while the first behind NAT is entered.
+///
+/// Finds: the same.
+#[test]
+fn nothing_is_found_by_its_answers_when_all_were_taken_out() {
+    exhaustive(|| {
+        let answers: Tuple = "tcp 198.51.100.1:80 > 203.0.113.9:1000".parse().unwrap();
+        let (zones, conn) = (index(), ConnHandle::new(key(), answers, Epoch(1), 0, 0));
+        let taken = {
+            let zones = Arc::clone(&zones);
+            thread::spawn(move || {
+                let mut taken = 0;
+                zones.take_all(|conn| taken += usize::from(conn.end()));
+                taken
+            })
+        };
+        zones.enter(&key(), |_| true, |_| Some(conn.clone()));
+        let taken = taken.join().unwrap();
+        assert_eq!(zones.find(&key()).is_some(), taken == 0);
+        assert_eq!(zones.of_tuple(&answers, None).len(), 1 - taken);
     });
 }
 

@@ -185,6 +185,14 @@ mod model {
         pub(in crate::engine) fn get(&self) -> Option<&T> {
             if self.is_set.load(Ordering::Acquire) { self.value.get() } else { None }
         }
+        /// Who finds that another one makes it waits for nothing, as nothing of a model happens while it is made.
+        pub(in crate::engine) fn get_or_init(&self, make: impl FnOnce() -> T) -> &T {
+            if !self.is_set.load(Ordering::Acquire) {
+                self.value.get_or_init(make);
+                self.is_set.store(true, Ordering::Release);
+            }
+            self.value.get().unwrap()
+        }
         pub(in crate::engine) fn set(&self, value: T) -> Result<(), T> {
             if self.is_set.swap(true, Ordering::AcqRel) {
                 Err(value)

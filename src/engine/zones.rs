@@ -9,6 +9,7 @@
 
 use std::hash::Hash;
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
 
 use ahash::RandomState;
 use dashmap::{DashMap, SharedValue};
@@ -16,6 +17,7 @@ use netdev_providers::{Tuple, Zone};
 
 use super::conn::{ConnHandle, ConnKey};
 use super::prefetch::prefetch;
+use super::sync::{self, fence};
 use super::tuples::Name;
 
 /// Connections that a shard is to have at most, or about.
@@ -172,7 +174,7 @@ impl Handles {
 struct OneZone {
     by_original: Handles,
     /// Those behind NAT: what answers others come with is known from their original tuples.
-    by_reply: OnceLock<Handles>,
+    by_reply: sync::OnceLock<Handles>,
     hasher: RandomState,
     shards: usize,
 }
@@ -180,7 +182,7 @@ struct OneZone {
 impl OneZone {
     fn new(hasher: &RandomState, shards: usize) -> Self {
         let by_original = Handles::new(hasher, shards);
-        Self { by_original, by_reply: OnceLock::new(), hasher: hasher.clone(), shards }
+        Self { by_original, by_reply: sync::OnceLock::new(), hasher: hasher.clone(), shards }
     }
 
     /// A connection was entered that may have NAT.
@@ -191,7 +193,10 @@ impl OneZone {
         let by_reply = self.by_reply.get_or_init(|| Handles::new(&self.hasher, self.shards));
         let name = conn.tuples().reply_name();
         by_reply.add(&name, conn.clone(), |c| c.tuples().reply_name());
-        // It may have ended meanwhile, and was not found here by who took it out.
+        fence(Ordering::SeqCst);
+        // It may have ended meanwhile, and was not found here by who took it out. That one ended it, with a fence,
+        // and then looked whether there is this table at all, for which it takes no lock: with a fence between the
+        // two here as well, one of us sees the other.
         if conn.is_dead() {
             by_reply.remove(&name, conn);
         }
