@@ -224,6 +224,13 @@ impl ConnHandle {
         prefetch(start.wrapping_add(size_of::<[SlotWord; 2]>() + 2 * size_of::<u64>() - 1));
     }
 
+    /// The same for the references alone, by who compares at once: they may be in the line before what is
+    /// compared, and are counted only behind the comparison.
+    #[inline]
+    pub(super) fn prefetch_count(&self) {
+        prefetch(self.as_ptr());
+    }
+
     /// True when both are the same incarnation of the same connection.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {

@@ -36,6 +36,32 @@ const HANDLES_PER_LINE: usize = 8;
 #[derive(Debug)]
 struct Handles(DashMap<(), ConnHandle, RandomState>);
 
+/// Where a table is read first for a hash, as hashbrown lays it out: handles grow down from the control bytes,
+/// one of those for each.
+struct Start {
+    control: *const u8,
+    handle: *const ConnHandle,
+}
+
+impl Start {
+    fn new(table: *const u8, places: usize, hash: u64) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "the lower bits are the place")]
+        let place = hash as usize & (places - 1);
+        let control = table.cast::<ConnHandle>().wrapping_add(places);
+        Self {
+            control: control.cast::<u8>().wrapping_add(place),
+            handle: control.wrapping_sub(place + 1),
+        }
+    }
+
+    /// Asks for the first handles from there on.
+    #[inline]
+    fn prefetch_handles(&self) {
+        prefetch(self.handle);
+        prefetch(self.handle.wrapping_sub(HANDLES_PER_LINE));
+    }
+}
+
 /// What becomes of an attempt to enter a connection.
 pub(super) enum Entered {
     /// One was there that is as good.
@@ -59,11 +85,21 @@ impl Handles {
         (hash, shard)
     }
 
+    /// Where no cache holds the table, it waits for memory twice: for control bytes and handles at once, and then
+    /// for the connection, all that it needs of that at once.
     fn get(&self, name: &Name, is_it: impl Fn(&ConnHandle) -> bool) -> Option<ConnHandle> {
         let (hash, shard) = self.hash(name);
-        self.get_hashed(hash, shard, is_it)
+        let table = self.0.shards()[shard].read();
+        let (handles, _) = table.allocation_info();
+        Start::new(handles.as_ptr().cast_const(), table.buckets(), hash).prefetch_handles();
+        let is_it = |conn: &ConnHandle| {
+            conn.prefetch_count();
+            is_it(conn)
+        };
+        table.get(hash, |(_, conn)| is_it(conn.get())).map(|(_, conn)| conn.get().clone())
     }
 
+    /// As [`get`](Self::get), of what was asked for before.
     fn get_hashed(
         &self,
         hash: u64,
@@ -78,16 +114,11 @@ impl Handles {
     /// handles from there on. Where somebody writes to the shard, nothing is asked for.
     fn prefetch_place(&self, hash: u64, shard: usize) {
         let Some(table) = self.0.shards()[shard].try_read() else { return };
-        // As hashbrown lays it out: handles grow down from the control bytes, one of those for each.
-        let places = table.buckets();
-        #[expect(clippy::cast_possible_truncation, reason = "the lower bits are the place")]
-        let place = hash as usize & (places - 1);
         let (handles, _) = table.allocation_info();
+        let start = Start::new(handles.as_ptr().cast_const(), table.buckets(), hash);
         drop(table);
-        let control = handles.as_ptr().cast_const().cast::<ConnHandle>().wrapping_add(places);
-        prefetch(control.cast::<u8>().wrapping_add(place));
-        prefetch(control.wrapping_sub(place + 1));
-        prefetch(control.wrapping_sub(place + 1 + HANDLES_PER_LINE));
+        prefetch(start.control);
+        start.prefetch_handles();
     }
 
     /// Asks for what is compared of each connection that it may be.
