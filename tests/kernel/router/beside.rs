@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use netdev_providers::netlink::socket::{ACK, REQUEST};
 use netdev_providers::netlink::{Family, Message, Socket};
 
+use super::explain::{NOT, PARTLY, tuple, wait_why, words};
 use super::world::Stream;
 use super::*;
 use crate::flower::Wire;
@@ -322,4 +323,34 @@ fn programs_of_others_come_and_go_while_a_flowtable_carries_packets() {
 #[test]
 fn programs_of_others_come_and_go_while_a_program_of_ours_carries_packets() {
     programs_of_others_come_and_go_while_rules_carry_packets("ebpf");
+}
+
+/// A rule that has never carried anything, since a filter in front of it takes all packets.
+#[test]
+fn who_takes_the_packets_in_front_is_the_cause_that_is_explained() {
+    let mut r = Router::new("why-front");
+    r.run("tc qdisc add dev lan ingress && tc filter add dev lan ingress protocol all prio 1 u32 match u32 0 0 action pass");
+    r.start(&PORTS);
+    let mut c = r.connect();
+    r.wait_installed(&BOTH, &mut c);
+    // For as long as it might only be silent.
+    std::thread::sleep(Duration::from_secs(10));
+    c.ping();
+    let told = wait_why(&r, &words(&tuple(&c)), PARTLY, "in-front");
+    assert!(told.contains("u32 at prio 1 (all): gact sees the packets first"), "{told}");
+}
+
+#[test]
+fn a_flowtable_of_somebody_elses_is_the_cause_that_is_explained() {
+    let mut r = Router::new("why-theirs");
+    r.run("nft 'table inet theirs { flowtable f { hook ingress priority 0; devices = { lan, wan }; }; chain c { type filter hook forward priority 0; meta l4proto tcp flow add @f; }; }'");
+    let mut c = r.connect();
+    wait_until("their flowtable has it", || {
+        c.ping();
+        r.run("conntrack -L -p tcp 2>/dev/null").contains("[OFFLOAD]")
+    });
+    r.start(&PORTS);
+    c.ping();
+    let told = wait_why(&r, &words(&tuple(&c)), NOT, "other-flowtable");
+    assert!(told.contains("in a flowtable of somebody else's"), "{told}");
 }

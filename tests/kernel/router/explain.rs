@@ -7,11 +7,11 @@ use super::*;
 
 const OFFLOADED: i32 = 0;
 const GONE: i32 = 5;
-const PARTLY: i32 = 10;
-const NOT: i32 = 11;
+pub(super) const PARTLY: i32 = 10;
+pub(super) const NOT: i32 = 11;
 
 /// The exit code, the cause and the sentence.
-fn why(r: &Router, words: &[&str]) -> (i32, String, String) {
+pub(super) fn why(r: &Router, words: &[&str]) -> (i32, String, String) {
     let out = r.cli(&[&["-j", "explain"], words].concat());
     let code = out.status.code().expect("an exit code");
     let words = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -21,7 +21,7 @@ fn why(r: &Router, words: &[&str]) -> (i32, String, String) {
 }
 
 /// Waits until a connection is explained so; returns the sentence.
-fn wait_why(r: &Router, words: &[&str], code: i32, cause: &str) -> String {
+pub(super) fn wait_why(r: &Router, words: &[&str], code: i32, cause: &str) -> String {
     let mut last = None;
     wait_until(&format!("{words:?}: {cause}, exit code {code}"), || {
         let now = why(r, words);
@@ -36,13 +36,13 @@ fn wait_why(r: &Router, words: &[&str], code: i32, cause: &str) -> String {
 }
 
 /// As the CLI takes it.
-fn tuple(c: &Connection) -> [String; 3] {
+pub(super) fn tuple(c: &Connection) -> [String; 3] {
     let [from, to] =
         [c.stream.local_addr(), c.stream.peer_addr()].map(|a| a.expect("an address").to_string());
     ["tcp".to_owned(), from, to]
 }
 
-fn words(tuple: &[String; 3]) -> [&str; 3] {
+pub(super) fn words(tuple: &[String; 3]) -> [&str; 3] {
     [&tuple[0], &tuple[1], &tuple[2]]
 }
 
@@ -283,4 +283,63 @@ fn what_is_refused_or_has_no_place() {
         why(&r, &words(&of)).1 == "conn-table-full"
     });
     assert_eq!(why(&r, &words(&of)).0, NOT);
+}
+
+#[test]
+fn what_conntrack_does_not_track_and_what_a_helper_reads() {
+    let mut r = Router::new("why-helper");
+    r.run(
+        "nft 'table ip raw { chain p { type filter hook prerouting priority -300; tcp dport 5005 notrack; tcp sport 5005 notrack; }; }'
+         nft 'table ip h { ct helper ftp { type \"ftp\" protocol tcp; }; chain p { type filter hook prerouting priority 0; tcp dport 5006 ct helper set \"ftp\"; }; }'",
+    );
+    r.start_with(&format!("{CONFIG}[admission]\nmin-packets = 0\n"));
+    let mut untracked = r.connect_to(5005);
+    let mut read = r.connect_to(5006);
+    let mut other = r.connect_to(5007);
+    r.wait_installed(&BOTH, &mut other);
+    untracked.ping();
+    read.ping();
+    let told = wait_why(&r, &words(&tuple(&untracked)), GONE, "no-entry");
+    assert!(told.contains("is not tracked (notrack)"), "{told}");
+    let told = wait_why(&r, &words(&tuple(&read)), NOT, "helper");
+    assert!(told.contains("a conntrack helper reads what it carries"), "{told}");
+}
+
+#[test]
+fn what_is_not_sighted_because_the_ledger_is_full() {
+    let mut r = Router::new("why-ledger");
+    r.start_with(&format!("{CONFIG}[sight]\nledger-size = 16\n[admission]\nmin-packets = 0\n"));
+    // Two elements each.
+    let mut offloaded: Vec<Connection> = (0..8).map(|n| r.connect_to(5010 + n)).collect();
+    for c in &mut offloaded {
+        let of = tuple(c);
+        wait_until("it is offloaded", || {
+            c.ping();
+            why(&r, &words(&of)).0 == OFFLOADED
+        });
+    }
+    let mut late = r.connect_to(5020);
+    late.ping();
+    let told = wait_why(&r, &words(&tuple(&late)), NOT, "ledger-full");
+    assert!(told.contains("(16 elements)"), "{told}");
+}
+
+/// What bridges forward has an entry where netfilter is shown it (by a module that asks in every namespace).
+#[test]
+fn alone_what_a_bridge_forwards() {
+    let mut r = Router::new("why-bridged");
+    let host = r.host("lan");
+    r.run(&format!(
+        "[ -e /proc/sys/net/bridge/bridge-nf-call-iptables ] || modprobe br_netfilter
+         sysctl -qw net.bridge.bridge-nf-call-iptables=1
+         ip addr flush dev lan; ip addr flush dev wan
+         ip link add br0 type bridge && ip link set br0 up && ip addr add 10.2.0.1/24 dev br0
+         ip link set lan master br0 && ip link set wan master br0
+         ip -n {host} addr flush dev e0 && ip -n {host} addr add 10.2.0.3/24 dev e0"
+    ));
+    r.start_with(&format!("{CONFIG}[admission]\nmin-packets = 0\n"));
+    let mut c = r.connect();
+    c.ping();
+    let told = wait_why(&r, &words(&tuple(&c)), NOT, "bridged");
+    assert!(told.contains("both ends are behind bridge br0"), "{told}");
 }
