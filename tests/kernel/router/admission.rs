@@ -238,13 +238,21 @@ fn short_flows_stay_in_software_by_default_and_long_ones_do_not() {
     r.exchange_by_rules(&mut c, 50_000);
 }
 
+fn set_tos(stream: &TcpStream, tos: libc::c_int) {
+    let fd = std::os::fd::AsRawFd::as_raw_fd(stream);
+    // SAFETY: the option is an int, which lives through the call.
+    let set =
+        unsafe { libc::setsockopt(fd, libc::IPPROTO_IP, libc::IP_TOS, (&raw const tos).cast(), 4) };
+    assert_eq!(set, 0, "IP_TOS");
+}
+
 /// What the firewall writes on connections and packets chooses, and chooses again when it changes.
 #[test]
 fn marks_labels_and_dscp_choose_and_a_change_of_them_chooses_anew() {
     let mut r = Router::new("admit-marks");
     r.run(
         "nft 'table inet fw {
-           chain f { type filter hook forward priority 0; tcp dport 6001 ct mark set 0x17; }
+           chain f { type filter hook forward priority 0; tcp dport 6001 ct mark set 0x17; ip dscp af11 ct mark set 0x1f; }
          }'",
     );
     r.start_with(
@@ -294,13 +302,11 @@ dscp = [\"ef\"]
         plain.ping();
         explain(&r, &plain).1.contains("no [[admit]] rule matches, and the default says never")
     });
-    // A mark comes, and goes.
-    let mark = |port: u16, mark| {
-        r.run(&format!("conntrack -U -p tcp --dport {port} --mark {mark}"));
-    };
-    mark(6003, 0x1f);
+    // A mark comes, by a packet that the firewall knows it by, and goes.
+    set_tos(&plain.stream, 10 << 2);
     wait(&r, &mut plain, &BOTH);
-    mark(6003, 0x2f);
+    set_tos(&plain.stream, 0);
+    r.run("conntrack -U -p tcp -s 10.1.0.2 -d 10.2.0.2 --dport 6003 --mark 47");
     wait(&r, &mut plain, &[]);
     wait_until("it says why", || {
         plain.ping();
