@@ -19,7 +19,7 @@
 //! | `sights` | reads NFLOG, is a worker of the engine; by `identify`, which connections sights are of |
 //! | `rearm` | deletes elements of the ledger, a little at a time, and compares it with what is known |
 //! | `ends` | reads conntrack events |
-//! | `changes` | reads link, neighbour and route events; attaches and detaches ports |
+//! | `changes` | reads link, neighbour and route events; attaches and detaches ports; by `egress`, who stands where packets leave |
 //! | `ruleset` | follows the firewall, since offloaded packets no longer pass it: nf_tables events, who stands in the hooks |
 //! | `firewall` | none: what a decision of the firewall stands on, and what a change concerns |
 //! | [`supervisor`] | none: whether one of these has ended, without which nothing may be offloaded |
