@@ -114,6 +114,9 @@ impl Router {
     pub(crate) fn start_by_default(&mut self, config: &str) {
         let file = self.written(config);
         self.start_logging(&["--config", &file], Stdio::inherit());
+        // It answers before they are.
+        let expected = if config.contains("?an") { 2 } else { 1 };
+        wait_until("the ports are there", || self.ports().len() == expected);
     }
 
     /// Two ports of this provider alone.
