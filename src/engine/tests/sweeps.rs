@@ -221,6 +221,8 @@ fn what_waits_behind_a_slow_provider_is_counted_as_pending() {
     dummy.hang(Call::Submit);
     assert_eq!(b.offer(1, &b.conn(1), Original), Offer::Queued);
     wait_for(|| b.engine.ports()[0].slots.pending == 1);
+    // Before, the first is on its way to the provider, with others perhaps.
+    wait_for(|| dummy.held() == 1);
     for n in 2..5 {
         assert_eq!(b.offer(1, &b.conn(n), Original), Offer::Queued);
     }
