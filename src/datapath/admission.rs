@@ -20,6 +20,7 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 use netdev_providers::{L4Proto, Reason, Rejection};
 
+use super::netfilter::conntrack::CtEntry;
 use crate::engine::conn::ConnKey;
 
 /// What becomes of connections that a rule matches.
@@ -43,6 +44,14 @@ pub struct Said {
     pub mark: u32,
     /// The packet's DSCP, from 0 to 63, as it leaves.
     pub dscp: u8,
+}
+
+impl Said {
+    /// What is said of a connection, without a packet of it.
+    #[must_use]
+    pub fn of(entry: &CtEntry) -> Self {
+        Self { ct_mark: entry.mark, labels: entry.labels.unwrap_or(0), ..Self::default() }
+    }
 }
 
 /// Some bits of a number, which are to be these.

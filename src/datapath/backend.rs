@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
-use dashmap::mapref::one::Ref;
+use dashmap::mapref::one::{Ref, RefMut};
 use netdev_providers::netlink::netfilter::heard::{Heard, Wanted};
 use netdev_providers::{
     Direction, Ifindex, L4Proto, Leftover, MacAddr, Netdev, Reason, Rejection, Tuple,
@@ -403,8 +403,7 @@ impl Backend {
     }
     /// conntrack has it, and its events are heard.
     fn confirm(&self, conn: &ConnHandle) {
-        let known = self.known.get_mut(&conn.key()).filter(|k| Some(k.id) == ct_id(conn));
-        if let Some(mut known) = known {
+        if let Some(mut known) = self.known_mut_of(conn) {
             known.confirmed = true;
         }
     }
@@ -425,6 +424,10 @@ impl Backend {
     pub(super) fn known_of(&self, conn: &ConnHandle) -> Option<Ref<'_, ConnKey, Known>> {
         let known = self.known.get(&conn.key())?;
         (Some(known.id) == ct_id(conn)).then_some(known)
+    }
+    /// The same, to be changed.
+    pub(super) fn known_mut_of(&self, conn: &ConnHandle) -> Option<RefMut<'_, ConnKey, Known>> {
+        self.known.get_mut(&conn.key()).filter(|k| Some(k.id) == ct_id(conn))
     }
     pub(super) fn conntrack(&self) -> MutexGuard<'_, Conntrack> {
         self.conntrack.one()
@@ -678,7 +681,9 @@ impl Datapath for Backend {
         let nobody = || vec![None; leftovers.len()];
         // What is routed on a bridge or a bond above a port, and what is bridged, only a packet tells.
         let enslaved = self.links.get(port.ifindex).is_some_and(|l| l.controller.is_some());
-        if !self.config.adopt || enslaved {
+        // What stands on packets, the next one tells.
+        let tunables = self.tunables();
+        if !self.config.adopt || enslaved || tunables.admission.looks_at_packets() {
             return nobody();
         }
         if leftovers.is_empty() {
@@ -726,14 +731,7 @@ impl Datapath for Backend {
                 let key = ConnKey { zone: entry.zone, original: entry.original };
                 // What is no longer admitted goes; its next packet is told why.
                 let name = self.links.name(port.ifindex);
-                let admission = &self.tunables().admission;
-                // What stands on its packets, the next one tells.
-                if admission.looks_at_packets() {
-                    return None;
-                }
-                let labels = entry.labels.unwrap_or(0);
-                let said = Said { ct_mark: entry.mark, labels, ..Said::default() };
-                admission.admit(&name, &key, &said).ok()?;
+                tunables.admission.admit(&name, &key, &Said::of(entry)).ok()?;
                 self.firewall.zone_is_clear(key.zone, port.ifindex, &name).ok()?;
                 let conn = create(key, entry.reply, u64::from(id.0))?;
                 // Before it is adopted: should it end meanwhile, that must find it.
@@ -753,8 +751,7 @@ impl Datapath for Backend {
         let (mut awaited, mut later) = (Vec::with_capacity(sights.len()), Vec::new());
         for sight in sights {
             let Some(id) = ct_id(&sight.conn) else { continue };
-            let known = self.known.get_mut(&sight.conn.key());
-            let known = known.filter(|k| k.id == id);
+            let known = self.known_mut_of(&sight.conn);
             let silent = known.as_ref().is_some_and(|k| k.silent);
             let keys = if silent { &mut later } else { &mut awaited };
             // Also where nothing is noted of it any more: what the port itself has sighted.

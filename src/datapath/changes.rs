@@ -289,7 +289,7 @@ impl Changes {
         }
         self.backend.changed();
         let (mut stale, mut again) = (0, 0);
-        self.each_slot(|conn, slot| {
+        self.engine.each_slot(|conn, slot| {
             if conn.key().original.is_ipv6() != ipv6 || slot.path.is_some_and(|p| p.bridged) {
                 return;
             }
@@ -326,7 +326,7 @@ impl Changes {
         let known = ipsec.read();
         self.backend.changed();
         let (mut rules, mut again) = (0, 0);
-        self.each_slot(|conn, slot| {
+        self.engine.each_slot(|conn, slot| {
             if slot.path.is_some_and(|p| p.bridged) {
                 return;
             }
@@ -349,14 +349,6 @@ impl Changes {
             Err(e) => tracing::error!(rules, "IPsec's policies cannot be read: {e}"),
             Ok(()) if rules + again > 0 => tracing::info!(rules, again, "IPsec's policies changed"),
             Ok(()) => {}
-        }
-    }
-
-    fn each_slot(&self, mut f: impl FnMut(&ConnHandle, &SlotView)) {
-        for conn in self.engine.conns() {
-            for slot in self.engine.slots(&conn) {
-                f(&conn, &slot);
-            }
         }
     }
 
@@ -475,12 +467,10 @@ impl Changes {
         stale: impl Fn(&ConnHandle, &SlotView, &PathTaken) -> bool,
     ) -> u32 {
         let mut rules = 0;
-        for conn in self.engine.conns() {
-            for slot in self.engine.slots(&conn) {
-                let is_stale = slot.path.is_some_and(|p| stale(&conn, &slot, &p));
-                rules += u32::from(is_stale && self.retract(&conn, &slot, why));
-            }
-        }
+        self.engine.each_slot(|conn, slot| {
+            let is_stale = slot.path.is_some_and(|p| stale(conn, slot, &p));
+            rules += u32::from(is_stale && self.retract(conn, slot, why));
+        });
         rules
     }
 
@@ -536,13 +526,11 @@ impl Changes {
 
     /// What was refused because of a netdev as it was may be possible now.
     fn retry_rejected(&self) {
-        for conn in self.engine.conns() {
-            for slot in self.engine.slots(&conn) {
-                if slot.state == SlotState::Rejected {
-                    self.retract(&conn, &slot, TakenBack::Netdev);
-                }
+        self.engine.each_slot(|conn, slot| {
+            if slot.state == SlotState::Rejected {
+                self.retract(conn, slot, TakenBack::Netdev);
             }
-        }
+        });
     }
 
     /// Attaches the netdev if it is to be a port. False: it is not.

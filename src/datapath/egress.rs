@@ -79,20 +79,18 @@ impl Watch {
         self.backend.changed();
         self.tell(&news);
         let (mut rules, mut again) = (0_u32, 0_u32);
-        for conn in self.engine.conns() {
-            for slot in self.engine.slots(&conn) {
-                let refused = slot.rejection.as_ref().map(|r| r.reason);
-                let goes = match (refused, slot.path) {
-                    (Some(Reason::OthersAtEgress), _) => true,
-                    (_, Some(p)) => news.concerns(links, p.egress, p.oif),
-                    _ => false,
-                };
-                let (d, generation) = (slot.direction, slot.netdev.generation);
-                if goes && self.engine.slot_retract(&conn, d, generation, TakenBack::AtEgress) {
-                    *(if refused.is_some() { &mut again } else { &mut rules }) += 1;
-                }
+        self.engine.each_slot(|conn, slot| {
+            let refused = slot.rejection.as_ref().map(|r| r.reason);
+            let goes = match (refused, slot.path) {
+                (Some(Reason::OthersAtEgress), _) => true,
+                (_, Some(p)) => news.concerns(links, p.egress, p.oif),
+                _ => false,
+            };
+            let (d, generation) = (slot.direction, slot.netdev.generation);
+            if goes && self.engine.slot_retract(conn, d, generation, TakenBack::AtEgress) {
+                *(if refused.is_some() { &mut again } else { &mut rules }) += 1;
             }
-        }
+        });
         if rules + again > 0 {
             tracing::info!(
                 rules,

@@ -79,9 +79,10 @@ impl Identifier {
         match self.conntrack.find_leaving(Zone(0), &packets) {
             Ok(found) => {
                 for (n, found) in numbers.into_iter().zip(found) {
-                    whose[n] = found
-                        .and_then(|(entry, d)| Some((entry.id?, entry, d)))
-                        .map(|(id, entry, direction)| (entry, id, direction));
+                    whose[n] = found.and_then(|(entry, d)| {
+                        let id = entry.id?;
+                        Some((entry, id, d))
+                    });
                 }
             }
             Err(e) => tracing::warn!("sights could not be looked up: {e}"),

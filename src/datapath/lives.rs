@@ -180,7 +180,7 @@ impl Lives {
                 }
                 (Verdict::TakeBack, _) => {
                     tracing::debug!(%conn, "goes back into software: it is silent, or was reset");
-                    if let Some(mut known) = backend.known.get_mut(&conn.key()) {
+                    if let Some(mut known) = backend.known_mut_of(conn) {
                         known.silent = true;
                     }
                     engine.conn_retract(conn, TakenBack::Silent);

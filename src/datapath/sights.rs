@@ -338,12 +338,7 @@ fn leaves_by(links: &Links, out: Option<Ifindex>, name: &str) -> bool {
 
 /// What stands on a connection and on its packet.
 fn said(sight: &Sight, entry: &CtEntry) -> Said {
-    Said {
-        ct_mark: entry.mark,
-        labels: entry.labels.unwrap_or(0),
-        mark: sight.mark,
-        dscp: sight.dscp().unwrap_or(0),
-    }
+    Said { mark: sight.mark, dscp: sight.dscp().unwrap_or(0), ..Said::of(entry) }
 }
 
 /// The element that a sight has made.

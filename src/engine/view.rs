@@ -163,6 +163,15 @@ impl Engine {
         self.0.publication.table().iter().map(|p| p.netdev.clone()).collect()
     }
 
+    /// Calls `f` with each [slot](Self::slots) of every connection.
+    pub fn each_slot(&self, mut f: impl FnMut(&ConnHandle, &SlotView)) {
+        for conn in self.conns() {
+            for slot in self.slots(&conn) {
+                f(&conn, &slot);
+            }
+        }
+    }
+
     /// The slots of a connection that are not empty, on living ports.
     #[must_use]
     pub fn slots(&self, conn: &ConnHandle) -> Vec<SlotView> {

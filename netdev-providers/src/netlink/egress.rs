@@ -8,21 +8,15 @@
 use std::collections::BTreeMap;
 
 use super::error::NetlinkError;
-use super::front::{ALL, filters, named};
+use super::front::{ALL, TCA_KIND, TCA_OPTIONS, TCMSG_LEN, filters, named};
 use super::socket::{DUMP, Family, REQUEST, Socket};
-use super::tc::PARENT_EGRESS;
+use super::tc::{PARENT_EGRESS, RTM_NEWQDISC, TC_H_INGRESS};
 use super::wire::{Message, Received};
 use crate::bpf;
 use crate::contract::types::Ifindex;
 
 // linux/rtnetlink.h
-const RTM_NEWQDISC: u16 = 36;
 const RTM_GETQDISC: u16 = 38;
-const TCA_KIND: u16 = 1;
-const TCA_OPTIONS: u16 = 2;
-const TCMSG_LEN: usize = 20;
-/// `TC_H_INGRESS`.
-const TC_H_INGRESS: u32 = 0xffff_fff1;
 /// `TCA_FQ_FLOW_MAX_RATE` (linux/pkt_sched.h): bytes a second of each flow.
 const TCA_FQ_FLOW_MAX_RATE: u16 = 9;
 /// How often a dump that a change interrupted is repeated.

@@ -17,10 +17,10 @@ use crate::contract::types::Ifindex;
 // linux/rtnetlink.h
 const RTM_NEWTFILTER: u16 = 44;
 const RTM_GETTFILTER: u16 = 46;
-const TCA_KIND: u16 = 1;
-const TCA_OPTIONS: u16 = 2;
+pub(super) const TCA_KIND: u16 = 1;
+pub(super) const TCA_OPTIONS: u16 = 2;
 const TCA_CHAIN: u16 = 11;
-const TCMSG_LEN: usize = 20;
+pub(super) const TCMSG_LEN: usize = 20;
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)`.
 pub(crate) const PARENT_INGRESS: u32 = 0xffff_fff2;
 // linux/pkt_cls.h

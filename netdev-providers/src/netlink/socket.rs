@@ -194,35 +194,44 @@ impl Socket {
         within: Duration,
         read: impl FnOnce(MessageIter<'_>) -> R,
     ) -> Result<R, NetlinkError> {
-        let deadline = Instant::now() + within;
-        let mut wait = false;
-        loop {
-            // Most answers are there when the send returns: the kernel handles requests in it.
-            if std::mem::replace(&mut wait, false) {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if !wait_readable(self.inner.as_fd(), left)? {
-                    return Err(NetlinkError::TimedOut(within.as_millis()));
-                }
-            }
-            let mut space = &mut self.buf[..];
+        let n = self.when_readable(within, "recvmsg", |s| {
+            let mut space = &mut s.buf[..];
             // MSG_TRUNC: the true length of a datagram that does not fit.
-            let (n, from) =
-                match self.inner.recv_from(&mut space, libc::MSG_DONTWAIT | libc::MSG_TRUNC) {
-                    Ok(got) => got,
-                    Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
-                        wait = true;
-                        continue;
-                    }
-                    Err(source) => return Err(NetlinkError::Io { call: "recvmsg", source }),
-                };
+            let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+            let (n, from) = s.inner.recv_from(&mut space, flags)?;
             if from.port_number() != 0 {
                 trace!(port = from.port_number(), "datagram of another process passed over");
-                continue;
+                return Ok(None);
             }
-            let Some(datagram) = self.buf.get(..n) else {
-                return Err(NetlinkError::Malformed("a datagram longer than any the kernel makes"));
-            };
-            return Ok(read(MessageIter::new(datagram)));
+            Ok(Some(n))
+        })?;
+        let Some(datagram) = self.buf.get(..n) else {
+            return Err(NetlinkError::Malformed("a datagram longer than any the kernel makes"));
+        };
+        Ok(read(MessageIter::new(datagram)))
+    }
+
+    /// Receives, as soon as there is something that counts: `receive`, which does not wait, says `None` of what does
+    /// not.
+    fn when_readable<R>(
+        &mut self,
+        within: Duration,
+        call: &'static str,
+        mut receive: impl FnMut(&mut Self) -> io::Result<Option<R>>,
+    ) -> Result<R, NetlinkError> {
+        let deadline = Instant::now() + within;
+        loop {
+            // Most answers are there when the send returns: the kernel handles requests in it.
+            match receive(self) {
+                Ok(Some(received)) => return Ok(received),
+                Ok(None) => continue,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
+                Err(source) => return Err(NetlinkError::Io { call, source }),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !wait_readable(self.inner.as_fd(), left)? {
+                return Err(NetlinkError::TimedOut(within.as_millis()));
+            }
         }
     }
 
@@ -237,38 +246,18 @@ impl Socket {
         within: Duration,
         mut read: impl FnMut(MessageIter<'_>),
     ) -> Result<bool, NetlinkError> {
-        let deadline = Instant::now() + within;
-        let mut wait = false;
-        loop {
-            if std::mem::replace(&mut wait, false) {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if !wait_readable(self.inner.as_fd(), left)? {
-                    return Err(NetlinkError::TimedOut(within.as_millis()));
-                }
+        let received = self.when_readable(within, "recvmmsg", |s| {
+            let fd = s.inner.as_fd();
+            let received = s.datagrams.receive(fd, |datagram| read(MessageIter::new(datagram)))?;
+            if received.passed_over > 0 {
+                trace!(count = received.passed_over, "datagrams of others passed over");
             }
-            let received = self
-                .datagrams
-                .receive(self.inner.as_fd(), |datagram| read(MessageIter::new(datagram)));
-            match received {
-                Ok(received) if received.too_long => {
-                    return Err(NetlinkError::Malformed(
-                        "a datagram longer than any the kernel makes",
-                    ));
-                }
-                Ok(received) => {
-                    if received.passed_over > 0 {
-                        trace!(count = received.passed_over, "datagrams of others passed over");
-                    }
-                    if received.read > 0 {
-                        return Ok(received.more);
-                    }
-                }
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
-                    wait = true;
-                }
-                Err(source) => return Err(NetlinkError::Io { call: "recvmmsg", source }),
-            }
+            Ok((received.read > 0).then_some(received))
+        })?;
+        if received.too_long {
+            return Err(NetlinkError::Malformed("a datagram longer than any the kernel makes"));
         }
+        Ok(received.more)
     }
 
     /// Sends one request that asks for an acknowledgement (`NLM_F_ACK`), and waits for it. Further

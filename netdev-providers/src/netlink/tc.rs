@@ -16,13 +16,13 @@ use crate::contract::types::Ifindex;
 pub const GROUP: u32 = 4;
 
 // linux/rtnetlink.h
-const RTM_NEWQDISC: u16 = 36;
+pub(super) const RTM_NEWQDISC: u16 = 36;
 const RTM_DELQDISC: u16 = 37;
 const RTM_NEWTFILTER: u16 = 44;
 const RTM_DELTFILTER: u16 = 45;
 /// `TC_H_INGRESS` (linux/pkt_sched.h): the parent of the one qdisc that has an ingress hook, `ingress` or
 /// `clsact`.
-const TC_H_INGRESS: u32 = 0xffff_fff1;
+pub(super) const TC_H_INGRESS: u32 = 0xffff_fff1;
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)`: the parent of filters at egress.
 pub(crate) const PARENT_EGRESS: u32 = 0xffff_fff3;
 /// The upper half of a parent that is the qdisc with the ingress hook.
