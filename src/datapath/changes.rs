@@ -418,6 +418,9 @@ impl Changes {
             if changed || (!old.up && link.up) {
                 self.retry_rejected();
             }
+            if link.carrier && (old.carrier_ups, old.up) != (link.carrier_ups, true) {
+                self.engine.link_returned(ifindex);
+            }
         }
         if self.synced.is_none()
             && old

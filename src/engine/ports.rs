@@ -90,6 +90,21 @@ impl Engine {
         }
     }
 
+    /// The link of the netdev has come back. Its device may have been reset meanwhile (`devlink dev reload`,
+    /// `ethtool --reset`, firmware that recovers), and so have lost what it was given: the provider gives it anew
+    /// what stands there beside the rules of connections
+    /// ([`Provider::hardware_suspect`](netdev_providers::Provider::hardware_suspect)), before it adds anything else,
+    /// and without waiting for that. Rules that were lost are found by sweeps, as always.
+    pub fn link_returned(&self, ifindex: Ifindex) {
+        let table = self.0.publication.table();
+        let Some(port) = table.get(ifindex) else { return };
+        match port.visit(|provider| provider.hardware_suspect()) {
+            Some(Ok(())) => port.queue.push(Command::Repair),
+            Some(Err(panicked)) => port.set_fault(panicked),
+            None => {}
+        }
+    }
+
     /// Waits until all that was offered or asked for before has been carried out on every port, and what was due
     /// by the engine's clock has been looked after: for who drives the clock itself, or wants to see what became
     /// of its offers. The packet path has no use for it. Blocks; false when a port has not gone on within

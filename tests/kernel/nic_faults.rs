@@ -3,6 +3,7 @@
 //! `scripts/lab --nic`.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -146,6 +147,34 @@ fn hardware_that_was_reset_gets_its_rules_again_guards_and_all() {
     for port in PORTS {
         assert_eq!(h.rejections(port, "no-effect"), 1, "{}", h.port(port));
     }
+}
+
+/// Of all ports, those of other tests too.
+fn reload_the_nic() {
+    let reload = ["--net=/proc/1/ns/net", "devlink", "dev", "reload", "platform/simnic"];
+    let told = Command::new("nsenter").args(reload).args(["action", "fw_activate"]).output();
+    let told = told.expect("nsenter, of util-linux, and devlink, of iproute2");
+    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+}
+
+/// As the reset does, and the links go down meanwhile, by which rules are taken back before anybody sees that they
+/// do nothing.
+#[test]
+fn alone_a_nic_that_was_reloaded_gets_its_rules_again_guards_and_all() {
+    let h = Hardware::start("reload", "skip-sw", &[]);
+    let mut c = h.router.connect();
+    for _ in 0..3 {
+        h.wait_in_hardware(&mut c);
+        reload_the_nic();
+        wait_until("the guards are in the NIC again, before any packet", || {
+            PORTS.iter().all(|port| h.rules(port, "active") >= 4)
+        });
+        wait_until("a flow and four guards are in the NIC again", || {
+            c.ping();
+            PORTS.iter().all(|port| h.rules(port, "active") == 5 && h.rules(port, "lost") == 0)
+        });
+    }
+    h.wait_in_hardware(&mut c);
 }
 
 #[test]

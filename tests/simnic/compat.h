@@ -7,6 +7,7 @@
 
 #include <linux/netdevice.h>
 #include <linux/version.h>
+#include <net/devlink.h>
 #include <net/flow_dissector.h>
 #include <net/rtnetlink.h>
 
@@ -36,6 +37,14 @@ static inline bool simnic_compat_l2_miss(const struct flow_dissector_key_meta *m
 	return mask->l2_miss;
 #else
 	return false;
+#endif
+}
+
+/* Reloads have to be asked for, before there are ops that say so. */
+static inline void simnic_compat_devlink_reload(struct devlink *dl)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+	devlink_set_features(dl, DEVLINK_F_RELOAD);
 #endif
 }
 

@@ -296,6 +296,7 @@ static int simnic_port_init(struct net_device *dev)
 	INIT_DELAYED_WORK(&port->replug, simnic_link_replug);
 	INIT_LIST_HEAD(&port->tc_blocks);
 	INIT_LIST_HEAD(&port->ft_blocks);
+	INIT_LIST_HEAD(&port->of_nic);
 
 	port->egress = kzalloc(sizeof(*port->egress), GFP_KERNEL);
 	if (!port->egress)
@@ -325,6 +326,7 @@ static void simnic_port_uninit(struct net_device *dev)
 {
 	struct simnic_port *port = netdev_priv(dev);
 
+	simnic_devlink_port_del(port);
 	simnic_debugfs_port_del(port);
 	cancel_delayed_work_sync(&port->replug);
 	simnic_table_destroy(port, &port->tc);
@@ -602,6 +604,7 @@ static int simnic_create(struct net *peer_net, struct net_device *dev, struct nl
 	rcu_assign_pointer(port->wire, wire_dev);
 	rcu_assign_pointer(wire->port, port);
 	simnic_debugfs_port_add(port);
+	simnic_devlink_port_add(port);
 	return 0;
 }
 
@@ -663,17 +666,26 @@ static int __init simnic_init(void)
 	if (err)
 		return err;
 	simnic_debugfs_init();
+	err = simnic_devlink_init();
+	if (err)
+		goto err_debugfs;
 	err = rtnl_link_register(&simnic_link_ops);
-	if (err) {
-		simnic_debugfs_exit();
-		simnic_tables_exit();
-	}
+	if (err)
+		goto err_devlink;
+	return 0;
+
+err_devlink:
+	simnic_devlink_exit();
+err_debugfs:
+	simnic_debugfs_exit();
+	simnic_tables_exit();
 	return err;
 }
 
 static void __exit simnic_exit(void)
 {
 	rtnl_link_unregister(&simnic_link_ops);
+	simnic_devlink_exit();
 	simnic_debugfs_exit();
 	simnic_tables_exit();
 }

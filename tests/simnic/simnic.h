@@ -39,12 +39,13 @@
  *    "not given".
  *
  * One directory in debugfs for each port: debugfs.c has the list. The port's phys_port_name
- * ("p3": `ip -d link show`) is the name of the directory.
+ * ("p3": `ip -d link show`) is the name of the directory. The whole NIC is a devlink instance, which
+ * can be reloaded: devlink.c.
  *
  * Locking: a port's rules are changed under its mutex, whoever asks (TC with or without rtnl, the
  * flowtable's workers, debugfs); frames read them under RCU. Nothing takes rtnl inside that mutex.
- * Global state: the number for the next port, the debugfs root, the workqueue that frees groups and
- * the counts of what is allocated.
+ * Global state: the number for the next port, the list of ports, the debugfs root, the devlink instance,
+ * the workqueue that frees groups and the counts of what is allocated.
  */
 #ifndef SIMNIC_H
 #define SIMNIC_H
@@ -263,6 +264,7 @@ struct simnic_port {
 	bool				unplugged;
 	struct delayed_work		replug;
 
+	struct list_head		of_nic;		/* the ports of devlink.c */
 	atomic64_t			counters[SIMNIC_N_COUNTERS];
 	struct dentry			*debugfs;
 };
@@ -371,5 +373,11 @@ void simnic_debugfs_port_add(struct simnic_port *port);
 void simnic_debugfs_port_del(struct simnic_port *port);
 void simnic_debugfs_init(void);
 void simnic_debugfs_exit(void);
+
+/* devlink.c: the NIC as a whole. */
+void simnic_devlink_port_add(struct simnic_port *port);
+void simnic_devlink_port_del(struct simnic_port *port);
+int simnic_devlink_init(void);
+void simnic_devlink_exit(void);
 
 #endif /* SIMNIC_H */

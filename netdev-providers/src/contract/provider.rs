@@ -220,10 +220,11 @@ pub trait Provider: Send + Sync {
     /// then is valid; rules that were not reported are merely unknown, not gone.
     fn usage(&self, report: &mut dyn FnMut(RuleReport)) -> Result<(), Fault>;
 
-    /// A rule that was reported as [`in_hw`](RuleReport::in_hw) does nothing: the NIC may have lost
-    /// all that it was given (a firmware reset). Its delete follows, and maybe an add. Whatever
-    /// else the provider has put there is to be put there again before the next add. Called on the
-    /// sweep thread, concurrently with `submit`; it does not block.
+    /// The NIC may have lost all that it was given (a firmware reset): a rule that was reported as
+    /// [`in_hw`](RuleReport::in_hw) does nothing, whose delete follows, and maybe an add; or the netdev's
+    /// link has come back after it was down, and [`repair`](Self::repair) follows. Whatever
+    /// else the provider has put there is to be put there again before the next add. Called on
+    /// threads of the engine's and the datapath's, concurrently with `submit`; it does not block.
     fn hardware_suspect(&self) {}
 
     /// Removes every rule of this provider, in as few messages as the backend allows, and returns

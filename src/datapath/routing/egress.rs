@@ -180,6 +180,7 @@ mod tests {
                 mtu: 1500,
                 up: true,
                 carrier: true,
+                carrier_ups: 1,
                 controller,
                 port: BridgePort::default(),
                 layer,

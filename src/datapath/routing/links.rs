@@ -25,6 +25,9 @@ pub struct Link {
     pub up: bool,
     /// There is somebody at the other end of the cable (`IFF_LOWER_UP`).
     pub carrier: bool,
+    /// How often that has come (`IFLA_CARRIER_UP_COUNT`): by this a carrier is known that was lost for less time than
+    /// the kernel gathers such changes for (`linkwatch`).
+    pub carrier_ups: u32,
     /// It is enslaved (bridge, bond, VRF …) to this netdev.
     pub controller: Option<u32>,
     /// What it may do as a port of a bridge, where it is one.
@@ -111,6 +114,7 @@ impl Link {
             mtu: 0,
             up: m.header.flags.contains(LinkFlags::Up),
             carrier: m.header.flags.contains(LinkFlags::LowerUp),
+            carrier_ups: 0,
             controller: None,
             port: BridgePort::default(),
             layer: Layer::Real,
@@ -123,6 +127,7 @@ impl Link {
             match a {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::CarrierUpCount(count) => link.carrier_ups = *count,
                 LinkAttribute::Address(bytes) if ethernet => {
                     link.mac = bytes.as_slice().try_into().ok().map(MacAddr);
                 }

@@ -339,6 +339,7 @@ pub(super) mod tests {
             mtu: 1500,
             up: true,
             carrier: true,
+            carrier_ups: 1,
             controller: None,
             port: BridgePort::default(),
             layer,

@@ -99,6 +99,24 @@ fn a_rule_that_somebody_removed_is_noticed_and_its_sight_rearmed() {
     b.install(1, &conn, Original);
 }
 
+/// A reset of the device takes the link down and up again.
+#[test]
+fn a_link_that_returns_has_the_provider_give_the_nic_what_it_may_have_lost() {
+    let dummy = DummyClass::new("dummy");
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conn = b.conn(1);
+    b.install(1, &conn, Original);
+    dummy.steal_all(ifindex(1));
+    b.engine.link_returned(ifindex(1));
+    assert_eq!(dummy.suspected(), 1);
+    b.settle();
+    let state = b.state(1, &conn, Original);
+    assert_ne!(state, Some(SlotState::Installed), "it looks at once, and waits for no add");
+    b.engine.link_returned(ifindex(2));
+    assert_eq!(dummy.suspected(), 1, "no port");
+}
+
 /// A port with a rule that the NIC says it has, its first sweep done; then software sees packets.
 fn seen_in_software(dummy: &DummyClass) -> (Bench, ConnHandle, Strays) {
     let b = Bench::new(&[dummy]);
