@@ -212,6 +212,21 @@ impl ControlHandler for Fake {
         })
     }
 
+    fn lint(&self) -> Result<Vec<LintInfo>, ControlError> {
+        let rule = |n| format!("table inet fw chain forward handle {n}");
+        let of = |name: &str, decides, places: Vec<String>| LintInfo {
+            name: name.into(),
+            decides,
+            skips: format!("words about {name}"),
+            advice: format!("advice about {name}"),
+            count: places.len() as u64,
+            places,
+        };
+        let many = (1000..1007).map(rule).collect();
+        let counters = LintInfo { count: 4321, ..of("counter", false, many) };
+        Ok(vec![of("limit", true, vec![rule(7)]), counters])
+    }
+
     fn explain(&self, tuple: &Tuple, _: Option<Zone>) -> Result<Explain, ControlError> {
         if *tuple == conn().original || *tuple == conn().reply {
             let verdicts = vec![PortVerdict {
@@ -517,6 +532,19 @@ fn explain_tells_why_and_what_to_do() {
 }
 
 #[test]
+fn what_offloaded_packets_skip_is_told_by_kind_with_where_it_stands() {
+    let bed = Bed::new();
+    let out = bed.run("lint");
+    assert_eq!(out.status.code(), Some(12));
+    let out = text(&out.stdout);
+    let first = "limit: words about limit\n    table inet fw chain forward handle 7\n  what can be done: advice about limit\n\ncounter: ";
+    assert!(out.starts_with(first), "{out}");
+    assert!(out.contains("handle 1004\n    and 4316 more (-v: all)\n"), "{out}");
+    let out = text(&bed.run("lint -v").stdout);
+    assert!(out.contains("handle 1006\n    and 4314 more\n"), "{out}");
+}
+
+#[test]
 fn a_flush_tells_how_many() {
     let bed = Bed::new();
     assert_eq!(bed.ok("flush --all"), "1200 rules removed\n    eth0  1200\n");
@@ -574,16 +602,21 @@ fn json_and_text_tell_the_same_facts() {
         "flush --all",
         "reconcile",
         "explain tcp 10.0.0.1:1234 10.9.0.2:80",
+        "lint",
         "port add eth7 --provider tc-flower --offload skip-sw",
     ] {
-        // How far a connection is offloaded is in the exit code as well.
-        let code = if line.starts_with("explain") { 10 } else { 0 };
+        // How far a connection is offloaded is in the exit code as well, and whether packets skip what decides.
+        let code = match line.split(' ').next() {
+            Some("explain") => 10,
+            Some("lint") => 12,
+            _ => 0,
+        };
         let said = |line: &str| {
             let out = bed.run(line);
             assert_eq!(out.status.code(), Some(code), "`{line}`: {}", text(&out.stderr));
             text(&out.stdout)
         };
-        let human = said(&format!("-s {line}{}", if code == 10 { " -v" } else { "" }));
+        let human = said(&format!("-s {line}{}", if code > 0 { " -v" } else { "" }));
         let json: Value = serde_json::from_str(&said(&format!("-j {line}"))).unwrap();
         let mut facts = Vec::new();
         leaves("", &json, &mut facts);
@@ -722,6 +755,7 @@ fn the_group_may_read_and_change_nothing() {
         let out = run(line);
         assert!(out.status.success(), "`{line}`: {}", text(&out.stderr));
     }
+    assert_eq!(run("lint").status.code(), Some(12));
     for line in ["flush --all", "port add eth7", "port del eth0"] {
         let e = fails(&run(line), line, 4);
         assert!(e.ends_with("only root may change anything"), "{e}");

@@ -27,6 +27,7 @@ Exit codes:
     6  conflict: the netdev is a port already
     7  not supported by this daemon, kernel or netdev
 Of `explain`: 0 offloaded in both directions, 10 in one, 11 in none, 5 there is no such connection.
+Of `lint`: 12 offloaded packets skip something that can change what becomes of them.
 
 The daemon is looked for in the present network namespace; for another one:
     ip netns exec NAME ctoffload …";
@@ -37,6 +38,11 @@ Examples:
     ctoffload explain 'udp [2001:db8::1]:5000 > [2001:db8::2]:53' --zone 7
     conntrack -L -p tcp --dport 443 | head -n 1 | xargs ctoffload explain
     ctoffload explain 'IP 10.0.0.1.1234 > 10.9.0.2.80: Flags [P.]'";
+
+const LINT_EXAMPLES: &str = "\
+Examples:
+    ctoffload lint
+    ctoffload -j lint | jq '.[] | select(.decides) | .name'";
 
 /// With `explain --help`: the examples, and the causes by name.
 fn causes() -> String {
@@ -102,6 +108,16 @@ pub(super) enum Object {
     },
     /// Counters of the whole engine.
     Stats,
+    /// Tell what offloaded packets skip on this machine: limits, marks, logs, shapers.
+    ///
+    /// Reads the ruleset, what stands at egress, and switches. Of rules, those count which packets of established
+    /// connections meet. Exit code: 0 when nothing of it can change what becomes of a packet, 12 otherwise.
+    #[command(after_help = LINT_EXAMPLES)]
+    Lint {
+        /// Every place, and not the first few of each kind.
+        #[arg(short, long)]
+        verbose: bool,
+    },
     /// Remove rules. Connections live on in software, and are offloaded again when they are seen.
     #[command(
         after_help = "Examples:\n    ctoffload flush --port eth0\n    ctoffload flush --port eth0 --zone 7\n    ctoffload flush tcp 10.0.0.1:1234 10.9.0.2:80\n    ctoffload flush --all",

@@ -33,6 +33,7 @@ enum Exit {
     Unsupported = 7,
     PartlyOffloaded = 10,
     NotOffloaded = 11,
+    Skips = 12,
 }
 
 impl From<Exit> for ExitCode {
@@ -144,6 +145,11 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
         Action::Stats => {
             let stats = client.stats().map_err(at)?;
             print(show, &stats, |out| text::stats(out, &stats))?;
+        }
+        Action::Lint => {
+            let found = client.lint().map_err(at)?;
+            print(show, &found, |out| text::lint(out, &found, show.all))?;
+            return Ok(if found.iter().any(|f| f.decides) { Exit::Skips } else { Exit::Ok });
         }
         Action::Flush(request) => {
             let flushed = client.flush(request).map_err(at)?;

@@ -25,7 +25,7 @@ pub(super) struct Output {
     pub(super) json: bool,
     pub(super) pretty: bool,
     pub(super) detail: bool,
-    /// Of `explain`: what has nothing to do with the connection, too.
+    /// Of `explain`: what has nothing to do with the connection, too. Of `lint`: every place.
     pub(super) all: bool,
 }
 
@@ -37,6 +37,7 @@ pub(super) enum Action {
     ConnShow(ConnFilter),
     ProviderShow,
     Stats,
+    Lint,
     Flush(FlushRequest),
     Reconcile(ReconcileRequest),
     Explain(Tuple, Option<Zone>),
@@ -54,6 +55,7 @@ impl fmt::Display for Action {
             Self::ConnShow(_) => f.write_str("conn show"),
             Self::ProviderShow => f.write_str("provider show"),
             Self::Stats => f.write_str("stats"),
+            Self::Lint => f.write_str("lint"),
             Self::Flush(_) => f.write_str("flush"),
             Self::Reconcile(_) => f.write_str("reconcile"),
             Self::Explain(tuple, ..) => write!(f, "explain {tuple}"),
@@ -77,7 +79,10 @@ impl TryFrom<Args> for Plan {
         if let Some(port_id) = args.port_id {
             target.port_id = port_id;
         }
-        let all = matches!(args.object, Object::Explain { verbose: true, .. });
+        let all = matches!(
+            args.object,
+            Object::Explain { verbose: true, .. } | Object::Lint { verbose: true }
+        );
         let action = match args.object {
             Object::Port { verb: None } => Action::PortShow(None),
             Object::Port { verb: Some(PortVerb::Show { name }) } => Action::PortShow(name),
@@ -103,6 +108,7 @@ impl TryFrom<Args> for Plan {
             }
             Object::Provider { verb: None | Some(ProviderVerb::Show) } => Action::ProviderShow,
             Object::Stats => Action::Stats,
+            Object::Lint { .. } => Action::Lint,
             Object::Flush { all, port, zone, tuple: words } => {
                 Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
             }

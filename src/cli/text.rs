@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use crate::control::info::{
-    CapabilityInfo, ConnInfo, Event, Flushed, LatencyCount, PortInfo, PortReconciled, ProviderInfo,
-    ReasonCount, SlotInfo, Stats,
+    CapabilityInfo, ConnInfo, Event, Flushed, LatencyCount, LintInfo, PortInfo, PortReconciled,
+    ProviderInfo, ReasonCount, SlotInfo, Stats,
 };
 
 /// Where the text of a column goes.
@@ -386,6 +386,29 @@ pub(super) fn providers(out: &mut String, providers: &[ProviderInfo]) {
     }));
     use Align::{Left, Right};
     table(out, "", &[Left, Right, Right, Left], &rows);
+}
+
+/// Places of a kind that are told, unless all are asked for.
+const PLACES: usize = 5;
+
+pub(super) fn lint(out: &mut String, found: &[LintInfo], all: bool) {
+    if found.is_empty() {
+        out.push_str("offloaded packets skip nothing that is known of\n");
+    }
+    for (i, f) in found.iter().enumerate() {
+        let places = if f.count > 1 { format!(" ({} places)", f.count) } else { String::new() };
+        let _ = writeln!(out, "{}{}: {}{places}", if i > 0 { "\n" } else { "" }, f.name, f.skips);
+        let told = if all { f.places.len() } else { PLACES };
+        for place in f.places.iter().take(told) {
+            let _ = writeln!(out, "    {place}");
+        }
+        let more = f.count.saturating_sub(f.places.len().min(told) as u64);
+        if more > 0 {
+            let how = if all { "" } else { " (-v: all)" };
+            let _ = writeln!(out, "    and {more} more{how}");
+        }
+        let _ = writeln!(out, "  what can be done: {}", f.advice);
+    }
 }
 
 pub(super) fn stats(out: &mut String, s: &Stats) {

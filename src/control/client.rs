@@ -11,7 +11,7 @@ use nix::sys::socket::UnixCredentials;
 use super::attrs::{Attrs, Object};
 use super::error::{ClientError, ErrorKind, WireError};
 use super::info::{
-    ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
+    ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
     PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
     Summary,
 };
@@ -118,6 +118,14 @@ impl Client {
     /// [`ClientError`].
     pub fn providers(&mut self) -> Result<Vec<ProviderInfo>, ClientError> {
         self.list(Command::GetProviders, Attrs::new(), Command::Provider)
+    }
+
+    /// What offloaded packets skip, by kind: what decides about packets first.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn lint(&mut self) -> Result<Vec<LintInfo>, ClientError> {
+        self.list(Command::GetLint, Attrs::new(), Command::Lint)
     }
 
     /// The engine's counters.

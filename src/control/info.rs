@@ -201,6 +201,23 @@ pub struct SlotInfo {
     pub rule: Option<String>,
 }
 
+/// What of one kind offloaded packets skip here: the slow path would have given it to them.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct LintInfo {
+    /// The stable name of the kind: of a [`Skipped`](crate::datapath::skipped::Skipped).
+    pub name: String,
+    /// Whether it can change what becomes of packets; otherwise it counts or tells of them.
+    pub decides: bool,
+    /// What it is that they skip.
+    pub skips: String,
+    /// What can be done about it.
+    pub advice: String,
+    /// At how many places it stands.
+    pub count: u64,
+    /// The first of these: rules as `nft -a list ruleset` has them, netdevs, ports, switches.
+    pub places: Vec<String>,
+}
+
 /// A provider class.
 #[derive(Clone, Debug, Default, Serialize, PartialEq)]
 pub struct ProviderInfo {
@@ -618,6 +635,7 @@ attributes! {
         vlan_in = 21, vlan_out = 22, bridged = 23, nic_said = 24,
     }
     ProviderInfo { class = 1, priority = 2, ports = 3, note = 4 }
+    LintInfo { name = 1, decides = 2, skips = 3, advice = 4, count = 5, places = 6 }
     Stats {
         instance = 1, uptime_ms = 2, connections = 3, slots_installed = 4, slots_pending = 5,
         slots_rejected = 6, sights = 7, sights_lost = 8, ledger_elements = 9, ledger_size = 10,

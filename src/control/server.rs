@@ -24,7 +24,7 @@ use super::attrs::{Attrs, Object};
 use super::error::{ControlError, ErrorKind, ServerError, WireError};
 use super::events::{Outbox, Publisher};
 use super::info::{
-    ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
+    ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
     PortDelRequest, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
 };
 use super::presence;
@@ -55,7 +55,8 @@ pub type ConnDump = Box<dyn Iterator<Item = ConnInfo> + Send>;
 /// What the daemon can be asked.
 ///
 /// Reads (`ports`, `conns`, `providers`, `stats`, `explain`) are called on the server's thread, one
-/// at a time, and should take milliseconds. Changes (`flush`, `reconcile`, `port_add`, `port_del`) are called on
+/// at a time, and should take milliseconds. Changes (`flush`, `reconcile`, `port_add`, `port_del`), and `lint`, which
+/// changes nothing and takes its time, are called on
 /// another thread, one at a time, **concurrently with reads**, and may block. By the time a method
 /// is called the caller's right to it has been checked. A panic is answered as
 /// [`ErrorKind::Internal`].
@@ -74,6 +75,8 @@ pub trait ControlHandler: Send + Sync {
     /// reply. A connection that the engine does not know is an answer without
     /// [`Explain::conn`], or [`ErrorKind::NotFound`] when nothing can be said of it.
     fn explain(&self, tuple: &Tuple, zone: Option<Zone>) -> Result<Explain, ControlError>;
+    /// What offloaded packets skip, by kind. May take a second.
+    fn lint(&self) -> Result<Vec<LintInfo>, ControlError>;
     /// Removes rules; returns when they are gone. A tuple nobody knows is
     /// [`ErrorKind::NotFound`], as is a port.
     fn flush(&self, request: &FlushRequest) -> Result<Flushed, ControlError>;
@@ -122,6 +125,8 @@ enum ChangeRequest {
     Reconcile(ReconcileRequest),
     PortAdd(PortAddRequest),
     PortDel(PortDelRequest),
+    /// No change, and anybody's who may read: of all that wait, there is one.
+    Lint,
 }
 
 /// A change that was made, or not. `None`: there is nothing to tell.
@@ -280,6 +285,7 @@ fn make(
             ))
         }
         ChangeRequest::Reconcile(r) => Some(parts(Command::PortReconciled, handler.reconcile(r)?)),
+        ChangeRequest::Lint => Some(parts(Command::Lint, handler.lint()?)),
         ChangeRequest::PortAdd(r) => Some(parts(Command::Port, vec![handler.port_add(r)?])),
         ChangeRequest::PortDel(r) => {
             handler.port_del(r)?;
@@ -293,6 +299,7 @@ struct Waiting {
     client: u32,
     seq: u32,
     told: Instant,
+    lint: bool,
 }
 
 struct Loop<'a> {
@@ -409,6 +416,13 @@ impl Loop<'_> {
             Command::GetProviders => {
                 guarded(|| Ok(parts(Command::Provider, handler.providers()?)))?
             }
+            Command::GetLint => {
+                if self.waiting.iter().any(|w| w.lint) {
+                    let why = "somebody else is having it looked for";
+                    return Err(ControlError::new(ErrorKind::Busy, why));
+                }
+                return self.have_done(client, who, seq, ChangeRequest::Lint);
+            }
             Command::GetStats => guarded(|| Ok(parts(Command::Stats, vec![handler.stats()?])))?,
             Command::Explain => {
                 let r = ExplainRequest::decode(&attrs).map_err(bad)?;
@@ -461,9 +475,21 @@ impl Loop<'_> {
         if !self.server.gate.may_change(who) {
             return Err(ControlError::new(ErrorKind::Permission, "only root may change anything"));
         }
+        self.have_done(client, who, seq, request)
+    }
+
+    /// Has it done by the thread that may block.
+    fn have_done(
+        &mut self,
+        client: u32,
+        who: &UnixCredentials,
+        seq: u32,
+        request: ChangeRequest,
+    ) -> Result<(), ControlError> {
+        let lint = matches!(request, ChangeRequest::Lint);
         match self.jobs.try_send(Change { client, uid: who.uid(), seq, request }) {
             Ok(()) => {
-                self.waiting.push(Waiting { client, seq, told: Instant::now() });
+                self.waiting.push(Waiting { client, seq, told: Instant::now(), lint });
                 Ok(())
             }
             Err(TrySendError::Full(_)) => {

@@ -50,6 +50,9 @@ impl ControlHandler for Fake {
     fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError> {
         panic!("on purpose");
     }
+    fn lint(&self) -> Result<Vec<LintInfo>, ControlError> {
+        Ok(vec![LintInfo { name: "limit".into(), decides: true, ..LintInfo::default() }])
+    }
     fn stats(&self) -> Result<Stats, ControlError> {
         Ok(Stats::default())
     }

@@ -12,10 +12,12 @@ use crate::control::error::{ControlError, ErrorKind};
 use crate::control::events::Publisher;
 use crate::control::info::{
     CapabilityInfo, ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed,
-    LatencyCount, PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled,
+    LatencyCount, LintInfo, PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled,
     ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
+use crate::control::wire::MAX_DATAGRAM;
+use crate::datapath::lint::{Finding, lint};
 use crate::datapath::routing::fdb::Fdb;
 use crate::datapath::routing::links::Links;
 use crate::datapath::routing::stack::{Frames, descend};
@@ -300,6 +302,27 @@ fn conn_info(engine: &Engine, links: &Links, fdb: &Fdb, conn: &ConnHandle) -> Co
     }
 }
 
+/// Of very many places, as many as a message has room for.
+fn lint_info(found: Finding) -> LintInfo {
+    const ROOM: usize = MAX_DATAGRAM / 2;
+    let Finding { what, places } = found;
+    let count = places.len() as u64;
+    let mut left = ROOM;
+    let fits = |place: &String| {
+        // With its attribute's header, and filled up.
+        left = left.saturating_sub(place.len() + 8);
+        left > 0
+    };
+    LintInfo {
+        name: what.name().to_owned(),
+        decides: what.decides(),
+        skips: what.words().to_owned(),
+        advice: what.advice().to_owned(),
+        count,
+        places: places.into_iter().take_while(fits).collect(),
+    }
+}
+
 impl ControlHandler for Handler {
     fn ports(&self) -> Result<Vec<PortInfo>, ControlError> {
         Ok(self.engine.ports().into_iter().map(|p| port_info(self.links(), p)).collect())
@@ -353,6 +376,12 @@ impl ControlHandler for Handler {
                 .to_owned(),
             })
             .collect())
+    }
+
+    fn lint(&self) -> Result<Vec<LintInfo>, ControlError> {
+        let found = lint(&self.backend, &self.engine)
+            .map_err(|e| ControlError::internal(format!("the ruleset cannot be read: {e}")))?;
+        Ok(found.into_iter().map(lint_info).collect())
     }
 
     fn stats(&self) -> Result<Stats, ControlError> {

@@ -25,6 +25,7 @@
 //! | [`supervisor`] | none: whether one of these has ended, without which nothing may be offloaded |
 //! | `keepalive` | sweeps usage, keeps conntrack entries and neighbours alive; by `life` (what is written to conntrack, and when: decisions alone) and `lives`; `resets` are closed by conntrack, and may live |
 //! | [`inspect`], `ended` | none: what is known of a connection, for who asks |
+//! | [`lint`] | none: what offloaded packets go without on this machine, by the kinds of [`skipped`] |
 //! | [`netfilter`], [`routing`] | none: what they speak with the kernel |
 
 pub mod admission;
@@ -39,6 +40,7 @@ mod identify;
 pub mod inspect;
 mod keepalive;
 mod life;
+pub mod lint;
 mod lives;
 pub mod netfilter;
 mod pacing;
@@ -48,6 +50,7 @@ mod resets;
 pub mod routing;
 mod ruleset;
 mod sights;
+pub mod skipped;
 pub mod supervisor;
 
 use std::convert::Infallible;

@@ -18,10 +18,8 @@ use std::time::{Duration, Instant};
 
 use netdev_providers::netlink::netfilter::nft::{
     NF_INET_FORWARD, NF_INET_POST_ROUTING, NFPROTO_BRIDGE, NFPROTO_IPV4, NFPROTO_IPV6,
-    NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFTA_SET_NAME, NFTA_SET_TABLE, get_of,
 };
-use netdev_providers::netlink::netfilter::{NFGENMSG_LEN, SUBSYS_NFTABLES, msg_type};
-use netdev_providers::netlink::socket::DUMP;
+use netdev_providers::netlink::netfilter::{SUBSYS_NFTABLES, msg_type};
 use netdev_providers::netlink::wire::Received;
 use netdev_providers::netlink::{Family, NetlinkError, Socket};
 use netdev_providers::{Direction, Reason};
@@ -32,6 +30,8 @@ use super::backend::Shared;
 use super::config::OnRulesetChange;
 use super::firewall::model::{Concerns, Model, Transaction};
 use super::firewall::{Behind, Zones};
+use super::firewall::{dump, legacy};
+use super::lint::Teller;
 use super::netfilter::hooks::{Hooks, Registered, behind, is_absent, place_of};
 use super::netfilter::ledger::{CHAIN, Hook};
 use super::supervisor::Failures;
@@ -46,22 +46,11 @@ const NFNLGRP_NFTABLES: u32 = 7;
 const NEWGEN: u16 = msg_type(SUBSYS_NFTABLES, 15);
 /// `NFT_MSG_DELTABLE`.
 const DELTABLE: u16 = msg_type(SUBSYS_NFTABLES, 2);
-// enum nf_tables_msg_types
-const NFT_MSG_GETCHAIN: u16 = 4;
-const NFT_MSG_GETRULE: u16 = 7;
-// enum nft_set_elem_list_attributes
-const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
-const NFTA_SET_ELEM_LIST_SET: u16 = 2;
-// enum nft_set_attributes, nft_data_types
-const NFTA_SET_DATA_TYPE: u16 = 6;
-const NFT_DATA_VERDICT: u32 = 0xffff_ff00;
 /// `NF_INET_PRE_ROUTING`.
 const NF_INET_PRE_ROUTING: u32 = 0;
 /// A tool that changes what concerns everybody all the time makes us take everything back this often at
 /// most: the second of two such changes waits so long.
 const AT_MOST_EVERY: Duration = Duration::from_millis(250);
-/// How often a dump that a change interrupted is repeated before the change's announcement has to do.
-const DUMP_TRIES: u32 = 20;
 /// Who stands in the hooks is looked at this often when nothing is announced, and at least six times
 /// in `[revalidate] every`.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -87,6 +76,7 @@ pub(super) struct Watch {
     /// The kernel has no nfnetlink_hook; told.
     blind: bool,
     failures: Failures,
+    lint: Teller,
 }
 
 /// Connections that go through the stack again, so many a second.
@@ -135,7 +125,9 @@ impl Watch {
             looked: None,
             blind: false,
             failures: Failures::default(),
+            lint: Teller::default(),
         };
+        watch.lint.changed();
         watch.read_all();
         watch.tell();
         watch.look();
@@ -164,6 +156,7 @@ impl Watch {
             }
             let now = Instant::now();
             self.renew(engine, now.saturating_duration_since(ticked));
+            self.lint.go_on(&self.backend, engine);
             ticked = now;
         }
         Ok(())
@@ -176,7 +169,7 @@ impl Watch {
         } else {
             earliest.saturating_duration_since(Instant::now()).min(TICK)
         };
-        let Self { backend, model, transaction, concerns, tables_gone, looked, .. } = self;
+        let Self { backend, model, transaction, concerns, tables_gone, looked, lint, .. } = self;
         let read = self.socket.recv(wait, |messages| {
             for m in messages {
                 if backend.is_own_change(m.port) {
@@ -187,6 +180,7 @@ impl Watch {
                     concerns.add(model.end(std::mem::take(transaction)));
                     // Chains may have come or gone.
                     *looked = None;
+                    lint.changed();
                 } else {
                     model.message(&m, transaction);
                 }
@@ -213,6 +207,7 @@ impl Watch {
     /// Anything may have changed.
     fn read_anew(&mut self) {
         self.concerns = Concerns::All;
+        self.lint.changed();
         self.read_all();
         self.looked = None;
     }
@@ -337,7 +332,7 @@ impl Watch {
     fn tell_marks(&self) -> bool {
         let mut late = self.model.late_marks();
         for (late, family) in late.iter_mut().zip(["ip", "ip6"]) {
-            if late.is_none() && names_of_legacy_tables(family).any(|name| name == "mangle") {
+            if late.is_none() && legacy::tables().any(|(f, name)| f == family && name == "mangle") {
                 *late = Some(Arc::from(format!("table mangle of {family}tables-legacy (perhaps)")));
             }
         }
@@ -439,61 +434,27 @@ impl Watch {
         }
     }
 
-    /// Learns the ruleset as it is.
+    /// Learns the ruleset as it is. What a change interrupts again and again is left to its announcements.
     fn read_all(&mut self) {
         self.model = Model::default();
-        let mut maps = Vec::new();
-        for get in [NFT_MSG_GETCHAIN, NFT_MSG_GETSET, NFT_MSG_GETRULE] {
-            let note_map = |m: &Received<'_>| {
-                let attrs = m.attrs(NFGENMSG_LEN);
-                let text = |ty| Some(attrs.find_type(ty)?.str()?.to_owned());
-                let data = attrs.find_type(NFTA_SET_DATA_TYPE).and_then(|a| a.be32());
-                let is_verdict_map = get == NFT_MSG_GETSET && data == Some(NFT_DATA_VERDICT);
-                is_verdict_map
-                    .then(|| {
-                        Some((*m.payload.first()?, text(NFTA_SET_TABLE)?, text(NFTA_SET_NAME)?))
-                    })
-                    .flatten()
-            };
-            self.dump(0, get, None, |m| maps.extend(note_map(m)));
-        }
-        for (family, table, set) in maps {
-            self.dump(family, NFT_MSG_GETSETELEM, Some((&table, &set)), |_| {});
-        }
+        let ours = self.backend.ledger_table();
+        dump::read(&mut self.dumps, |table| table == ours, &mut Learns(&mut self.model));
+    }
+}
+
+/// The model, as it reads a dump: what is read again it knows already.
+struct Learns<'a>(&'a mut Model);
+
+impl dump::Reader for Learns<'_> {
+    fn begin(&mut self, _: dump::Part<'_>) {}
+
+    fn message(&mut self, m: &Received<'_>) {
+        self.0.message(m, &mut Transaction::default());
     }
 
-    /// Learns what a dump says. What a change interrupts again and again is left to its announcements.
-    fn dump(
-        &mut self,
-        family: u8,
-        get: u16,
-        of: Option<(&str, &str)>,
-        mut also: impl FnMut(&Received<'_>),
-    ) {
-        for _ in 0..DUMP_TRIES {
-            let seq = self.dumps.next_seq();
-            let buf = get_of(family, get, DUMP, seq, |m| {
-                if let Some((table, set)) = of {
-                    m.str(NFTA_SET_ELEM_LIST_TABLE, table).str(NFTA_SET_ELEM_LIST_SET, set);
-                }
-            });
-            let (model, backend) = (&mut self.model, &self.backend);
-            let done = self.dumps.dump(&buf, seq, |m| {
-                // Chains, sets, rules and elements name their table in the same attribute.
-                let table = m.attrs(NFGENMSG_LEN).find_type(NFTA_SET_TABLE).and_then(|a| a.str());
-                if table != Some(backend.ledger_table()) {
-                    also(&m);
-                    model.message(&m, &mut Transaction::default());
-                }
-            });
-            match done {
-                Ok(()) => return,
-                Err(NetlinkError::Interrupted) => {}
-                Err(e) => {
-                    tracing::warn!("the ruleset could not be read: {e}");
-                    return;
-                }
-            }
+    fn failed(&mut self, error: NetlinkError) {
+        if !matches!(error, NetlinkError::Interrupted) {
+            tracing::warn!("the ruleset could not be read: {error}");
         }
     }
 }
@@ -511,18 +472,12 @@ fn is_legacy(r: &Registered) -> bool {
 /// Whether this network namespace has tables of iptables-legacy: what the kernel tells where it does not
 /// tell who is registered in a hook (nfnetlink_hook; Debian's 6.1 has none).
 fn legacy_tables() -> bool {
-    ["ip", "ip6"].into_iter().any(|family| names_of_legacy_tables(family).next().is_some())
+    legacy::tables().next().is_some()
 }
 
 /// Whether it has the one of them that can set conntrack zones.
 fn has_legacy_raw() -> bool {
-    ["ip", "ip6"].into_iter().any(|family| names_of_legacy_tables(family).any(|n| n == "raw"))
-}
-
-fn names_of_legacy_tables(family: &str) -> impl Iterator<Item = String> + use<> {
-    let path = format!("/proc/self/net/{family}_tables_names");
-    let names = std::fs::read_to_string(path).unwrap_or_default();
-    names.split_whitespace().map(str::to_owned).collect::<Vec<_>>().into_iter()
+    legacy::tables().any(|(_, name)| name == "raw")
 }
 
 /// What was refused because marks were set late may be possible now.

@@ -312,6 +312,8 @@ fn rules_of_a_port_for_both_are_in_the_nic_where_it_takes_them_and_nowhere_else(
     let rules = h.router.run("tc filter show dev lan ingress pref 49412");
     assert!(rules.contains("  in_hw ") && rules.contains("  skip_sw"), "{rules}");
     assert_eq!(h.port("lan")["in_hw"], 1);
+    let told = String::from_utf8(h.router.cli(&["lint"]).stdout).expect("text");
+    assert!(told.contains("in-hardware: ") && told.contains("    port lan\n"), "{told}");
 }
 
 #[test]

@@ -32,6 +32,7 @@ mod egress;
 mod ends;
 mod explain;
 mod firewall;
+mod lint;
 mod lives;
 mod marks;
 mod names;

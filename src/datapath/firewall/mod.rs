@@ -10,9 +10,14 @@
 //! - [`model`] tells what a change concerns: nothing, connections with certain addresses, or all.
 //! - Nothing of others may stand behind the chain that sights ([`Firewall::is_last`],
 //!   [`Firewall::none_at_egress`]).
+//! - What rules do to each packet, those that are offloaded go without: [`met`] tells what.
 //! - Packets that a rule of ours takes for one connection's must not be another's, in another conntrack
 //!   zone ([`zones`], [`Firewall::zone_is_clear`]).
 
+pub(super) mod dump;
+mod expr;
+pub(super) mod legacy;
+pub(super) mod met;
 pub(super) mod model;
 pub(super) mod zones;
 

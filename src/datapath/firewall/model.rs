@@ -13,6 +13,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use super::expr::{
+    NETWORK, NF_DROP, NFT_CMP_EQ, NFT_META_MARK, NFT_META_TIME_HOUR, NFT_META_TIME_NS,
+    NFTA_BITWISE_DREG, NFTA_BITWISE_MASK, NFTA_BITWISE_SREG, NFTA_CMP_DATA, NFTA_CMP_OP,
+    NFTA_CMP_SREG, NFTA_DYNSET_SET_NAME, NFTA_IMMEDIATE_DATA, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG,
+    NFTA_META_KEY, NFTA_META_SREG, NFTA_OBJREF_IMM_NAME, NFTA_OBJREF_SET_NAME, NFTA_PAYLOAD_BASE,
+    NFTA_PAYLOAD_DREG, NFTA_PAYLOAD_LEN, NFTA_PAYLOAD_OFFSET, NFTA_XT_NAME, each, verdict_chain,
+};
 use super::zones::{UnclearZone, ZoneRule};
 use netdev_providers::netlink::netfilter::nft::{
     NF_INET_FORWARD, NF_INET_POST_ROUTING, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4,
@@ -34,52 +41,20 @@ const NFPROTO_NETDEV: u8 = 5;
 const NF_NETDEV_EGRESS: u32 = 1;
 const NF_INET_LOCAL_IN: u32 = 1;
 const NF_INET_LOCAL_OUT: u32 = 3;
-const NF_DROP: u32 = 0;
 // enum nft_hook_attributes, nft_devices_attributes: the netdevs of a chain at ingress or egress
 const NFTA_HOOK_DEV: u16 = 3;
 const NFTA_HOOK_DEVS: u16 = 4;
 const NFTA_DEVICE_NAME: u16 = 1;
 const NFTA_DEVICE_PREFIX: u16 = 2;
-// enum nft_list_attributes, nft_expr_attributes, nft_data_attributes, nft_verdict_attributes
-const NFTA_EXPR_NAME: u16 = 1;
-const NFTA_EXPR_DATA: u16 = 2;
-const NFTA_DATA_VERDICT: u16 = 2;
-const NFTA_VERDICT_CHAIN: u16 = 2;
-// of the expressions that are looked into
-const NFTA_IMMEDIATE_DATA: u16 = 2;
-const NFTA_LOOKUP_SET: u16 = 1;
-const NFTA_LOOKUP_SREG: u16 = 2;
-const NFTA_DYNSET_SET_NAME: u16 = 1;
-const NFTA_OBJREF_IMM_NAME: u16 = 2;
-const NFTA_OBJREF_SET_NAME: u16 = 4;
-const NFTA_META_KEY: u16 = 2;
-const NFTA_META_SREG: u16 = 3;
-const NFTA_PAYLOAD_DREG: u16 = 1;
-const NFTA_PAYLOAD_BASE: u16 = 2;
-const NFTA_PAYLOAD_OFFSET: u16 = 3;
-const NFTA_PAYLOAD_LEN: u16 = 4;
-const NFTA_CMP_SREG: u16 = 1;
-const NFTA_CMP_OP: u16 = 2;
-const NFTA_CMP_DATA: u16 = 3;
-const NFTA_BITWISE_SREG: u16 = 1;
-const NFTA_BITWISE_DREG: u16 = 2;
-const NFTA_BITWISE_MASK: u16 = 4;
-/// Of `match` and `target`.
-const NFTA_XT_NAME: u16 = 1;
-const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
-const NFT_CMP_EQ: u32 = 0;
-const NFT_META_MARK: u32 = 3;
-const NFT_META_TIME_NS: u32 = 30;
-const NFT_META_TIME_HOUR: u32 = 32;
 // enum nft_set_elem_attributes, flags of sets and elements
-const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
-const NFTA_SET_ELEM_LIST_SET: u16 = 2;
-const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
-const NFTA_SET_ELEM_KEY: u16 = 1;
-const NFTA_SET_ELEM_DATA: u16 = 2;
+pub(super) const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+pub(super) const NFTA_SET_ELEM_LIST_SET: u16 = 2;
+pub(super) const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+pub(super) const NFTA_SET_ELEM_KEY: u16 = 1;
+pub(super) const NFTA_SET_ELEM_DATA: u16 = 2;
 const NFTA_SET_ELEM_FLAGS: u16 = 3;
 const NFT_SET_INTERVAL: u32 = 4;
-const NFT_SET_TIMEOUT: u32 = 0x10;
+pub(super) const NFT_SET_TIMEOUT: u32 = 0x10;
 const NFT_SET_EVAL: u32 = 0x20;
 const NFT_SET_ELEM_INTERVAL_END: u32 = 1;
 /// What `nft` calls `ipv4_addr` and `ipv6_addr` (its `enum datatypes`).
@@ -87,7 +62,7 @@ const TYPE_IPADDR: u32 = 7;
 const TYPE_IP6ADDR: u32 = 8;
 
 /// `enum nft_rule_attributes`: what tells a rule from the others of its table.
-const NFTA_RULE_HANDLE: u16 = 3;
+pub(super) const NFTA_RULE_HANDLE: u16 = 3;
 
 type TableId = (u8, String);
 
@@ -541,7 +516,7 @@ impl Table {
     }
 }
 
-fn is_on_the_way(family: u8, hook: u32) -> bool {
+pub(super) fn is_on_the_way(family: u8, hook: u32) -> bool {
     match family {
         NFPROTO_INET | NFPROTO_IPV4 | NFPROTO_IPV6 => {
             !matches!(hook, NF_INET_LOCAL_IN | NF_INET_LOCAL_OUT)
@@ -575,11 +550,6 @@ fn netdevs_of(hook: &Attr<'_>) -> BTreeSet<String> {
         _ => None,
     });
     one.iter().filter_map(text).chain(of_list).collect()
-}
-
-fn verdict_chain(data: Nested<'_>) -> Option<String> {
-    let verdict = data.find_type(NFTA_DATA_VERDICT)?;
-    Some(verdict.nested().find_type(NFTA_VERDICT_CHAIN)?.str()?.to_owned())
 }
 
 /// What a rule refers to.
@@ -650,14 +620,6 @@ impl Rule {
     }
 }
 
-fn each<'a>(expressions: Nested<'a>) -> impl Iterator<Item = (&'a str, Nested<'a>)> {
-    expressions.filter(|a| a.ty == NFTA_LIST_ELEM).filter_map(|e| {
-        let name = e.nested().find_type(NFTA_EXPR_NAME)?.str()?;
-        let data = e.nested().find_type(NFTA_EXPR_DATA).map_or(Nested::new(&[]), |d| d.nested());
-        Some((name, data))
-    })
-}
-
 /// Which registers hold an address of the packet.
 #[derive(Default)]
 struct Registers {
@@ -677,11 +639,8 @@ impl Registers {
                     number(NFTA_PAYLOAD_LEN).unwrap_or(0),
                 );
                 // Source and destination of an IPv4 and of an IPv6 header.
-                let is_address = matches!(
-                    at,
-                    (Some(NFT_PAYLOAD_NETWORK_HEADER), 12 | 16, 4)
-                        | (Some(NFT_PAYLOAD_NETWORK_HEADER), 8 | 24, 16)
-                );
+                let is_address =
+                    matches!(at, (Some(NETWORK), 12 | 16, 4) | (Some(NETWORK), 8 | 24, 16));
                 if is_address {
                     self.addresses.insert(to, None);
                 } else {

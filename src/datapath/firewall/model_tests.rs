@@ -1,8 +1,10 @@
 use netdev_providers::netlink::Message;
+use netdev_providers::netlink::netfilter::nft::NFTA_LIST_ELEM;
 use netdev_providers::netlink::netfilter::nft::{NFTA_SET_KEY_LEN, expr};
 use netdev_providers::netlink::netfilter::{msg_type, nfgenmsg};
 use netdev_providers::netlink::wire::MessageIter;
 
+use super::super::expr::{NFTA_DATA_VERDICT, NFTA_EXPR_DATA, NFTA_EXPR_NAME, NFTA_VERDICT_CHAIN};
 use super::*;
 
 const FORWARD: u32 = 2;

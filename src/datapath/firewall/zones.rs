@@ -9,49 +9,20 @@
 //! known, is **unclear**: a rule that sets a zone and looks at such a thing, or that leads past one
 //! that does (a jump, `accept`, `return`, a verdict map; what is dropped has no zone).
 
-use netdev_providers::netlink::netfilter::nft::{NFTA_DATA_VALUE, NFTA_LIST_ELEM};
+use netdev_providers::netlink::netfilter::nft::NFTA_DATA_VALUE;
 use netdev_providers::netlink::wire::{Attr, Nested};
 
-// enum nft_expr_attributes, nft_data_attributes, nft_verdict_attributes
-const NFTA_EXPR_NAME: u16 = 1;
-const NFTA_EXPR_DATA: u16 = 2;
-const NFTA_DATA_VERDICT: u16 = 2;
-const NFTA_VERDICT_CODE: u16 = 1;
-// of the expressions that are looked into
-const NFTA_IMMEDIATE_DATA: u16 = 2;
-const NFTA_LOOKUP_DREG: u16 = 3;
-const NFTA_META_KEY: u16 = 2;
-const NFTA_META_SREG: u16 = 3;
-const NFTA_CT_KEY: u16 = 2;
-const NFTA_CT_DIRECTION: u16 = 3;
-const NFTA_CT_SREG: u16 = 4;
-const NFTA_PAYLOAD_BASE: u16 = 2;
-const NFTA_PAYLOAD_OFFSET: u16 = 3;
-const NFTA_PAYLOAD_LEN: u16 = 4;
-const NFTA_CMP_OP: u16 = 2;
-const NFTA_CMP_DATA: u16 = 3;
-const NFTA_OBJREF_IMM_TYPE: u16 = 1;
-/// Of `match` and `target`.
-const NFTA_XT_NAME: u16 = 1;
-const NFTA_TARGET_INFO: u16 = 3;
-// enum nft_registers, nft_verdicts, nft_cmp_ops
-const NFT_REG_VERDICT: u32 = 0;
-const NF_DROP: u32 = 0;
-const NFT_CONTINUE: u32 = 0xffff_ffff;
-const NFT_CMP_EQ: u32 = 0;
-// enum nft_payload_bases
-const LINK_LAYER: u32 = 0;
-const NETWORK: u32 = 1;
-const TRANSPORT: u32 = 2;
-// enum nft_meta_keys
-const NFT_META_MARK: u32 = 3;
-const NFT_META_IIF: u32 = 4;
-const NFT_META_IIFNAME: u32 = 6;
+use super::expr::{
+    LINK_LAYER, NETWORK, NF_DROP, NFT_CMP_EQ, NFT_CONTINUE, NFT_CT_ZONE, NFT_META_IIF,
+    NFT_META_IIFNAME, NFT_META_MARK, NFT_REG_VERDICT, NFTA_CMP_DATA, NFTA_CMP_OP,
+    NFTA_CT_DIRECTION, NFTA_CT_KEY, NFTA_CT_SREG, NFTA_IMMEDIATE_DATA, NFTA_LOOKUP_DREG,
+    NFTA_META_KEY, NFTA_META_SREG, NFTA_OBJREF_IMM_TYPE, NFTA_PAYLOAD_BASE, NFTA_PAYLOAD_LEN,
+    NFTA_PAYLOAD_OFFSET, NFTA_XT_INFO, NFTA_XT_NAME, TRANSPORT, each, verdict_code,
+};
+
 /// Of the packet's tuple or of its netdev: protocol, iif, iifname, iiftype, nfproto, l4proto, the bridge of the
 /// netdev, its group, its kind, the bridge's VLAN of the port, the netdev below a VRF.
 const META_CLEAR: [u32; 13] = [1, 4, 6, 8, 15, 16, 17, 21, 26, 28, 29, 33, 34];
-/// `NFT_CT_ZONE`.
-const NFT_CT_ZONE: u32 = 17;
 /// `NFT_OBJECT_*` that decide nothing: counter, helper, timeout, secmark, expectation.
 const OBJECTS_CLEAR: [u32; 5] = [1, 3, 7, 8, 9];
 /// `XT_CT_ZONE_*` of `struct xt_ct_target_info`: the zone of one direction, the zone from the mark.
@@ -163,7 +134,7 @@ impl ZoneRule {
             return;
         }
         // struct xt_ct_target_info: flags, zone, ...
-        let info = data.find_type(NFTA_TARGET_INFO).map_or(&[][..], |a| a.payload);
+        let info = data.find_type(NFTA_XT_INFO).map_or(&[][..], |a| a.payload);
         let half = |at: usize| Some(u16::from_ne_bytes(*info.get(at..)?.first_chunk()?));
         let (Some(flags), Some(zone)) = (half(0), half(2)) else {
             self.sets = true;
@@ -186,20 +157,10 @@ impl ZoneRule {
     }
 }
 
-fn each<'a>(expressions: Nested<'a>) -> impl Iterator<Item = (&'a str, Nested<'a>)> {
-    expressions.filter(|a| a.ty == NFTA_LIST_ELEM).filter_map(|e| {
-        let name = e.nested().find_type(NFTA_EXPR_NAME)?.str()?;
-        let data = e.nested().find_type(NFTA_EXPR_DATA).map_or(Nested::new(&[]), |d| d.nested());
-        Some((name, data))
-    })
-}
-
 /// A verdict that some rules behind it are not met after; what is dropped has no zone.
 fn leads(data: &Nested<'_>) -> bool {
-    let verdict = data.find_type(NFTA_IMMEDIATE_DATA).and_then(|d| {
-        d.nested().find_type(NFTA_DATA_VERDICT)?.nested().find_type(NFTA_VERDICT_CODE)
-    });
-    verdict.and_then(|v| v.be32()).is_some_and(|code| !matches!(code, NF_DROP | NFT_CONTINUE))
+    let verdict = data.find_type(NFTA_IMMEDIATE_DATA).and_then(|d| verdict_code(d.nested()));
+    verdict.is_some_and(|code| !matches!(code, NF_DROP | NFT_CONTINUE))
 }
 
 /// The netdev that a comparison of this key says, if it is of a whole one.
@@ -254,8 +215,12 @@ fn payload(data: &Nested<'_>) -> Payload {
 #[cfg(test)]
 mod tests {
     use netdev_providers::netlink::Message;
+    use netdev_providers::netlink::netfilter::nft::NFTA_LIST_ELEM;
     use netdev_providers::netlink::netfilter::nft::expr::{self, Cmp, NFT_REG_1};
 
+    use super::super::expr::{
+        NFTA_DATA_VERDICT, NFTA_EXPR_DATA, NFTA_EXPR_NAME, NFTA_VERDICT_CODE,
+    };
     use super::*;
 
     type Fill<'a> = &'a dyn Fn(&mut Message<'_>);
@@ -359,9 +324,7 @@ mod tests {
         let target = |flags: u16, zone: u16| {
             let info = [&flags.to_ne_bytes()[..], &zone.to_ne_bytes(), &[0; 44]].concat();
             read(&[&|m| {
-                expression(m, "target", |m| {
-                    _ = m.str(NFTA_XT_NAME, "CT").attr(NFTA_TARGET_INFO, &info)
-                })
+                expression(m, "target", |m| _ = m.str(NFTA_XT_NAME, "CT").attr(NFTA_XT_INFO, &info))
             }])
         };
         assert_eq!(target(0, 0), None, "a helper");
