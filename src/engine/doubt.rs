@@ -1,4 +1,4 @@
-//! Rules that the NIC says it has, and that do nothing.
+//! Rules that do nothing: in a NIC that says it has them, and in software behind somebody else.
 //!
 //! A NIC can lose what it was given (its firmware is reset, and the kernel goes on saying `in_hw`), or
 //! accept a rule and never act on it. Packets then reach the host, which forwards them: nothing is
@@ -10,6 +10,10 @@
 //! | move | whether or not | a rule that works: the rest is what no rule is for (fragments, say) |
 //! | stand still | no | an idle connection, or counters that are not kept up: the rule stays |
 //! | stand still | yes, [`ENOUGH`] of them | a rule that does nothing |
+//!
+//! In software that is looked at where filters or programs of others see the packets first
+//! ([`Provider::in_front`](netdev_providers::Provider::in_front)): one of them may hand each past our rules
+//! (`action pass`). Alone, a rule in software is met.
 //!
 //! Such a rule is deleted, and added again at the next packet that is seen after a pause: a moment at
 //! first, longer each time that it does not help ([`pause_ms`]). Meanwhile the slot is rejected with
@@ -120,11 +124,12 @@ impl Doubts {
 }
 
 impl Engine {
-    /// Looks at slots of a port whose rules the NIC has and whose counters stand still.
+    /// Looks at slots of a port whose rules the NIC has, or others are in front of, and whose counters stand still.
     pub(super) fn doubt(
         &self,
         port: &Port,
         still: Vec<(ConnHandle, Direction)>,
+        in_front: &[String],
         sweep: u32,
         doubts: &mut Doubts,
     ) -> u64 {
@@ -146,8 +151,14 @@ impl Engine {
             let Finding::NoEffect { packets, before } = doubts.look(sight, seen, sweep) else {
                 continue;
             };
+            let nic = "the NIC does not have it any more, or does not act on it";
+            let cause = if in_front.is_empty() {
+                nic.to_owned()
+            } else {
+                format!("{} sees packets first; or {nic}", in_front.join(", "))
+            };
             let why = format!(
-                "software saw {packets} packets while the counters of the rule stood still: the NIC does not have it any more, or does not act on it"
+                "software saw {packets} packets while the counters of the rule stood still: {cause}"
             );
             let rejection = Rejection::with_detail(Reason::NoEffect, why);
             let retry_at = self.now_ms() + pause_ms(before);

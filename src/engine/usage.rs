@@ -112,8 +112,17 @@ impl Engine {
             port.walk_held(|part| {
                 held.extend(part.into_iter().map(|(conn, d)| ((conn.epoch(), d), conn)))
             });
+            let in_front = match port.visit(|provider| provider.in_front()) {
+                Some(Ok(in_front)) => in_front,
+                Some(Err(panicked)) => {
+                    port.set_fault(panicked);
+                    Vec::new()
+                }
+                None => Vec::new(),
+            };
             let mut look = Look {
                 port,
+                somebody_in_front: !in_front.is_empty(),
                 id,
                 sweep: &mut sweep,
                 used: &mut used,
@@ -128,7 +137,7 @@ impl Engine {
             }
             let still = look.still;
             sweep.still.extend(still.iter().map(|(conn, _)| conn.clone()));
-            let without_effect = self.doubt(port, still, id, &mut strays.doubts);
+            let without_effect = self.doubt(port, still, &in_front, id, &mut strays.doubts);
             if without_effect > 0 {
                 sweep.without_effect += without_effect;
                 if let Some(Err(panicked)) = port.visit(|provider| provider.hardware_suspect()) {
@@ -235,7 +244,7 @@ impl Engine {
                     return;
                 }
                 Reported::Its { in_hw, .. } => {
-                    if in_hw == Some(true) {
+                    if in_hw == Some(true) || look.somebody_in_front {
                         look.still.push((conn.clone(), cookie.direction));
                     }
                     return;
@@ -352,6 +361,8 @@ struct Look<'a> {
     before: &'a HashSet<Stray>,
     seen: &'a mut HashSet<Stray>,
     doubts: &'a mut Doubts,
+    /// Filters or programs of others see its packets first, and may leave none for its rules.
+    somebody_in_front: bool,
     still: Vec<(ConnHandle, Direction)>,
     held: &'a HeldSlots,
 }

@@ -99,7 +99,7 @@ reasons! {
     NotAdmitted = 22, "not-admitted", Permanent;
     /// The provider is slow: something that it was given has not come back yet.
     ProviderSlow = 24, "provider-slow", Transient;
-    /// The NIC said that it had the rule, and software went on seeing the packets: the NIC lost the rule, or never acted on it.
+    /// There was a rule, and software went on seeing the packets: the NIC lost the rule, or never acted on it, or somebody in front of it leaves it none.
     NoEffect = 25, "no-effect", Transient;
     /// An IPsec policy concerns the packets: it encrypts them, or blocks them.
     IpsecPolicy = 26, "ipsec-policy", Permanent;

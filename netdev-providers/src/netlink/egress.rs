@@ -24,7 +24,7 @@ const TRIES: u32 = 4;
 
 /// They queue, and drop or mark where the queue is too long or packets stay in it too long: what leaves without having
 /// been in it has missed nothing. (`mq` has one for each queue of the NIC.)
-const ONLY_QUEUE: [&str; 12] = [
+const ONLY_QUEUE: [&str; 16] = [
     "noqueue",
     "noop",
     "mq",
@@ -37,6 +37,10 @@ const ONLY_QUEUE: [&str; 12] = [
     "fq",
     "sfq",
     "pie",
+    "fq_pie",
+    "red",
+    "choke",
+    "sfb",
 ];
 
 /// What stands at egress of each netdev, in words (`qdisc htb 1:`, `flower at prio 10 (ip): gact`). Netdevs where there is

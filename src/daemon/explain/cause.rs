@@ -343,7 +343,7 @@ fn refused_help(r: &Refused) -> Option<String> {
         Reason::NatChecksum => "load act_bpf (CONFIG_NET_ACT_BPF), with CONFIG_BPF_SYSCALL".into(),
         Reason::ConnTableFull => "raise limits.connections".into(),
         Reason::NotAdmitted => "change the [[admit]] rules of the configuration, and reload it (SIGHUP)".into(),
-        Reason::NoEffect => "see whether the NIC was reset, and what its driver says in the kernel log; packets that no rule is for (fragments) look the same".into(),
+        Reason::NoEffect => "see whether the NIC was reset, and what its driver says in the kernel log; in software, who is in front (`ctoffload port show PORT`); packets that no rule is for (fragments) look the same".into(),
         Reason::IpsecPolicy => "see `ip xfrm policy`".into(),
         Reason::TosRouted => "see `ip rule` and `ip route` for what has a tos, a dscp or a flow label".into(),
         Reason::MarkRouted => "set marks that are for a qdisc in prerouting already, or in the qdisc's own filters; see `ip rule`".into(),

@@ -131,6 +131,28 @@ fn seen_in_software(dummy: &DummyClass) -> (Bench, ConnHandle, Strays) {
     (b, conn, strays)
 }
 
+/// A rule in software that somebody else leaves no packet to.
+#[test]
+fn a_rule_in_software_that_does_nothing_is_deleted_where_others_see_packets_first() {
+    let dummy = DummyClass::new("dummy");
+    dummy.set_in_hw(Some(false));
+    let (b, conn, mut strays) = seen_in_software(&dummy);
+    for _ in 0..3 {
+        assert_eq!(b.engine.sweep(&mut strays).without_effect, 0, "nobody is in front");
+    }
+    dummy.set_in_front(&["matchall at prio 1 (all): gact"]);
+    let mut seen = 1010;
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 0, "since now");
+    seen += 10;
+    b.datapath.forwarded.store(seen, Ordering::SeqCst);
+    assert_eq!(b.engine.sweep(&mut strays).without_effect, 1);
+    b.settle();
+    let slot = b.engine.slots(&conn).remove(0);
+    let why = slot.rejection.expect("a rejection");
+    assert_eq!(why.reason, Reason::NoEffect);
+    assert!(why.to_string().contains("matchall at prio 1 (all): gact sees packets first"), "{why}");
+}
+
 #[test]
 fn a_rule_in_hardware_that_does_nothing_is_deleted_and_comes_back_after_a_pause() {
     let dummy = DummyClass::new("dummy");

@@ -338,6 +338,17 @@ fn who_takes_the_packets_in_front_is_the_cause_that_is_explained() {
     c.ping();
     let told = wait_why(&r, &words(&tuple(&c)), PARTLY, "in-front");
     assert!(told.contains("u32 at prio 1 (all): gact sees the packets first"), "{told}");
+    // It goes on, by the slow path: the rule is of no use, and that is shown.
+    let refused = || {
+        c.ping();
+        r.refusal("lan", "original").is_some_and(|(reason, why)| {
+            reason == "no-effect" && why.contains("u32 at prio 1 (all): gact sees packets first")
+        })
+    };
+    wait_until("the rule is taken for one that does nothing", refused);
+    r.run("tc filter del dev lan ingress prio 1");
+    r.wait_installed(&BOTH, &mut c);
+    r.exchange_by_rules(&mut c, 1000);
 }
 
 #[test]
