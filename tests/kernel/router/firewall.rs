@@ -369,6 +369,20 @@ fn what_changes_without_a_word_is_found_within_the_time_configured() {
         "nft delete element inet portal guests { 10.1.0.2 } && nft add element inet portal guests { 10.1.0.2 timeout 2s }",
         "nft add element inet portal guests { 10.1.0.2 timeout 1h }",
     );
+    // What the first packet behind the change passes, and no later one.
+    w.must_stop(
+        "a limit",
+        bound,
+        "nft add rule inet portal f udp dport 5000 limit rate over 1/hour burst 1 packets drop",
+        "nft 'flush chain inet portal f; add rule inet portal f iifname lan udp dport 5000 ip saddr != @guests drop'",
+    );
+    // The time comes by itself. (In seconds since 1970, which is no matter of time zones.)
+    w.must_stop(
+        "a rule on the time",
+        bound + Duration::from_secs(2),
+        "nft add rule inet portal f udp dport 5000 meta time '>' $(( $(date +%s) + 2 )) drop",
+        "nft 'flush chain inet portal f; add rule inet portal f iifname lan udp dport 5000 ip saddr != @guests drop'",
+    );
     for (table, chain) in [("filter", "FORWARD"), ("mangle", "POSTROUTING")] {
         let rule = format!("{chain} -p udp --dport {VICTIM} -j DROP");
         w.must_stop(
