@@ -70,6 +70,7 @@ mod flush;
 mod held;
 pub mod index;
 pub mod latency;
+mod lines;
 mod pace;
 mod paths;
 mod port;

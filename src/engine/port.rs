@@ -17,6 +17,7 @@ use super::contain::contained;
 use super::counters::{Counts, PortCounters};
 use super::datapath::Work;
 use super::held::Held;
+use super::lines::Lines;
 use super::paths::Paths;
 use super::progress::{Progress, Slow};
 use super::queue::Queue;
@@ -89,6 +90,8 @@ pub(super) struct Port {
     adopted: Mutex<HashMap<RuleId, Cookie>>,
     paths: Mutex<Paths>,
     shapes: Mutex<Shapes>,
+    /// Log lines about its rules.
+    pub lines: Lines,
 }
 
 impl Port {
@@ -125,6 +128,7 @@ impl Port {
             adopted: Mutex::default(),
             paths: Mutex::default(),
             shapes: Mutex::default(),
+            lines: Lines::default(),
         }
     }
 

@@ -25,6 +25,7 @@ use super::conn::{ConnHandle, PathTaken, Slot};
 use super::counters::Counts;
 use super::datapath::SlotChange;
 use super::detail::{Detail, Moment, Said};
+use super::lines::Line;
 use super::pace::Pace;
 use super::port::Port;
 use super::queue::Command;
@@ -440,7 +441,9 @@ impl<'a> PortSlot<'a> {
     /// The rule is gone because it did nothing: the slot stays rejected for the pause that was set when
     /// that was noticed.
     fn refuted(&self, detail: &mut Detail, rejection: Rejection) {
-        tracing::warn!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "{rejection}");
+        if self.port.lines.is_told(Line::NoEffect, self.shared.clock.now_ms()) {
+            tracing::warn!(port = %self.port.netdev, conn = %self.conn, d = %self.d, "{rejection}");
+        }
         self.port.counters.count(|counts| counts.refused(rejection.reason));
         self.tell(SlotChange::Rejected(&rejection));
         let retry_at = detail.retry_at().ms().unwrap_or_else(|| self.shared.clock.now_ms());
@@ -463,7 +466,9 @@ impl<'a> PortSlot<'a> {
         }
         let attempts = detail.count_attempt();
         // It is tried until the port goes. Not every time is news.
-        if attempts.is_power_of_two() {
+        if attempts.is_power_of_two()
+            && self.port.lines.is_told(Line::Undeleted, self.shared.clock.now_ms())
+        {
             tracing::warn!(port = %self.port.netdev, conn = %self.conn, d = %self.d, attempts, "a rule is not deleted: {rejection}");
         }
         // Of one that did nothing, the reason of that stays.

@@ -22,6 +22,7 @@ use super::capacity::{Candidate, Slowest};
 use super::conn::ConnHandle;
 use super::contain::contained;
 use super::doubt::Doubts;
+use super::lines::Line;
 use super::port::{Dump, Port};
 use super::queue::Command;
 use super::slot::SlotState;
@@ -93,6 +94,7 @@ impl Engine {
         let before = std::mem::take(&mut strays.seen);
         for port in self.0.publication.table().iter() {
             let Some(binding) = &port.binding else { continue };
+            self.tell_of_many(port);
             let dump = match self.dump_of(port, &binding.provider, &mut strays.asker) {
                 Some(Ok(dump)) => dump,
                 Some(Err(fault)) => {
@@ -154,6 +156,17 @@ impl Engine {
         }
         strays.doubts.settle(id);
         sweep
+    }
+
+    /// Says of how many rules there would have been a line each, and how many offers were refused.
+    fn tell_of_many(&self, port: &Port) {
+        let now_ms = self.now_ms();
+        for (line, count) in port.lines.due(now_ms) {
+            tracing::warn!(port = %port.netdev, count, "{}", line.words());
+        }
+        for (reason, count) in port.lines.refusals(&port.counters.read().reasons, now_ms) {
+            tracing::warn!(port = %port.netdev, %reason, count, "offers were refused: {}", reason.help());
+        }
     }
 
     /// What the provider reports; `None` when its port is being deleted. It is asked on another thread:
@@ -256,7 +269,9 @@ impl Engine {
         look.sweep.strays += 1;
         let stray = Stray { port: port.generation(), rule, cookie };
         if look.before.contains(&stray) {
-            tracing::warn!(port = %port.netdev, %cookie, "a rule of ours that nobody holds is deleted");
+            if port.lines.is_told(Line::Stray, self.now_ms()) {
+                tracing::warn!(port = %port.netdev, %cookie, "a rule of ours that nobody holds is deleted");
+            }
             port.queue.push(Command::DeleteRule(rule, cookie));
         } else {
             look.seen.insert(stray);
@@ -275,7 +290,9 @@ impl Engine {
                 slowest.show(Candidate { pace, used_ms, conn: conn.clone(), direction: d });
             }
             if is_lost && slot.retract(TakenBack::Lost) {
-                tracing::warn!(port = %port.netdev, %conn, %d, "the rule was removed by somebody else");
+                if port.lines.is_told(Line::Removed, self.now_ms()) {
+                    tracing::warn!(port = %port.netdev, %conn, %d, "the rule was removed by somebody else");
+                }
                 lost += 1;
             }
         }

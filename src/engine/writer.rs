@@ -26,6 +26,7 @@ use super::conn::{ConnHandle, PathTaken};
 use super::contain::{caught, contained};
 use super::datapath::{Datapath, Path, PathSpec, Sight, Work, flow, tracked};
 use super::latency::OpKind;
+use super::lines::Line;
 use super::port::Port;
 use super::queue::{Command, Job, Stopped};
 use super::reconcile::Found;
@@ -266,9 +267,11 @@ impl Writer {
     }
 
     fn stage_delete_rule(&self, rule: RuleId, cookie: Cookie, staged: &mut Vec<Staged>) {
-        let port = Arc::clone(&self.port);
+        let (port, shared) = (Arc::clone(&self.port), Arc::clone(&self.shared));
         let then = move |outcome: Outcome| {
-            if let Err(e) = outcome {
+            if let Err(e) = outcome
+                && port.lines.is_told(Line::StrayUndeleted, shared.clock.now_ms())
+            {
                 tracing::warn!(port = %port.netdev, %cookie, "stray rule not deleted: {e}");
             }
         };

@@ -248,6 +248,17 @@ fn a_nic_that_fails_at_times_is_asked_again() {
     }
 }
 
+/// EIO is no answer about the rule.
+#[test]
+fn a_nic_whose_device_fails_is_told_as_that_and_asked_again() {
+    let h = Hardware::start("eio", "skip-sw", &[]);
+    PORTS.iter().for_each(|port| h.set(port, "fail_insert", "1 5 0"));
+    let mut c = h.router.connect();
+    h.router.wait_refused(("lan", "original"), "device-error", "EIO", &mut c);
+    PORTS.iter().for_each(|port| h.set(port, "fail_insert", "0"));
+    h.wait_in_hardware(&mut c);
+}
+
 #[test]
 fn what_a_nic_cannot_do_is_refused_in_its_words_or_done_in_software() {
     let cannot = [("unsupported", "act-csum")];

@@ -117,6 +117,8 @@ reasons! {
     OthersInFront = 32, "others-in-front", Transient;
     /// A queueing discipline that shapes or classifies, or filters or programs of others, stand where the packets leave, and rules here would pass them by.
     OthersAtEgress = 34, "others-at-egress", Transient;
+    /// The device failed: its driver or firmware says so, and not that it cannot do what was asked.
+    DeviceError = 35, "device-error", Transient;
 }
 
 impl fmt::Display for Reason {

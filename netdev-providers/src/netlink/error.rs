@@ -86,9 +86,10 @@ impl NetlinkError {
 /// | EOPNOTSUPP, EPROTONOSUPPORT, EAFNOSUPPORT, ENOENT | unsupported, permanent | a driver that does not offload a key or an action; a classifier or action whose module is missing |
 /// | ENOSPC | table-full, transient | a NIC whose table is full; handles used up |
 /// | EAGAIN, EBUSY, EINTR, ENOBUFS, ENOMEM, ETIMEDOUT | busy, transient | a module that was loaded meanwhile, a chain that is just going, memory, a device that did not answer in time |
+/// | EIO, EREMOTEIO, EPROTO, ENOLINK, ECOMM | device-error, transient | a driver whose device or firmware fails (mlx5 says EREMOTEIO) |
 /// | EEXIST | conflict, transient | a rule with the same match |
 /// | ENODEV, ENXIO | netdev-gone, permanent | the netdev |
-/// | all others (EINVAL, EPERM, ERANGE, EIO ...) | refused, permanent | whoever found something wrong with the rule |
+/// | all others (EINVAL, EPERM, ERANGE ...) | refused, permanent | whoever found something wrong with the rule |
 ///
 /// Providers refine it where they know more: ENODEV can be the netdev to redirect to, EINVAL a qdisc
 /// that is gone.
@@ -104,6 +105,11 @@ pub const REASONS: &[(Errno, Reason)] = &[
     (Errno::ENOBUFS, Reason::Busy),
     (Errno::ENOMEM, Reason::Busy),
     (Errno::ETIMEDOUT, Reason::Busy),
+    (Errno::EIO, Reason::DeviceError),
+    (Errno::EREMOTEIO, Reason::DeviceError),
+    (Errno::EPROTO, Reason::DeviceError),
+    (Errno::ENOLINK, Reason::DeviceError),
+    (Errno::ECOMM, Reason::DeviceError),
     (Errno::EEXIST, Reason::Conflict),
     (Errno::ENODEV, Reason::NetdevGone),
     (Errno::ENXIO, Reason::NetdevGone),
@@ -158,7 +164,7 @@ mod tests {
     fn no_errno_stands_twice_and_what_is_not_in_the_table_is_refused_for_good() {
         let errnos: std::collections::HashSet<_> = REASONS.iter().map(|(e, _)| *e as i32).collect();
         assert_eq!(errnos.len(), REASONS.len());
-        for errno in [Errno::EINVAL, Errno::EPERM, Errno::ERANGE, Errno::EIO] {
+        for errno in [Errno::EINVAL, Errno::EPERM, Errno::ERANGE] {
             assert_eq!(reason_of(errno), Reason::Refused);
         }
         assert_eq!(Reason::Refused.permanence(), Permanence::Permanent);

@@ -339,6 +339,7 @@ fn refused_help(r: &Refused) -> Option<String> {
         Reason::Conflict => format!("look for a foreign filter: `tc filter show dev {port} ingress`"),
         Reason::ProviderFault => "a fault in the provider: see the daemon's log, and report it; delete the port and add it again".into(),
         Reason::ProviderSlow => "it goes on by itself when the NIC or the kernel has done what it was given".into(),
+        Reason::DeviceError => "see the kernel log for what the NIC's driver says; it is tried again by itself".into(),
         Reason::NoProvider => format!("see `ctoffload port show {port}` for why each provider declined"),
         Reason::NatChecksum => "load act_bpf (CONFIG_NET_ACT_BPF), with CONFIG_BPF_SYSCALL".into(),
         Reason::ConnTableFull => "raise limits.connections".into(),

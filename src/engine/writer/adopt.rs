@@ -8,6 +8,7 @@ use super::{BATCH, Staged, Writer};
 use crate::engine::Engine;
 use crate::engine::conn::ConnClaim;
 use crate::engine::datapath::Recognised;
+use crate::engine::lines::Line;
 use crate::engine::reconcile::{Found, Reconciled, Tally};
 
 impl Writer {
@@ -19,8 +20,12 @@ impl Writer {
     pub(super) fn removal(&self, leftover: &Leftover, tally: &Arc<Tally>) -> Operation {
         let (rule, cookie) = (leftover.rule, leftover.cookie);
         let (port, tally) = (Arc::clone(&self.port), Arc::clone(tally));
+        let shared = Arc::clone(&self.shared);
         self.operation(Request::Delete { rule, cookie }, move |outcome| match outcome {
             Ok(_) => tally.removed(),
+            Err(e) if !port.lines.is_told(Line::LeftUndeleted, shared.clock.now_ms()) => {
+                tracing::debug!(port = %port.netdev, %cookie, "left by a dead engine, not removed: {e}");
+            }
             Err(e) => {
                 tracing::warn!(port = %port.netdev, %cookie, "left by a dead engine, not removed: {e}");
             }
