@@ -26,6 +26,9 @@
 //! [restart]
 //! rules = "adopt"            # or "remove": what a daemon that was killed has left
 //!
+//! [stop]
+//! rules = "flush"            # or "keep": they go on forwarding, and the next start adopts them; see below
+//!
 //! [control]
 //! group = "adm"              # members may read; changes are root's
 //!
@@ -78,9 +81,28 @@
 //!
 //! At SIGHUP (`systemctl reload`, with `ExecReload=kill -HUP $MAINPID`) the file is read again. A file that is wrong
 //! changes nothing, and is told with its line. Applied at once: `[[admit]]`, `[admission] default` and
-//! `bypass-egress` (all connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`. `[[port]]` holds for
+//! `bypass-egress` (all connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`, `[stop]`. `[[port]]` holds for
 //! netdevs that come from then on, and for `ctoffload port add`: ports stay what they are bound to. All others
 //! are read at the start only: one that says something else is named in the log, and stays as it was.
+//!
+//! # A stop that keeps the rules
+//!
+//! With `[stop] rules = "keep"` SIGTERM, SIGINT and SIGQUIT end the daemon and leave its rules forwarding, as after
+//! `kill -9`, but with nothing half done: what was to be removed is removed first, what waited to be made is not made. The
+//! next start adopts what is still right (`[restart] rules = "adopt"`, without which this is refused), so that an upgrade
+//! of the daemon costs no connection its rule. It is for a stop that a start follows within seconds, because **in between
+//! nobody follows what the rules stand on**:
+//!
+//! * a change of the firewall does not reach connections that have rules, and the next start does not know that there was
+//!   one: after a change run `ctoffload flush --all`, or stop with `"flush"`;
+//! * a route, a neighbour or a netdev that changes is found at the next start, and not before;
+//! * conntrack sees no packet of what rules forward: an entry whose timeout runs out in between goes, and the NAT port that
+//!   it had may be given away while the rule stands (UDP: from 30 seconds on; TCP: days, by default).
+//!
+//! Rules of nf-flowtable, and of ebpf where nothing can be pinned in bpffs, end with the process; they are removed in good
+//! order. What is on a port of a bridge or a bond, and all where `[[admit]]` looks at packets (`mark`, `dscp`), is not
+//! adopted at the next start but made anew. A daemon that ends because a part of it has ended flushes in any case. To be
+//! rid of kept rules without a daemon: start it once, and stop it with `"flush"`.
 //!
 //! # Providers
 //!
@@ -234,6 +256,8 @@ pub struct Config {
     pub sweep_max_seconds: u16,
     /// Take over the rules that a daemon which was killed has left.
     pub adopt: bool,
+    /// Leave rules in the kernel when the daemon is stopped.
+    pub keep_rules: bool,
     /// Who may read besides root.
     pub control_group: Option<String>,
     /// The first of tc-flower's prios.
@@ -272,6 +296,7 @@ struct Raw {
     limits: RawLimits,
     usage: RawUsage,
     restart: RawRestart,
+    stop: RawStop,
     control: RawControl,
     tc_flower: RawTcFlower,
     nf_flowtable: RawNfFlowtable,
@@ -324,6 +349,19 @@ enum RawLeftRules {
     #[default]
     Adopt,
     Remove,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawStop {
+    rules: Option<Spanned<RawStopRules>>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawStopRules {
+    Flush,
+    Keep,
 }
 
 #[derive(Deserialize, Default)]
@@ -546,6 +584,14 @@ impl Config {
         let prio_base =
             raw.tc_flower.prio_base.map(|p| ranged(Some(p), 2, 2..=65_000, "prio-base"));
         let writers = raw.tc_flower.writers.map(|n| ranged(Some(n), 1, 1..=64, "writers"));
+        let adopt = matches!(raw.restart.rules, RawLeftRules::Adopt);
+        let keep = raw.stop.rules.filter(|rules| matches!(rules.get_ref(), RawStopRules::Keep));
+        if let Some(keep) = &keep
+            && !adopt
+        {
+            let why = "[stop] rules = \"keep\" is for a next start that adopts them, and [restart] rules is \"remove\"";
+            return Err((keep.span(), why.to_owned()));
+        }
         Ok(Self {
             nflog_group: raw.sight.nflog_group.unwrap_or(DEFAULT_GROUP),
             ledger_size: NonZeroU32::new(ledger_size).unwrap_or(NonZeroU32::MIN),
@@ -571,7 +617,8 @@ impl Config {
                 sweep_seconds..=3600,
                 "sweep-max-seconds",
             )?,
-            adopt: matches!(raw.restart.rules, RawLeftRules::Adopt),
+            adopt,
+            keep_rules: keep.is_some(),
             control_group: raw.control.group,
             admission: admit::check(&raw.admission, raw.admit, line)?,
             bypass_egress: raw
@@ -688,6 +735,9 @@ mod tests {
             );
         }
         assert!(started.has_other_ports(&of("[[port]]\nmatch = \"eth*\"")));
+        let keep = of("[stop]\nrules = \"keep\"");
+        assert_eq!(started.fixed_keys_that_differ(&keep), <[&str; 0]>::default());
+        assert!((started.keep_rules, keep.keep_rules) == (false, true), "asked at the stop");
     }
 
     #[test]
@@ -738,6 +788,9 @@ mod tests {
         assert_eq!(error("[ebpf]\nmode = \"generic\"\n").0, 2);
         assert_eq!(error("[tc-flower]\npercpu-stats = 0\n").0, 2);
         assert_eq!(error("[tc-flower]\n\nqdisc = \"egress\"\n").0, 3);
+        assert_eq!(error("[stop]\nrules = \"leave\"\n").0, 2);
+        let (line, message) = error("[restart]\nrules = \"remove\"\n[stop]\n\nrules = \"keep\"\n");
+        assert!(line == 5 && message.contains("[restart] rules"), "{line}: {message}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::control::server::{ConnDump, ControlHandler};
 use crate::datapath::routing::fdb::Fdb;
 use crate::datapath::routing::links::Links;
 use crate::datapath::routing::stack::{Frames, descend};
-use crate::datapath::{AttachError, Backend, KernelDatapath, Observer, PortSpec};
+use crate::datapath::{AttachError, Backend, KernelDatapath, Left, Observer, PortSpec};
 use crate::engine::conn::ConnHandle;
 use crate::engine::datapath::SlotChange;
 use crate::engine::latency::LatencyBucket;
@@ -122,6 +122,16 @@ impl Handler {
     /// Ends the datapath; returns what may be left in the kernel, in words.
     pub(super) fn stop(&self) -> Vec<String> {
         self.datapath.lock().unwrap_or_else(PoisonError::into_inner).stop()
+    }
+
+    /// The same, but the rules stay for the next daemon.
+    pub(super) fn leave(&self) -> Left {
+        self.datapath.lock().unwrap_or_else(PoisonError::into_inner).leave()
+    }
+
+    /// Whether they are to, as things are configured now.
+    pub(super) fn keeps_rules(&self) -> bool {
+        self.config.load().keep_rules
     }
 
     fn links(&self) -> &Links {

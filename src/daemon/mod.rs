@@ -38,7 +38,7 @@ use crate::datapath::netfilter::conntrack::ConntrackError;
 use crate::datapath::netfilter::ledger::LedgerError;
 use crate::datapath::netfilter::nflog::NflogError;
 use crate::datapath::supervisor::{Ended, Supervisor};
-use crate::datapath::{self, Backend, DatapathError, KernelDatapath};
+use crate::datapath::{self, Backend, DatapathError, KernelDatapath, Left};
 use crate::engine::clock::Clock;
 use crate::engine::registry::RegistryError;
 use crate::engine::{Engine, Limits};
@@ -49,7 +49,7 @@ const CLASSES: [&str; 3] = ["ebpf", "tc-flower", "nf-flowtable"];
 
 const EXIT_CODES: &str = "\
 Exit status:
-  0  stopped by a signal, nothing left behind
+  0  stopped by a signal, nothing left behind (or the rules that `[stop]` is to keep)
   1  another failure
   2  bad command line or configuration
   3  another daemon runs in this network namespace
@@ -322,6 +322,11 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         waker.wake();
         ended
     });
+    // Where a part of it is blind, what it has made may be wrong already.
+    if ended.is_none() && handler.keeps_rules() {
+        tell_left(&handler.leave());
+        return Ok(());
+    }
     let left = handler.stop();
     for what in &left {
         tracing::error!("something may be left behind: {what}");
@@ -332,6 +337,24 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         tracing::error!("stopped; what is left is adopted or removed at the next start");
     }
     ended.map_or(Ok(()), |ended| Err(DaemonError::Ended(ended)))
+}
+
+/// What a stop with `[stop] rules = "keep"` says in the end.
+fn tell_left(left: &Left) {
+    for what in &left.faults {
+        tracing::error!("left to the next start: {what}");
+    }
+    let Left { rules, flushed, .. } = *left;
+    if flushed > 0 {
+        tracing::warn!(
+            rules = flushed,
+            "removed: what nf-flowtable and unpinned programs have made ends with the daemon, and what could not be kept went"
+        );
+    }
+    tracing::info!(
+        rules,
+        "stopped; rules go on forwarding ([stop] rules = \"keep\") and are adopted at the next start; until then nobody follows the firewall, routes and neighbours"
+    );
 }
 
 /// Signals that stop the daemon, cleanly.
