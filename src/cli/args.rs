@@ -130,6 +130,11 @@ pub(super) enum Object {
         #[arg(long, value_name = "NAME", value_parser = netdev_name)]
         port: Option<String>,
     },
+    /// Have the daemon read its configuration anew, as at SIGHUP. A wrong file changes nothing, and is told with its line.
+    #[command(
+        after_help = "What can be applied to a running daemon is; other keys that have changed are named, and stay as they were.\nExamples:\n    ctoffload reload\n    ctoffload -j reload"
+    )]
+    Reload,
     /// Tell whether a connection is offloaded, and why not, in each direction.
     ///
     /// The first line is the answer; then the ports that have to do with it. Exit code: 0 when it is offloaded in both

@@ -156,6 +156,10 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
                 return Ok(Exit::Failed);
             }
         }
+        Action::Reload => {
+            let done = client.reload().map_err(at)?;
+            print(show, &done, |out| text::reloaded(out, &done))?;
+        }
         Action::Explain(tuple, zone) => {
             let answer = client.explain(tuple, *zone).map_err(at)?;
             print(show, &answer, |out| explain::explain(out, tuple, &answer, show.all))?;

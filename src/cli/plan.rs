@@ -39,6 +39,7 @@ pub(super) enum Action {
     Stats,
     Flush(FlushRequest),
     Reconcile(ReconcileRequest),
+    Reload,
     Explain(Tuple, Option<Zone>),
     Monitor,
 }
@@ -56,6 +57,7 @@ impl fmt::Display for Action {
             Self::Stats => f.write_str("stats"),
             Self::Flush(_) => f.write_str("flush"),
             Self::Reconcile(_) => f.write_str("reconcile"),
+            Self::Reload => f.write_str("reload"),
             Self::Explain(tuple, ..) => write!(f, "explain {tuple}"),
             Self::Monitor => f.write_str("monitor"),
         }
@@ -107,6 +109,7 @@ impl TryFrom<Args> for Plan {
                 Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
             }
             Object::Reconcile { port } => Action::Reconcile(ReconcileRequest { port }),
+            Object::Reload => Action::Reload,
             Object::Explain { tuple: words, zone, verbose: _ } => match tuple(&words)? {
                 Some(tuple) => Action::Explain(tuple, zone.map(Zone)),
                 None => {

@@ -12,8 +12,8 @@ use super::attrs::{Attrs, Object};
 use super::error::{ClientError, ErrorKind, WireError};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, PortAddRequest,
-    PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
-    Summary,
+    PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest,
+    Reloaded, Stats, Summary,
 };
 use super::presence;
 use super::socket::{self, Socket};
@@ -181,6 +181,15 @@ impl Client {
             Ok(())
         })?;
         Ok(out)
+    }
+
+    /// Has the configuration read anew, as at SIGHUP.
+    ///
+    /// # Errors
+    /// [`ClientError`]; a configuration that is wrong is refused as [`ErrorKind::InvalidArgument`], and nothing
+    /// has changed then.
+    pub fn reload(&mut self) -> Result<Reloaded, ClientError> {
+        self.one(Command::Reload, Attrs::new(), Command::Reloaded)
     }
 
     /// Makes a netdev a port.

@@ -81,6 +81,9 @@ impl ControlHandler for Fake {
     fn reconcile(&self, _: &ReconcileRequest) -> Result<Vec<PortReconciled>, ControlError> {
         Ok(vec![PortReconciled { port: "eth0".into(), ..PortReconciled::default() }])
     }
+    fn reload(&self) -> Result<Reloaded, ControlError> {
+        Ok(Reloaded { file: "f".into(), flushed: Some(0), ..Reloaded::default() })
+    }
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {
         std::thread::sleep(Duration::from_millis(2500));
         Ok(PortInfo { name: request.name.clone(), ..PortInfo::default() })

@@ -67,6 +67,8 @@ pub enum Command {
     Watch = 10,
     /// Request, change: adopt or remove what dead daemons have left.
     Reconcile = 11,
+    /// Request, change: read the configuration anew.
+    Reload = 12,
     /// Answer: a port.
     Port = 33,
     /// Answer: a connection.
@@ -87,6 +89,8 @@ pub enum Command {
     PortReconciled = 41,
     /// Answer: how far a connection is offloaded, and why not farther.
     Summary = 42,
+    /// Answer: what reading the configuration anew has changed, and what not.
+    Reloaded = 43,
     /// Multicast: an event. `nlmsg_seq` counts them, so that a gap tells how many were lost.
     Event = 65,
 }
