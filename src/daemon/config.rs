@@ -192,6 +192,8 @@
 //! netdevs where what stands there is not meant for forwarded packets, or may be passed by.
 
 mod admit;
+#[cfg(test)]
+mod example;
 
 use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::ops::Range;
@@ -200,7 +202,7 @@ use std::time::Duration;
 
 use netdev_providers::HwFlags;
 use netdev_providers::ebpf::{EbpfConfig, Mode};
-use netdev_providers::tc_flower::QdiscKind;
+use netdev_providers::tc_flower::{QdiscKind, TcFlowerConfig};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -262,7 +264,7 @@ pub struct Config {
     /// Who may read besides root.
     pub control_group: Option<String>,
     /// The first of tc-flower's prios.
-    pub tc_prio_base: Option<NonZeroU16>,
+    pub tc_prio_base: u16,
     /// Through how many sockets tc-flower writes the rules of a port at once, if not the default.
     pub tc_writers: Option<NonZeroUsize>,
     /// Whether tc-flower's rules in software count per processor.
@@ -619,8 +621,8 @@ impl Config {
         }
         let sweep_seconds = ranged(raw.usage.sweep_seconds, 5, 1..=3600, "sweep-seconds")?;
         let ledger_size = ranged(raw.sight.ledger_size, 262_144, 16..=16_777_216, "ledger-size")?;
-        let prio_base =
-            raw.tc_flower.prio_base.map(|p| ranged(Some(p), 2, 2..=65_000, "prio-base"));
+        let prio_base = TcFlowerConfig::default().prio_base;
+        let prio_base = ranged(raw.tc_flower.prio_base, prio_base, 2..=65_000, "prio-base")?;
         let writers = raw.tc_flower.writers.map(|n| ranged(Some(n), 1, 1..=64, "writers"));
         let adopt = matches!(raw.restart.rules, RawLeftRules::Adopt);
         let keep = raw.stop.rules.filter(|rules| matches!(rules.get_ref(), RawStopRules::Keep));
@@ -678,7 +680,7 @@ impl Config {
                 "max-rules",
             )?,
             flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
-            tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
+            tc_prio_base: prio_base,
             tc_writers: writers.transpose()?.and_then(NonZeroUsize::new),
             tc_percpu_stats: raw.tc_flower.percpu_stats.unwrap_or(false),
             tc_qdisc: match raw.tc_flower.qdisc {

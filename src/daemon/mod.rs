@@ -243,15 +243,13 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     allow_many_sockets();
     let supervisor = Supervisor::new().map_err(|e| DaemonError::Os("eventfd", e))?;
 
-    let mut tc_config = TcFlowerConfig {
+    let tc_config = TcFlowerConfig {
+        prio_base: config.tc_prio_base,
         writers: config.tc_writers,
         percpu_stats: config.tc_percpu_stats,
         qdisc: config.tc_qdisc,
         ..TcFlowerConfig::default()
     };
-    if let Some(base) = config.tc_prio_base {
-        tc_config.prio_base = base.get();
-    }
     let backend = Arc::new(Backend::open(datapath::Config {
         nflog_group: config.nflog_group.get(),
         ledger_size: config.ledger_size.get(),
