@@ -70,9 +70,10 @@ pub(super) struct Args {
     /// More detail: counters, rules, cookies.
     #[arg(short, long, global = true)]
     pub(super) stats: bool,
-    /// The user the daemon runs as; answers of anybody else are not believed.
-    #[arg(long, global = true, value_name = "UID", default_value_t = 0)]
-    pub(super) daemon_uid: u32,
+    /// The user the daemon runs as; answers of anybody else are not believed. Without it: root, or the user
+    /// `ctoffload`, if there is one.
+    #[arg(long, global = true, value_name = "UID")]
+    pub(super) daemon_uid: Option<u32>,
     /// The netlink port id of the daemon.
     #[arg(long, global = true, value_name = "ID", hide = true)]
     pub(super) port_id: Option<u32>,

@@ -11,7 +11,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use serde::Serialize;
 
 use crate::control::info::Offloaded;
@@ -77,6 +77,12 @@ impl CliError {
     fn is_broken_pipe(&self) -> bool {
         matches!(self, Self::Output(e) if e.kind() == io::ErrorKind::BrokenPipe)
     }
+}
+
+/// The command line, for what is made of it: the manual, completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    args::Args::command()
 }
 
 /// The whole program.

@@ -88,7 +88,7 @@
 //!
 //! # A stop that keeps the rules
 //!
-//! With `[stop] rules = "keep"` SIGTERM, SIGINT and SIGQUIT end the daemon and leave its rules forwarding, as after
+//! With `[stop] rules = "keep"` SIGTERM ends the daemon and leaves its rules forwarding (SIGINT and SIGQUIT do not), as after
 //! `kill -9`, but with nothing half done: what was to be removed is removed first, what waited to be made is not made. The
 //! next start adopts what is still right (`[restart] rules = "adopt"`, without which this is refused), so that an upgrade
 //! of the daemon costs no connection its rule. It is for a stop that a start follows within seconds, because **in between
@@ -103,7 +103,7 @@
 //! Rules of nf-flowtable, and of ebpf where nothing can be pinned in bpffs, end with the process; they are removed in good
 //! order. What is on a port of a bridge or a bond, and all where `[[admit]]` looks at packets (`mark`, `dscp`), is not
 //! adopted at the next start but made anew. A daemon that ends because a part of it has ended flushes in any case. To be
-//! rid of kept rules without a daemon: start it once, and stop it with `"flush"`.
+//! rid of kept rules: start it once, and stop it by SIGINT (`systemctl kill -s INT ctoffload`).
 //!
 //! # Providers
 //!

@@ -22,7 +22,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use netdev_providers::ProviderClass;
 use netdev_providers::ebpf::{EbpfClass, EbpfConfig};
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
@@ -142,6 +142,12 @@ impl DaemonError {
             _ => 1,
         }
     }
+}
+
+/// The command line, for what is made of it: the manual, completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
 }
 
 /// The program.
@@ -300,7 +306,7 @@ fn run(args: &Args) -> Result<(), DaemonError> {
 
     let stop = AtomicBool::new(false);
     let (watching, watched) = mpsc::channel::<()>();
-    let ended = std::thread::scope(|scope| {
+    let (ended, keep) = std::thread::scope(|scope| {
         let waker = server.waker();
         scope.spawn(|| {
             supervisor.watch("control", || server.run(&handler, || stop.load(Ordering::SeqCst)));
@@ -318,11 +324,11 @@ fn run(args: &Args) -> Result<(), DaemonError> {
                 });
             });
         }
-        let ended = loop {
+        let (ended, keep) = loop {
             match wait(&signals, &supervisor) {
                 Event::Signal(signal) if STOPPING.contains(&signal) => {
                     tracing::info!("{signal}: stopping");
-                    break None;
+                    break (None, signal == KEEPING && handler.keeps_rules());
                 }
                 Event::Signal(Signal::SIGHUP) => {
                     // What is wrong is in the log.
@@ -332,14 +338,15 @@ fn run(args: &Args) -> Result<(), DaemonError> {
                 Event::Ended(ended) => {
                     tracing::error!("stopping: without that thread nothing may be offloaded");
                     handler.take_back();
-                    break Some(ended);
+                    // What it has made may be wrong already.
+                    break (Some(ended), false);
                 }
                 Event::None => {}
             }
         };
         // What follows can take long, and no sign of life is waited for.
         drop(watching);
-        notify::stopping(if ended.is_none() && handler.keeps_rules() {
+        notify::stopping(if keep {
             "stopping; rules stay"
         } else {
             "stopping; rules are taken back"
@@ -347,10 +354,9 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         supervisor.stopping();
         stop.store(true, Ordering::SeqCst);
         waker.wake();
-        ended
+        (ended, keep)
     });
-    // Where a part of it is blind, what it has made may be wrong already.
-    if ended.is_none() && handler.keeps_rules() {
+    if keep {
         tell_left(&handler.leave());
         return Ok(());
     }
@@ -413,6 +419,10 @@ fn tell_left(left: &Left) {
 
 /// Signals that stop the daemon, cleanly.
 const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];
+
+/// The one of them that leaves rules, if that is configured: the service manager's. Whoever wants none to be left
+/// sends another.
+const KEEPING: Signal = Signal::SIGTERM;
 
 /// Signals that would end a process that does not ask for them, at once: with the rules in place, and
 /// nobody to take them back. A terminal that goes sends the first of them.

@@ -135,6 +135,11 @@ fn a_stop_that_keeps_rules_costs_a_connection_nothing(provider: &str) {
     wait_until("its rules are gone", || (r.rules("lan"), r.rules("wan")) == (1, 1));
     c.ping();
     assert_eq!(r.installed(), BOTH);
+    // Who wants none to be left says so by another signal, or in the file.
+    assert_eq!(r.signal(Signal::SIGINT), Some(0));
+    assert_eq!((r.rules("lan"), r.rules("wan")), (0, 0));
+    start(&mut r);
+    r.wait_installed(&BOTH, &mut c);
     // And asked at the end, also by what SIGHUP has changed: nothing is left.
     r.configure(&keep.replace("\"keep\"", "\"flush\""));
     let pid = r.daemon.as_ref().expect("a daemon").id();
