@@ -33,7 +33,8 @@ impl Manager {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let heard = self.hears(left.max(Duration::from_millis(1)));
-            let heard = heard.unwrap_or_else(|| panic!("{line} was not heard"));
+            assert!(heard.is_some(), "{line} was not heard");
+            let heard = heard.unwrap_or_default();
             if heard.lines().any(|l| l == line) {
                 return heard;
             }
