@@ -281,6 +281,15 @@ impl ControlHandler for Fake {
         }
     }
 
+    fn reload(&self) -> Result<Reloaded, ControlError> {
+        Ok(Reloaded {
+            file: "/etc/x.toml".into(),
+            kept: vec!["[sight] ledger-size".into(), "[limits] queue".into()],
+            ports_changed: true,
+            flushed: Some(12),
+        })
+    }
+
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {
         match (request.name.as_str(), request.offload.as_deref()) {
             ("eth0", _) => {
@@ -575,6 +584,19 @@ fn a_reconciliation_tells_what_was_done_on_each_port() {
     assert_eq!(bed.run("reconcile --port nosuch").status.code(), Some(5));
 }
 
+#[test]
+fn reload_tells_what_was_changed_and_what_not() {
+    let bed = Bed::new();
+    let out = bed.ok("reload");
+    assert!(out.starts_with("/etc/x.toml was read anew\n"), "{out}");
+    for words in
+        ["left as they were: [sight] ledger-size, [limits] queue", "[[port]] holds", "12 rules"]
+    {
+        assert!(out.contains(words), "{words}: {out}");
+    }
+    assert_eq!(bed.json("reload")["kept"][1], "[limits] queue");
+}
+
 /// Every name and number of the JSON is in the text too (times are there in other words, and the
 /// instance as the cookies have it).
 #[test]
@@ -601,6 +623,7 @@ fn json_and_text_tell_the_same_facts() {
         "stats",
         "flush --all",
         "reconcile",
+        "reload",
         "explain tcp 10.0.0.1:1234 10.9.0.2:80",
         "lint",
         "port add eth7 --provider tc-flower --offload skip-sw",

@@ -76,9 +76,10 @@ pub(super) struct Args {
     /// More detail: counters, rules, cookies.
     #[arg(short, long, global = true)]
     pub(super) stats: bool,
-    /// The user the daemon runs as; answers of anybody else are not believed.
-    #[arg(long, global = true, value_name = "UID", default_value_t = 0)]
-    pub(super) daemon_uid: u32,
+    /// The user the daemon runs as; answers of anybody else are not believed. Without it: root, or the user
+    /// `ctoffload`, if there is one.
+    #[arg(long, global = true, value_name = "UID")]
+    pub(super) daemon_uid: Option<u32>,
     /// The netlink port id of the daemon.
     #[arg(long, global = true, value_name = "ID", hide = true)]
     pub(super) port_id: Option<u32>,
@@ -146,6 +147,11 @@ pub(super) enum Object {
         #[arg(long, value_name = "NAME", value_parser = netdev_name)]
         port: Option<String>,
     },
+    /// Have the daemon read its configuration anew, as at SIGHUP. A wrong file changes nothing, and is told with its line.
+    #[command(
+        after_help = "What can be applied to a running daemon is; other keys that have changed are named, and stay as they were.\nExamples:\n    ctoffload reload\n    ctoffload -j reload"
+    )]
+    Reload,
     /// Tell whether a connection is offloaded, and why not, in each direction.
     ///
     /// The first line is the answer; then the ports that have to do with it. Exit code: 0 when it is offloaded in both

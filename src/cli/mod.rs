@@ -11,7 +11,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use serde::Serialize;
 
 use crate::control::info::Offloaded;
@@ -78,6 +78,12 @@ impl CliError {
     fn is_broken_pipe(&self) -> bool {
         matches!(self, Self::Output(e) if e.kind() == io::ErrorKind::BrokenPipe)
     }
+}
+
+/// The command line, for what is made of it: the manual, completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    args::Args::command()
 }
 
 /// The whole program.
@@ -161,6 +167,10 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
             if ports.iter().any(|p| p.fault.is_some()) {
                 return Ok(Exit::Failed);
             }
+        }
+        Action::Reload => {
+            let done = client.reload().map_err(at)?;
+            print(show, &done, |out| text::reloaded(out, &done))?;
         }
         Action::Explain(tuple, zone) => {
             let answer = client.explain(tuple, *zone).map_err(at)?;

@@ -5,6 +5,7 @@ use std::fmt;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use netdev_providers::{HwFlags, Tuple, Zone};
+use nix::unistd::User;
 
 use super::args::{Args, ConnVerb, Object, Offload, PortVerb, ProviderVerb};
 use super::tuples;
@@ -12,6 +13,9 @@ use crate::control::Target;
 use crate::control::info::{
     ConnFilter, FlushRequest, PortAddRequest, PortDelRequest, ReconcileRequest,
 };
+
+/// The user that the package makes for the daemon.
+const DAEMON_USER: &str = "ctoffload";
 
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -40,6 +44,7 @@ pub(super) enum Action {
     Lint,
     Flush(FlushRequest),
     Reconcile(ReconcileRequest),
+    Reload,
     Explain(Tuple, Option<Zone>),
     Monitor,
 }
@@ -58,6 +63,7 @@ impl fmt::Display for Action {
             Self::Lint => f.write_str("lint"),
             Self::Flush(_) => f.write_str("flush"),
             Self::Reconcile(_) => f.write_str("reconcile"),
+            Self::Reload => f.write_str("reload"),
             Self::Explain(tuple, ..) => write!(f, "explain {tuple}"),
             Self::Monitor => f.write_str("monitor"),
         }
@@ -75,7 +81,15 @@ impl TryFrom<Args> for Plan {
     type Error = clap::Error;
 
     fn try_from(args: Args) -> Result<Self, clap::Error> {
-        let mut target = Target { daemon_uid: args.daemon_uid, ..Target::default() };
+        let mut target = Target::default();
+        match args.daemon_uid {
+            Some(uid) => target.daemon_uid = uid,
+            // Nobody but root makes users.
+            None => {
+                let user = User::from_name(DAEMON_USER).ok().flatten();
+                target.also_uid = user.map(|user| user.uid.as_raw());
+            }
+        }
         if let Some(port_id) = args.port_id {
             target.port_id = port_id;
         }
@@ -113,6 +127,7 @@ impl TryFrom<Args> for Plan {
                 Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
             }
             Object::Reconcile { port } => Action::Reconcile(ReconcileRequest { port }),
+            Object::Reload => Action::Reload,
             Object::Explain { tuple: words, zone, verbose: _ } => match tuple(&words)? {
                 Some(tuple) => Action::Explain(tuple, zone.map(Zone)),
                 None => {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::control::info::{
     CapabilityInfo, ConnInfo, Event, Flushed, LatencyCount, LintInfo, PortInfo, PortReconciled,
-    ProviderInfo, ReasonCount, SlotInfo, Stats,
+    ProviderInfo, ReasonCount, Reloaded, SlotInfo, Stats,
 };
 
 /// Where the text of a column goes.
@@ -481,6 +481,24 @@ pub(super) fn reconciled(out: &mut String, ports: &[PortReconciled]) {
         if let Some(fault) = &p.fault {
             let _ = writeln!(out, "{}: {fault}", p.port);
         }
+    }
+}
+
+pub(super) fn reloaded(out: &mut String, done: &Reloaded) {
+    let Reloaded { file, kept, ports_changed, flushed } = done;
+    let _ = writeln!(out, "{file} was read anew");
+    if !kept.is_empty() {
+        let _ = writeln!(out, "read at the start only, and left as they were: {}", kept.join(", "));
+    }
+    if *ports_changed {
+        out.push_str("[[port]] holds for netdevs that come from now on; ports stay bound\n");
+    }
+    if let Some(rules) = flushed {
+        let rules = count(*rules, "rule was", "rules were");
+        let _ = writeln!(
+            out,
+            "admission changed: {rules} taken back, all connections are looked at anew"
+        );
     }
 }
 

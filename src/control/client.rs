@@ -12,8 +12,8 @@ use super::attrs::{Attrs, Object};
 use super::error::{ClientError, ErrorKind, WireError};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
-    PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
-    Summary,
+    PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest,
+    Reloaded, Stats, Summary,
 };
 use super::presence;
 use super::socket::{self, Socket};
@@ -26,6 +26,8 @@ pub struct Target {
     pub port_id: u32,
     /// The user it runs as: whoever else answers is not believed.
     pub daemon_uid: u32,
+    /// Another user that it may run as: the one that packages make for it.
+    pub also_uid: Option<u32>,
     /// How long it may be silent.
     pub patience: Duration,
 }
@@ -33,7 +35,7 @@ pub struct Target {
 impl Default for Target {
     /// The daemon of this network namespace, run by root.
     fn default() -> Self {
-        Self { port_id: PORT_ID, daemon_uid: 0, patience: Duration::from_secs(5) }
+        Self { port_id: PORT_ID, daemon_uid: 0, also_uid: None, patience: Duration::from_secs(5) }
     }
 }
 
@@ -191,6 +193,15 @@ impl Client {
         Ok(out)
     }
 
+    /// Has the configuration read anew, as at SIGHUP.
+    ///
+    /// # Errors
+    /// [`ClientError`]; a configuration that is wrong is refused as [`ErrorKind::InvalidArgument`], and nothing
+    /// has changed then.
+    pub fn reload(&mut self) -> Result<Reloaded, ClientError> {
+        self.one(Command::Reload, Attrs::new(), Command::Reloaded)
+    }
+
     /// Makes a netdev a port.
     ///
     /// # Errors
@@ -335,7 +346,8 @@ impl Client {
                 }
                 Err(e) => return Err(io("recvmsg")(e)),
             };
-            if got.sender.uid() != self.target.daemon_uid {
+            let uid = got.sender.uid();
+            if uid != self.target.daemon_uid && Some(uid) != self.target.also_uid {
                 return Ok(Incoming::Stranger(got.sender));
             }
             if got.truncated {

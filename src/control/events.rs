@@ -302,7 +302,7 @@ mod tests {
     fn a_gap_in_the_numbers_tells_how_many_were_lost() {
         // Nobody has this port id: what comes is handed in.
         let patience = Duration::from_secs(1);
-        let target = Target { port_id: PORT_ID + 1, daemon_uid: 0, patience };
+        let target = Target { port_id: PORT_ID + 1, daemon_uid: 0, also_uid: None, patience };
         let client = Client::open(target, None).unwrap();
         let (said, ready) = (Instant::now(), VecDeque::new());
         let mut s = Subscription { client, last: None, overrun: true, said, ready };

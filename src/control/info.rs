@@ -450,6 +450,20 @@ pub struct PortReconciled {
     pub fault: Option<String>,
 }
 
+/// What reading the configuration anew has changed, and what not.
+#[derive(Clone, Debug, Default, Serialize, PartialEq)]
+pub struct Reloaded {
+    /// The file that was read.
+    pub file: String,
+    /// Keys that say something else than at the daemon's start, and are read only then: as `[section] key`.
+    pub kept: Vec<String>,
+    /// Netdevs would be attached in another way: that holds for those that come from now on.
+    pub ports_changed: bool,
+    /// Which connections may be offloaded has changed, so that all are looked at anew: how many rules were taken back
+    /// for that. `None`: it has not.
+    pub flushed: Option<u64>,
+}
+
 /// Which netdev is to become a port.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PortAddRequest {
@@ -653,6 +667,7 @@ attributes! {
     PortFlushed { port = 1, count = 2 }
     ReconcileRequest { port = 1 }
     PortReconciled { port = 1, adopted = 2, removed = 3, foreign = 4, fault = 5 }
+    Reloaded { file = 1, kept = 2, ports_changed = 3, flushed = 4 }
     PortAddRequest { name = 1, providers = 2, offload = 3, capacity = 4 }
     PortDelRequest { name = 1 }
     Event {

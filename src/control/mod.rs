@@ -20,7 +20,7 @@
 //! (`NL_CFG_F_NONROOT_SEND` in `net/netlink/af_netlink.c`), but not join a group. So neither side believes `nlmsg_pid`
 //! or the sender's port id: both look at the `SCM_CREDENTIALS` that the kernel attaches to each
 //! datagram. See [`access`] for what the daemon allows whom. The client takes answers and events
-//! from root only, or from the uid it was told ([`Target::daemon_uid`]).
+//! from root only, or from the uid it was told ([`Target::daemon_uid`], [`Target::also_uid`]).
 
 pub mod access;
 mod attrs;

@@ -10,6 +10,7 @@ use std::iter;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,7 @@ use super::error::{ControlError, ErrorKind, ServerError, WireError};
 use super::events::{Outbox, Publisher};
 use super::info::{
     ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
-    PortDelRequest, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Stats,
+    PortDelRequest, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Reloaded, Stats,
 };
 use super::presence;
 use super::socket::{self, Socket};
@@ -55,8 +56,8 @@ pub type ConnDump = Box<dyn Iterator<Item = ConnInfo> + Send>;
 /// What the daemon can be asked.
 ///
 /// Reads (`ports`, `conns`, `providers`, `stats`, `explain`) are called on the server's thread, one
-/// at a time, and should take milliseconds. Changes (`flush`, `reconcile`, `port_add`, `port_del`), and `lint`, which
-/// changes nothing and takes its time, are called on
+/// at a time, and should take milliseconds. Changes (`flush`, `reconcile`, `reload`, `port_add`, `port_del`), and
+/// `lint`, which changes nothing and takes its time, are called on
 /// another thread, one at a time, **concurrently with reads**, and may block. By the time a method
 /// is called the caller's right to it has been checked. A panic is answered as
 /// [`ErrorKind::Internal`].
@@ -85,6 +86,9 @@ pub trait ControlHandler: Send + Sync {
     fn reconcile(&self, request: &ReconcileRequest) -> Result<Vec<PortReconciled>, ControlError>;
     /// Makes a netdev a port; returns what it became.
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError>;
+    /// Reads the configuration anew, as at SIGHUP; returns when what can be changed is. A configuration that is
+    /// wrong is [`ErrorKind::InvalidArgument`], with its file, line and key, and changes nothing.
+    fn reload(&self) -> Result<Reloaded, ControlError>;
     /// Detaches a port; returns when it is gone.
     fn port_del(&self, request: &PortDelRequest) -> Result<(), ControlError>;
 }
@@ -123,6 +127,7 @@ struct Change {
 enum ChangeRequest {
     Flush(FlushRequest),
     Reconcile(ReconcileRequest),
+    Reload,
     PortAdd(PortAddRequest),
     PortDel(PortDelRequest),
     /// No change, and anybody's who may read: of all that wait, there is one.
@@ -142,6 +147,7 @@ pub struct Server {
     socket: Socket,
     gate: Gate,
     outbox: Arc<Outbox>,
+    turns: AtomicU64,
 }
 
 /// Makes [`Server::run`] look at `stop` at once.
@@ -196,13 +202,24 @@ impl Server {
             );
         }
         let outbox = Outbox::new().map_err(|e| io(("eventfd", e)))?;
-        Ok(Self { socket, gate: Gate::new(access), outbox: Arc::new(outbox) })
+        Ok(Self {
+            socket,
+            gate: Gate::new(access),
+            outbox: Arc::new(outbox),
+            turns: AtomicU64::new(0),
+        })
     }
 
     /// A handle to publish events with, on any thread.
     #[must_use]
     pub fn publisher(&self) -> Publisher {
         Publisher(Arc::clone(&self.outbox))
+    }
+
+    /// How often the thread that serves has come round: it does several times a second, whatever is asked, so
+    /// somebody who sees no change for seconds knows that it hangs.
+    pub fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
     }
 
     /// A handle to end [`Server::run`] without delay.
@@ -286,6 +303,7 @@ fn make(
         }
         ChangeRequest::Reconcile(r) => Some(parts(Command::PortReconciled, handler.reconcile(r)?)),
         ChangeRequest::Lint => Some(parts(Command::Lint, handler.lint()?)),
+        ChangeRequest::Reload => Some(parts(Command::Reloaded, vec![handler.reload()?])),
         ChangeRequest::PortAdd(r) => Some(parts(Command::Port, vec![handler.port_add(r)?])),
         ChangeRequest::PortDel(r) => {
             handler.port_del(r)?;
@@ -318,6 +336,7 @@ impl Loop<'_> {
         let mut buf = socket::buffer();
         let mut again = false;
         while !stop() {
+            self.server.turns.fetch_add(1, Ordering::Relaxed);
             let tick = if again { Duration::ZERO } else { TICK };
             self.wait(tick)?;
             self.server.outbox.listen();
@@ -446,6 +465,7 @@ impl Loop<'_> {
                 let r = ReconcileRequest::decode(&attrs).map_err(bad)?;
                 return self.change(client, who, seq, ChangeRequest::Reconcile(r));
             }
+            Command::Reload => return self.change(client, who, seq, ChangeRequest::Reload),
             Command::PortAdd => {
                 let r = PortAddRequest::decode(&attrs).map_err(bad)?;
                 return self.change(client, who, seq, ChangeRequest::PortAdd(r));

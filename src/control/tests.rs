@@ -84,6 +84,9 @@ impl ControlHandler for Fake {
     fn reconcile(&self, _: &ReconcileRequest) -> Result<Vec<PortReconciled>, ControlError> {
         Ok(vec![PortReconciled { port: "eth0".into(), ..PortReconciled::default() }])
     }
+    fn reload(&self) -> Result<Reloaded, ControlError> {
+        Ok(Reloaded { file: "f".into(), flushed: Some(0), ..Reloaded::default() })
+    }
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {
         std::thread::sleep(Duration::from_millis(2500));
         Ok(PortInfo { name: request.name.clone(), ..PortInfo::default() })
@@ -116,7 +119,8 @@ fn serve(test: impl FnOnce(Target, &Publisher)) {
     std::thread::scope(|scope| {
         scope.spawn(|| server.run(&Fake, || stop.load(Ordering::Relaxed)).unwrap());
         let _stop = Stop(&stop, waker);
-        let target = Target { port_id, daemon_uid: geteuid().as_raw(), patience: PATIENCE };
+        let target =
+            Target { port_id, daemon_uid: geteuid().as_raw(), also_uid: None, patience: PATIENCE };
         test(target, &publisher);
     });
 }
@@ -178,6 +182,11 @@ fn an_answer_of_another_user_is_not_believed() {
         let mut client = Client::connect_to(Target { daemon_uid: uid + 1, ..target }).unwrap();
         let e = client.stats().unwrap_err();
         assert!(matches!(e, ClientError::Impostor { uid: u, .. } if u == uid), "{e}");
+        // Unless it is the other one that the daemon may run as.
+        let also = Target { daemon_uid: uid + 1, also_uid: Some(uid), ..target };
+        assert!(Client::connect_to(also).unwrap().stats().is_ok());
+        let neither = Target { also_uid: Some(uid + 2), ..also };
+        assert!(Client::connect_to(neither).unwrap().stats().is_err());
     });
 }
 

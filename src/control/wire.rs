@@ -69,6 +69,8 @@ pub enum Command {
     Reconcile = 11,
     /// Request: what offloaded packets skip.
     GetLint = 20,
+    /// Request, change: read the configuration anew.
+    Reload = 12,
     /// Answer: a port.
     Port = 33,
     /// Answer: a connection.
@@ -91,6 +93,8 @@ pub enum Command {
     Summary = 42,
     /// Answer: what of one kind offloaded packets skip.
     Lint = 52,
+    /// Answer: what reading the configuration anew has changed, and what not.
+    Reloaded = 43,
     /// Multicast: an event. `nlmsg_seq` counts them, so that a gap tells how many were lost.
     Event = 65,
 }

@@ -1,5 +1,6 @@
-//! The configuration file (TOML). What is wrong in it is named with its line; nothing is started
-//! then.
+//! The configuration file (TOML): the one that `--config` names, or `/etc/ctoffload/ctoffload.toml`, if it is there.
+//! What is wrong in it is named with its line and key; nothing is started then. `examples/ctoffload.toml` has every option
+//! with its default.
 //!
 //! ```toml
 //! [sight]
@@ -25,6 +26,9 @@
 //!
 //! [restart]
 //! rules = "adopt"            # or "remove": what a daemon that was killed has left
+//!
+//! [stop]
+//! rules = "flush"            # or "keep": they go on forwarding, and the next start adopts them; see below
 //!
 //! [control]
 //! group = "adm"              # members may read; changes are root's
@@ -76,11 +80,30 @@
 //!
 //! # Reading it anew
 //!
-//! At SIGHUP (`systemctl reload`, with `ExecReload=kill -HUP $MAINPID`) the file is read again. A file that is wrong
-//! changes nothing, and is told with its line. Applied at once: `[[admit]]`, `[admission] default` and
-//! `bypass-egress` (all connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`. `[[port]]` holds for
+//! At SIGHUP, and at `ctoffload reload` (which is what `systemctl reload` runs), the file is read again. A file that is
+//! wrong changes nothing, and is told with its line: in the log, and to who ran `ctoffload reload`. Applied at once: `[[admit]]`, `[admission] default` and
+//! `bypass-egress` (all connections are looked at anew: a flush), `on-ruleset-change`, `[revalidate]`, `[usage]`, `[stop]`. `[[port]]` holds for
 //! netdevs that come from then on, and for `ctoffload port add`: ports stay what they are bound to. All others
 //! are read at the start only: one that says something else is named in the log, and stays as it was.
+//!
+//! # A stop that keeps the rules
+//!
+//! With `[stop] rules = "keep"` SIGTERM ends the daemon and leaves its rules forwarding (SIGINT and SIGQUIT do not), as after
+//! `kill -9`, but with nothing half done: what was to be removed is removed first, what waited to be made is not made. The
+//! next start adopts what is still right (`[restart] rules = "adopt"`, without which this is refused), so that an upgrade
+//! of the daemon costs no connection its rule. It is for a stop that a start follows within seconds, because **in between
+//! nobody follows what the rules stand on**:
+//!
+//! * a change of the firewall does not reach connections that have rules, and the next start does not know that there was
+//!   one: after a change run `ctoffload flush --all`, or stop with `"flush"`;
+//! * a route, a neighbour or a netdev that changes is found at the next start, and not before;
+//! * conntrack sees no packet of what rules forward: an entry whose timeout runs out in between goes, and the NAT port that
+//!   it had may be given away while the rule stands (UDP: from 30 seconds on; TCP: days, by default).
+//!
+//! Rules of nf-flowtable, and of ebpf where nothing can be pinned in bpffs, end with the process; they are removed in good
+//! order. What is on a port of a bridge or a bond, and all where `[[admit]]` looks at packets (`mark`, `dscp`), is not
+//! adopted at the next start but made anew. A daemon that ends because a part of it has ended flushes in any case. To be
+//! rid of kept rules: start it once, and stop it by SIGINT (`systemctl kill -s INT ctoffload`).
 //!
 //! # Providers
 //!
@@ -169,6 +192,8 @@
 //! netdevs where what stands there is not meant for forwarded packets, or may be passed by.
 
 mod admit;
+#[cfg(test)]
+mod example;
 
 use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::ops::Range;
@@ -177,7 +202,7 @@ use std::time::Duration;
 
 use netdev_providers::HwFlags;
 use netdev_providers::ebpf::{EbpfConfig, Mode};
-use netdev_providers::tc_flower::QdiscKind;
+use netdev_providers::tc_flower::{QdiscKind, TcFlowerConfig};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -234,10 +259,12 @@ pub struct Config {
     pub sweep_max_seconds: u16,
     /// Take over the rules that a daemon which was killed has left.
     pub adopt: bool,
+    /// Leave rules in the kernel when the daemon is stopped.
+    pub keep_rules: bool,
     /// Who may read besides root.
     pub control_group: Option<String>,
     /// The first of tc-flower's prios.
-    pub tc_prio_base: Option<NonZeroU16>,
+    pub tc_prio_base: u16,
     /// Through how many sockets tc-flower writes the rules of a port at once, if not the default.
     pub tc_writers: Option<NonZeroUsize>,
     /// Whether tc-flower's rules in software count per processor.
@@ -258,7 +285,16 @@ pub struct Config {
     pub ebpf_max_rules: u32,
     /// Whether nf-flowtable switches conntrack's accounting on.
     pub flowtable_accounting: bool,
-    ports: Vec<(glob::Pattern, PortSpec)>,
+    ports: Vec<Port>,
+}
+
+/// Which netdevs are to become ports, and how.
+#[derive(Debug)]
+struct Port {
+    pattern: glob::Pattern,
+    spec: PortSpec,
+    /// Of the file; `None`: of the command line.
+    line: Option<usize>,
 }
 
 /// Where something is wrong, and what.
@@ -272,6 +308,7 @@ struct Raw {
     limits: RawLimits,
     usage: RawUsage,
     restart: RawRestart,
+    stop: RawStop,
     control: RawControl,
     tc_flower: RawTcFlower,
     nf_flowtable: RawNfFlowtable,
@@ -324,6 +361,19 @@ enum RawLeftRules {
     #[default]
     Adopt,
     Remove,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct RawStop {
+    rules: Option<Spanned<RawStopRules>>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawStopRules {
+    Flush,
+    Keep,
 }
 
 #[derive(Deserialize, Default)]
@@ -436,9 +486,13 @@ impl Config {
     /// What is wrong, and where.
     pub fn parse(text: &str, classes: &[&str]) -> Result<Self, (usize, String)> {
         let line = |at: usize| text.as_bytes().iter().take(at).filter(|b| **b == b'\n').count() + 1;
+        let wrong = |at: usize, message: String| match key_at(text, at) {
+            Some(key) if !message.contains(key) => (line(at), format!("{key}: {message}")),
+            _ => (line(at), message),
+        };
         let raw: Raw = toml::from_str(text)
-            .map_err(|e| (line(e.span().map_or(0, |s| s.start)), e.message().replace('\n', " ")))?;
-        Self::check(raw, classes, line).map_err(|(span, message)| (line(span.start), message))
+            .map_err(|e| wrong(e.span().map_or(0, |s| s.start), e.message().replace('\n', " ")))?;
+        Self::check(raw, classes, line).map_err(|(span, message)| wrong(span.start, message))
     }
 
     /// Adds patterns whose netdevs are attached with all defaults.
@@ -451,10 +505,8 @@ impl Config {
     ) -> Result<Self, (String, glob::PatternError)> {
         for pattern in patterns {
             let glob = glob::Pattern::new(pattern).map_err(|e| (pattern.clone(), e))?;
-            self.ports.push((
-                glob,
-                PortSpec { providers: None, hw_flags: HwFlags::Both, capacity: None },
-            ));
+            let spec = PortSpec { providers: None, hw_flags: HwFlags::Both, capacity: None };
+            self.ports.push(Port { pattern: glob, spec, line: None });
         }
         Ok(self)
     }
@@ -502,13 +554,37 @@ impl Config {
     /// Whether netdevs would be attached in another way.
     #[must_use]
     pub fn has_other_ports(&self, other: &Self) -> bool {
-        self.ports != other.ports
+        let same = |(a, b): (&Port, &Port)| a.pattern == b.pattern && a.spec == b.spec;
+        self.ports.len() != other.ports.len() || !self.ports.iter().zip(&other.ports).all(same)
+    }
+
+    /// Whether any netdev is to become a port by itself.
+    #[must_use]
+    pub fn has_ports(&self) -> bool {
+        !self.ports.is_empty()
+    }
+
+    /// How many patterns of netdevs there are.
+    #[must_use]
+    pub fn port_count(&self) -> usize {
+        self.ports.len()
+    }
+
+    /// The patterns of netdevs that match none of these names, in words: with their lines, or as on the command line.
+    #[must_use]
+    pub fn unmatched(&self, names: &[String]) -> Vec<String> {
+        let none = |port: &&Port| !names.iter().any(|name| port.pattern.matches(name));
+        let words = |port: &Port| match port.line {
+            Some(line) => format!("[[port]] match = \"{}\" (line {line})", port.pattern),
+            None => format!("--port {}", port.pattern),
+        };
+        self.ports.iter().filter(none).map(words).collect()
     }
 
     /// How a netdev of this name is to be attached, if at all.
     #[must_use]
     pub fn port(&self, name: &str) -> Option<PortSpec> {
-        self.ports.iter().find(|(pattern, _)| pattern.matches(name)).map(|(_, spec)| spec.clone())
+        self.ports.iter().find(|p| p.pattern.matches(name)).map(|p| p.spec.clone())
     }
 
     fn check(raw: Raw, classes: &[&str], line: impl Fn(usize) -> usize) -> Result<Self, Wrong> {
@@ -527,6 +603,7 @@ impl Config {
         }
         let mut ports = Vec::with_capacity(raw.port.len());
         for port in raw.port {
+            let at = Some(line(port.pattern.span().start));
             let pattern = pattern(&port.pattern)?;
             if let Some(names) = &port.providers {
                 check_providers(names, classes)?;
@@ -539,13 +616,22 @@ impl Config {
             let providers = port.providers.map(Spanned::into_inner);
             let capacity = port.capacity.map(|c| ranged(Some(c), 1, 1..=100_000_000, "capacity"));
             let capacity = capacity.transpose()?;
-            ports.push((pattern, PortSpec { providers, hw_flags, capacity }));
+            let spec = PortSpec { providers, hw_flags, capacity };
+            ports.push(Port { pattern, spec, line: at });
         }
         let sweep_seconds = ranged(raw.usage.sweep_seconds, 5, 1..=3600, "sweep-seconds")?;
         let ledger_size = ranged(raw.sight.ledger_size, 262_144, 16..=16_777_216, "ledger-size")?;
-        let prio_base =
-            raw.tc_flower.prio_base.map(|p| ranged(Some(p), 2, 2..=65_000, "prio-base"));
+        let prio_base = TcFlowerConfig::default().prio_base;
+        let prio_base = ranged(raw.tc_flower.prio_base, prio_base, 2..=65_000, "prio-base")?;
         let writers = raw.tc_flower.writers.map(|n| ranged(Some(n), 1, 1..=64, "writers"));
+        let adopt = matches!(raw.restart.rules, RawLeftRules::Adopt);
+        let keep = raw.stop.rules.filter(|rules| matches!(rules.get_ref(), RawStopRules::Keep));
+        if let Some(keep) = &keep
+            && !adopt
+        {
+            let why = "[stop] rules = \"keep\" is for a next start that adopts them, and [restart] rules is \"remove\"";
+            return Err((keep.span(), why.to_owned()));
+        }
         Ok(Self {
             nflog_group: raw.sight.nflog_group.unwrap_or(DEFAULT_GROUP),
             ledger_size: NonZeroU32::new(ledger_size).unwrap_or(NonZeroU32::MIN),
@@ -571,7 +657,8 @@ impl Config {
                 sweep_seconds..=3600,
                 "sweep-max-seconds",
             )?,
-            adopt: matches!(raw.restart.rules, RawLeftRules::Adopt),
+            adopt,
+            keep_rules: keep.is_some(),
             control_group: raw.control.group,
             admission: admit::check(&raw.admission, raw.admit, line)?,
             bypass_egress: raw
@@ -593,7 +680,7 @@ impl Config {
                 "max-rules",
             )?,
             flowtable_accounting: raw.nf_flowtable.accounting.unwrap_or(true),
-            tc_prio_base: prio_base.transpose()?.and_then(NonZeroU16::new),
+            tc_prio_base: prio_base,
             tc_writers: writers.transpose()?.and_then(NonZeroUsize::new),
             tc_percpu_stats: raw.tc_flower.percpu_stats.unwrap_or(false),
             tc_qdisc: match raw.tc_flower.qdisc {
@@ -607,6 +694,31 @@ impl Config {
 
 /// 0x1337 is nobody's default; ulogd and friends use small numbers.
 const DEFAULT_GROUP: NonZeroU16 = NonZeroU16::new(4919).unwrap();
+
+/// The key whose value this place of the file is in: on its line, or the last one before it in the same table (a list
+/// may have many lines).
+fn key_at(text: &str, at: usize) -> Option<&str> {
+    let end =
+        text.as_bytes().iter().skip(at).position(|b| *b == b'\n').map_or(text.len(), |n| at + n);
+    for line in text.get(..end)?.lines().rev() {
+        let line = line.trim_start();
+        if line.starts_with("[[")
+            || (line.starts_with('[')
+                && line.trim_end().ends_with(']')
+                && !line.contains(['"', ',']))
+        {
+            return None;
+        }
+        if let Some((key, _)) = line.split_once('=') {
+            let key = key.trim_end();
+            let bare = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+            if !key.is_empty() && key.chars().all(bare) {
+                return Some(key);
+            }
+        }
+    }
+    None
+}
 
 fn pattern(text: &Spanned<String>) -> Result<glob::Pattern, Wrong> {
     glob::Pattern::new(text.get_ref())
@@ -688,6 +800,9 @@ mod tests {
             );
         }
         assert!(started.has_other_ports(&of("[[port]]\nmatch = \"eth*\"")));
+        let keep = of("[stop]\nrules = \"keep\"");
+        assert_eq!(started.fixed_keys_that_differ(&keep), <[&str; 0]>::default());
+        assert!((started.keep_rules, keep.keep_rules) == (false, true), "asked at the stop");
     }
 
     #[test]
@@ -738,6 +853,41 @@ mod tests {
         assert_eq!(error("[ebpf]\nmode = \"generic\"\n").0, 2);
         assert_eq!(error("[tc-flower]\npercpu-stats = 0\n").0, 2);
         assert_eq!(error("[tc-flower]\n\nqdisc = \"egress\"\n").0, 3);
+        assert_eq!(error("[stop]\nrules = \"leave\"\n").0, 2);
+        let (line, message) = error("[restart]\nrules = \"remove\"\n[stop]\n\nrules = \"keep\"\n");
+        assert!(line == 5 && message.contains("[restart] rules"), "{line}: {message}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_key() {
+        for (text, key) in [
+            ("[limits]\nqueue = \"100\"\n", "queue: "),
+            ("[[port]]\nmatch = \"a[\"\n", "match: "),
+            ("[sight]\nbridged = 1\n", "bridged: "),
+            ("[[admit]]\nverdict = \"never\"\nsource = [\n\"10.0.0.0/8\",\n\"x\"]\n", "source: "),
+            ("[limits]\nqueue = 7\nqueue 8\n", ""),
+        ] {
+            let (_, message) = error(text);
+            assert!(message.starts_with(key), "{text}: {message}");
+        }
+        // What names it already does not name it twice, and a table has no key.
+        assert!(error("[limits]\nqueue = 0\n").1.starts_with("queue must be"));
+        assert!(!error("[limits]\nqueue = 7\n[[admit]]\n").1.contains("queue"));
+    }
+
+    #[test]
+    fn patterns_that_match_no_netdev_are_named_with_their_lines() {
+        let text = "[[port]]\nmatch = \"eth*\"\n\n[[port]]\nmatch = \"enp*\"\n";
+        let c = Config::parse(text, CLASSES).unwrap().with_patterns(&["w?n".to_owned()]).unwrap();
+        let of = |names: &[&str]| {
+            c.unmatched(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&["lo", "enp1s0", "wan"]), ["[[port]] match = \"eth*\" (line 2)"]);
+        assert_eq!(of(&["lo"]).len(), c.port_count());
+        assert!(of(&["lo"]).contains(&"--port w?n".to_owned()), "{:?}", of(&["lo"]));
+        // A line more is no other port.
+        let moved = Config::parse(&format!("\n{text}"), CLASSES).unwrap();
+        assert!(!Config::parse(text, CLASSES).unwrap().has_other_ports(&moved));
     }
 
     #[test]

@@ -8,12 +8,14 @@ use netdev_providers::{Capability, Direction, HwFlags, Ifindex, Netdev, Reason, 
 
 use super::config::{Config, parse_offload};
 use super::explain::{Explained, explain};
+use super::notify;
+use super::source::Source;
 use crate::control::error::{ControlError, ErrorKind};
 use crate::control::events::Publisher;
 use crate::control::info::{
     CapabilityInfo, ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed,
     LatencyCount, LintInfo, PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled,
-    ProviderInfo, ReasonCount, ReconcileRequest, Refusal, SlotInfo, Stats,
+    ProviderInfo, ReasonCount, ReconcileRequest, Refusal, Reloaded, SlotInfo, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
 use crate::control::wire::MAX_DATAGRAM;
@@ -21,7 +23,7 @@ use crate::datapath::lint::{Finding, lint};
 use crate::datapath::routing::fdb::Fdb;
 use crate::datapath::routing::links::Links;
 use crate::datapath::routing::stack::{Frames, descend};
-use crate::datapath::{AttachError, Backend, KernelDatapath, Observer, PortSpec};
+use crate::datapath::{AttachError, Backend, KernelDatapath, Left, Observer, PortSpec};
 use crate::engine::conn::ConnHandle;
 use crate::engine::datapath::SlotChange;
 use crate::engine::latency::LatencyBucket;
@@ -29,6 +31,7 @@ use crate::engine::taken::TakenBack;
 use crate::engine::usage::Usage;
 use crate::engine::view::{Chosen, PortView, SlotView};
 use crate::engine::{Engine, FlushFilter, NO_PROVIDER, PortAddError, PortDeleted};
+use crate::one_line::one_line;
 
 /// The daemon, as the control server sees it.
 pub(super) struct Handler {
@@ -36,6 +39,11 @@ pub(super) struct Handler {
     backend: Arc<Backend>,
     datapath: Mutex<KernelDatapath>,
     config: Arc<ArcSwap<Config>>,
+    /// The configuration of the start: some of it counts until the end.
+    started: Arc<Config>,
+    source: Source,
+    /// Held by who reads it anew.
+    reloading: Mutex<()>,
 }
 
 /// Publishes what happens, when somebody watches.
@@ -93,23 +101,76 @@ impl Handler {
         backend: Arc<Backend>,
         datapath: KernelDatapath,
         config: Arc<ArcSwap<Config>>,
+        source: Source,
     ) -> Self {
-        Self { engine, backend, datapath: Mutex::new(datapath), config }
+        let (datapath, started) = (Mutex::new(datapath), config.load_full());
+        Self { engine, backend, datapath, config, started, source, reloading: Mutex::default() }
     }
 
-    /// Has what can be changed be as this configuration says, from now on.
-    pub(super) fn reconfigure(&self, config: Config) {
+    /// Reads the configuration anew, and has what can be changed changed; `who` asks for it. `None`: there is none.
+    pub(super) fn reread(&self, who: &str) -> Result<Option<Reloaded>, ControlError> {
+        let _one_at_a_time = self.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = self.source.file().map(|f| f.display().to_string()) else {
+            tracing::info!("{who}: going on as before (there is no configuration file)");
+            return Ok(None);
+        };
+        notify::reloading();
+        let reloaded = self.read_anew(who, file);
+        notify::ready(&self.status());
+        reloaded.map(Some)
+    }
+
+    fn read_anew(&self, who: &str, file: String) -> Result<Reloaded, ControlError> {
+        let new = self.source.read().map_err(|e| {
+            let why = one_line(&e);
+            tracing::error!("{who}: nothing changes: {why}");
+            ControlError::invalid(why)
+        })?;
+        let kept = self.started.fixed_keys_that_differ(&new);
+        if !kept.is_empty() {
+            tracing::warn!(
+                keys = kept.join(", "),
+                "{who}: read at the start only, and left as they were"
+            );
+        }
+        let ports_changed = self.config.load().has_other_ports(&new);
+        if ports_changed {
+            tracing::info!(
+                "{who}: [[port]] holds for netdevs that come from now on; ports stay bound"
+            );
+        }
+        let flushed = self.reconfigure(new);
+        tracing::info!(file, "{who}: the configuration was read anew");
+        let kept = kept.into_iter().map(str::to_owned).collect();
+        Ok(Reloaded { file, kept, ports_changed, flushed })
+    }
+
+    /// In one line, for the service manager. It is an answer of the engine's, which a daemon that hangs does not give.
+    pub(super) fn status(&self) -> String {
+        let (ports, conns) = (self.engine.ports(), self.engine.conn_count());
+        let bound = ports.iter().filter(|p| p.provider.is_some()).count();
+        let rules: u64 = ports.iter().map(|p| p.slots.installed).sum();
+        format!(
+            "{} ports, {bound} of them with a provider; {conns} connections, {rules} rules",
+            ports.len()
+        )
+    }
+
+    /// Has what can be changed be as this configuration says, from now on. How many rules were taken back, if
+    /// connections are looked at anew.
+    fn reconfigure(&self, config: Config) -> Option<u64> {
         let (before, now) = (self.backend.tunables(), config.tunables());
         let admission =
             (&before.admission, &before.bypass_egress) != (&now.admission, &now.bypass_egress);
         self.backend.set_tunables(now);
         self.config.store(Arc::new(config));
-        if admission {
+        admission.then(|| {
             let all = FlushFilter { why: TakenBack::Admission, ..FlushFilter::default() };
             let flushed = self.engine.flush(&all).unwrap_or_default();
             let rules: u64 = flushed.iter().map(|(_, n)| n).sum();
             tracing::info!(rules, "admission changed: all connections are looked at anew");
-        }
+            rules
+        })
     }
 
     /// Nothing is sighted any more, and rules go, also while somebody is changing a port, which may take its
@@ -124,6 +185,16 @@ impl Handler {
     /// Ends the datapath; returns what may be left in the kernel, in words.
     pub(super) fn stop(&self) -> Vec<String> {
         self.datapath.lock().unwrap_or_else(PoisonError::into_inner).stop()
+    }
+
+    /// The same, but the rules stay for the next daemon.
+    pub(super) fn leave(&self) -> Left {
+        self.datapath.lock().unwrap_or_else(PoisonError::into_inner).leave()
+    }
+
+    /// Whether they are to, as things are configured now.
+    pub(super) fn keeps_rules(&self) -> bool {
+        self.config.load().keep_rules
     }
 
     fn links(&self) -> &Links {
@@ -465,6 +536,14 @@ impl ControlHandler for Handler {
                 fault: r.fault.map(|f| f.to_string()),
             })
             .collect())
+    }
+
+    fn reload(&self) -> Result<Reloaded, ControlError> {
+        self.reread("reload")?.ok_or_else(|| {
+            ControlError::not_found(
+                "there is no configuration file: the daemon was started without --config, and the default one is not there",
+            )
+        })
     }
 
     fn port_add(&self, request: &PortAddRequest) -> Result<PortInfo, ControlError> {

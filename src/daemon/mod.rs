@@ -7,6 +7,9 @@
 pub mod config;
 mod explain;
 mod handler;
+mod notify;
+mod privilege;
+mod source;
 
 use std::io::Write;
 use std::num::NonZeroU32;
@@ -15,10 +18,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use netdev_providers::ProviderClass;
 use netdev_providers::ebpf::{EbpfClass, EbpfConfig};
 use netdev_providers::nf_flowtable::{NfFlowtableClass, NfFlowtableConfig};
@@ -27,10 +31,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::{Group, geteuid};
+use nix::unistd::Group;
 
-use self::config::{Config, ConfigError};
+use self::config::Config;
 use self::handler::Handler;
+pub use self::source::DEFAULT_FILE;
+use self::source::{Source, SourceError};
 use crate::control::access::Access;
 use crate::control::error::ServerError;
 use crate::control::server::Server;
@@ -38,7 +44,7 @@ use crate::datapath::netfilter::conntrack::ConntrackError;
 use crate::datapath::netfilter::ledger::LedgerError;
 use crate::datapath::netfilter::nflog::NflogError;
 use crate::datapath::supervisor::{Ended, Supervisor};
-use crate::datapath::{self, Backend, DatapathError, KernelDatapath};
+use crate::datapath::{self, Backend, DatapathError, KernelDatapath, Left};
 use crate::engine::clock::Clock;
 use crate::engine::registry::RegistryError;
 use crate::engine::{Engine, Limits};
@@ -49,7 +55,7 @@ const CLASSES: [&str; 3] = ["ebpf", "tc-flower", "nf-flowtable"];
 
 const EXIT_CODES: &str = "\
 Exit status:
-  0  stopped by a signal, nothing left behind
+  0  stopped by a signal, nothing left behind (or the rules that `[stop]` is to keep)
   1  another failure
   2  bad command line or configuration
   3  another daemon runs in this network namespace
@@ -62,14 +68,15 @@ Exit status:
 #[derive(Parser, Debug)]
 #[command(name = "ctoffloadd", version, after_help = EXIT_CODES)]
 struct Args {
-    /// Configuration file (TOML). Without it nothing is attached but by `ctoffload port add`.
+    /// Configuration file (TOML). Without it /etc/ctoffload/ctoffload.toml, if it is there; without that one nothing is
+    /// attached but what --port says, and by `ctoffload port add`.
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Attach netdevs whose name matches this pattern, with all defaults; may be repeated. Looked
     /// at after the patterns of the configuration file.
     #[arg(short, long, value_name = "PATTERN")]
     port: Vec<String>,
-    /// Read the configuration, say whether it is valid, and exit.
+    /// Read the configuration, say whether it is valid and which [[port]] matches no netdev now, and exit.
     #[arg(long)]
     check: bool,
     /// Log filter, as of `tracing`: `info`, `debug`, `ctoffload::engine=trace`.
@@ -80,14 +87,8 @@ struct Args {
 /// Why the daemon ended.
 #[derive(Debug, thiserror::Error)]
 enum DaemonError {
-    #[error("configuration")]
-    Config(#[from] ConfigError),
-    #[error("'{pattern}' is not a pattern")]
-    Pattern {
-        pattern: String,
-        #[source]
-        source: glob::PatternError,
-    },
+    #[error(transparent)]
+    Source(#[from] SourceError),
     #[error("control group '{0}' does not exist")]
     NoGroup(String),
     #[error("'{filter}' is not a log filter")]
@@ -96,8 +97,10 @@ enum DaemonError {
         #[source]
         source: tracing_subscriber::filter::ParseError,
     },
-    #[error("this needs CAP_NET_ADMIN: run it as root")]
-    NotRoot,
+    #[error(
+        "this needs CAP_NET_ADMIN: run it as root, or with that capability (and CAP_BPF, CAP_PERFMON)"
+    )]
+    NotPermitted,
     #[error(transparent)]
     Server(#[from] ServerError),
     #[error("kernel datapath")]
@@ -122,11 +125,11 @@ impl From<DatapathError> for DaemonError {
 impl DaemonError {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Pattern { .. } | Self::NoGroup(_) | Self::LogFilter { .. } => 2,
+            Self::Source(_) | Self::NoGroup(_) | Self::LogFilter { .. } => 2,
             Self::Server(ServerError::AlreadyRunning { .. } | ServerError::Taken { .. })
             | Self::Datapath(DatapathError::Ledger(LedgerError::AlreadyOwned { .. })) => 3,
-            // Root without the capability, as in a container.
-            Self::NotRoot
+            // Also root without the capability, as in a container.
+            Self::NotPermitted
             | Self::Datapath(DatapathError::Ledger(LedgerError::NotPermitted))
             | Self::Datapath(DatapathError::Nflog(NflogError::NotPermitted))
             | Self::Datapath(DatapathError::Conntrack(ConntrackError::NotPermitted)) => 4,
@@ -139,6 +142,12 @@ impl DaemonError {
             _ => 1,
         }
     }
+}
+
+/// The command line, for what is made of it: the manual, completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
 }
 
 /// The program.
@@ -166,44 +175,37 @@ fn allow_many_sockets() {
     }
 }
 
-/// The file, where there is one, and the command line.
-fn configuration(args: &Args) -> Result<Config, DaemonError> {
-    let config = match &args.config {
-        Some(path) => Config::read(path, &CLASSES)?,
-        None => Config::default(),
-    };
-    config
-        .with_patterns(&args.port)
-        .map_err(|(pattern, source)| DaemonError::Pattern { pattern, source })
+/// The names of the netdevs that there are, in the order of their indices.
+fn netdevs() -> Vec<String> {
+    let all = nix::net::if_::if_nameindex();
+    let name = |i: &nix::net::if_::Interface| i.name().to_string_lossy().into_owned();
+    all.map(|all| all.iter().map(name).collect()).unwrap_or_default()
 }
 
-/// Reads the configuration anew, and has what can be changed changed; `started` is the one of the start.
-fn reload(args: &Args, started: &Config, current: &Config, apply: impl FnOnce(Config)) {
-    if args.config.is_none() {
-        tracing::info!("SIGHUP: going on as before (there is no configuration file)");
+/// Says at the start what does not match, which is most often a mistake.
+fn tell_unmatched(config: &Config, has_file: bool, names: &[String]) {
+    if !config.has_ports() {
+        if has_file {
+            tracing::warn!(
+                "no [[port]] and no --port: no netdev is a port until `ctoffload port add`"
+            );
+        } else {
+            tracing::warn!(
+                "no configuration file: none was named, there is no {DEFAULT_FILE}, and no --port; no netdev is a port until `ctoffload port add`"
+            );
+        }
         return;
     }
-    let new = match configuration(args) {
-        Ok(new) => new,
-        Err(e) => {
-            tracing::error!("SIGHUP: nothing changes: {}", one_line(&e));
-            return;
-        }
-    };
-    let kept = started.fixed_keys_that_differ(&new);
-    if !kept.is_empty() {
+    let unmatched = config.unmatched(names);
+    if unmatched.len() == config.port_count() {
         tracing::warn!(
-            keys = kept.join(", "),
-            "SIGHUP: read at the start only, and left as they were"
+            netdevs = names.join(", "),
+            "no netdev matches any [[port]] or --port, so there is no port yet: {}",
+            unmatched.join("; ")
         );
+    } else if !unmatched.is_empty() {
+        tracing::info!("no netdev matches: {}", unmatched.join("; "));
     }
-    if current.has_other_ports(&new) {
-        tracing::info!(
-            "SIGHUP: [[port]] holds for netdevs that come from now on; ports stay bound"
-        );
-    }
-    apply(new);
-    tracing::info!("SIGHUP: the configuration was read anew");
 }
 
 fn run(args: &Args) -> Result<(), DaemonError> {
@@ -219,14 +221,23 @@ fn run(args: &Args) -> Result<(), DaemonError> {
         .with_ansi(false)
         .init();
 
-    let config = Arc::new(configuration(args)?);
+    let source = Source::new(args.config.clone(), args.port.clone(), &CLASSES);
+    let file = source.file().map(|file| file.display().to_string());
+    let config = Arc::new(source.read()?);
     let group = config.control_group.as_deref().map(find_group).transpose()?;
     if args.check {
-        println!("the configuration is valid");
-        return Ok(());
+        return check(&config, file.as_deref());
     }
-    if !geteuid().is_root() {
-        return Err(DaemonError::NotRoot);
+    if !privilege::may_administer() {
+        return Err(DaemonError::NotPermitted);
+    }
+    match &file {
+        Some(file) => tracing::info!(file, "configuration"),
+        None if source.has_patterns() => {
+            tracing::info!("no configuration file: all defaults ({DEFAULT_FILE} is not there)");
+        }
+        // It is told below, with what follows from it.
+        None => {}
     }
     // Blocked before any thread starts, so that they all inherit it and one waits.
     let mut signals = SigSet::empty();
@@ -238,15 +249,13 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     allow_many_sockets();
     let supervisor = Supervisor::new().map_err(|e| DaemonError::Os("eventfd", e))?;
 
-    let mut tc_config = TcFlowerConfig {
+    let tc_config = TcFlowerConfig {
+        prio_base: config.tc_prio_base,
         writers: config.tc_writers,
         percpu_stats: config.tc_percpu_stats,
         qdisc: config.tc_qdisc,
         ..TcFlowerConfig::default()
     };
-    if let Some(base) = config.tc_prio_base {
-        tc_config.prio_base = base.get();
-    }
     let backend = Arc::new(Backend::open(datapath::Config {
         nflog_group: config.nflog_group.get(),
         ledger_size: config.ledger_size.get(),
@@ -290,38 +299,67 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     };
     let datapath =
         KernelDatapath::start(Arc::clone(&backend), engine.clone(), policy, &supervisor)?;
-    let handler = Handler::new(engine, backend, datapath, Arc::clone(&current));
+    let links = backend.links().all().into_iter().map(|link| link.name.clone());
+    tell_unmatched(&config, file.is_some(), &links.collect::<Vec<_>>());
+    let handler = Handler::new(engine, backend, datapath, Arc::clone(&current), source);
     tracing::info!("running");
 
     let stop = AtomicBool::new(false);
-    let ended = std::thread::scope(|scope| {
+    let (watching, watched) = mpsc::channel::<()>();
+    let (ended, keep) = std::thread::scope(|scope| {
         let waker = server.waker();
         scope.spawn(|| {
             supervisor.watch("control", || server.run(&handler, || stop.load(Ordering::SeqCst)));
         });
-        let ended = loop {
+        // The netdevs that are there have been bound by now.
+        notify::ready(&handler.status());
+        if let Some(within) = notify::watchdog() {
+            let (server, supervisor, handler) = (&server, &supervisor, &handler);
+            scope.spawn(move || {
+                let mut before = server.turns();
+                notify::keep_watch(within, &watched, || {
+                    let turns = server.turns();
+                    alive(std::mem::replace(&mut before, turns), turns, supervisor)?;
+                    Ok(handler.status())
+                });
+            });
+        }
+        let (ended, keep) = loop {
             match wait(&signals, &supervisor) {
                 Event::Signal(signal) if STOPPING.contains(&signal) => {
                     tracing::info!("{signal}: stopping");
-                    break None;
+                    break (None, signal == KEEPING && handler.keeps_rules());
                 }
                 Event::Signal(Signal::SIGHUP) => {
-                    reload(args, &config, &current.load(), |new| handler.reconfigure(new));
+                    // What is wrong is in the log.
+                    let _ = handler.reread("SIGHUP");
                 }
                 Event::Signal(signal) => tracing::info!("{signal}: going on as before"),
                 Event::Ended(ended) => {
                     tracing::error!("stopping: without that thread nothing may be offloaded");
                     handler.take_back();
-                    break Some(ended);
+                    // What it has made may be wrong already.
+                    break (Some(ended), false);
                 }
                 Event::None => {}
             }
         };
+        // What follows can take long, and no sign of life is waited for.
+        drop(watching);
+        notify::stopping(if keep {
+            "stopping; rules stay"
+        } else {
+            "stopping; rules are taken back"
+        });
         supervisor.stopping();
         stop.store(true, Ordering::SeqCst);
         waker.wake();
-        ended
+        (ended, keep)
     });
+    if keep {
+        tell_left(&handler.leave());
+        return Ok(());
+    }
     let left = handler.stop();
     for what in &left {
         tracing::error!("something may be left behind: {what}");
@@ -334,8 +372,57 @@ fn run(args: &Args) -> Result<(), DaemonError> {
     ended.map_or(Ok(()), |ended| Err(DaemonError::Ended(ended)))
 }
 
+/// Whether the daemon does what it is there for, between two looks at how often the control thread has come round: that
+/// one serves, and no thread has ended. (A port whose provider hangs is that port's matter, and told as `slow`.)
+fn alive(before: u64, turns: u64, supervisor: &Supervisor) -> Result<(), String> {
+    if let Some(ended) = supervisor.ended() {
+        return Err(ended.to_string());
+    }
+    if turns == before {
+        return Err("the control thread hangs".to_owned());
+    }
+    Ok(())
+}
+
+/// `--check`: what is wrong has been told by now.
+fn check(config: &Config, file: Option<&str>) -> Result<(), DaemonError> {
+    let mut out = match file {
+        Some(file) => format!("{file}: the configuration is valid\n"),
+        None => format!("the configuration is valid (there is no {DEFAULT_FILE}: all defaults)\n"),
+    };
+    for unmatched in config.unmatched(&netdevs()) {
+        out += &format!("no netdev matches now: {unmatched}\n");
+    }
+    if !config.has_ports() {
+        out += "no [[port]] and no --port: no netdev would be a port until `ctoffload port add`\n";
+    }
+    std::io::stdout().write_all(out.as_bytes()).map_err(|e| DaemonError::Os("printing", e))
+}
+
+/// What a stop with `[stop] rules = "keep"` says in the end.
+fn tell_left(left: &Left) {
+    for what in &left.faults {
+        tracing::error!("left to the next start: {what}");
+    }
+    let Left { rules, flushed, .. } = *left;
+    if flushed > 0 {
+        tracing::warn!(
+            rules = flushed,
+            "removed: what nf-flowtable and unpinned programs have made ends with the daemon, and what could not be kept went"
+        );
+    }
+    tracing::info!(
+        rules,
+        "stopped; rules go on forwarding ([stop] rules = \"keep\") and are adopted at the next start; until then nobody follows the firewall, routes and neighbours"
+    );
+}
+
 /// Signals that stop the daemon, cleanly.
 const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];
+
+/// The one of them that leaves rules, if that is configured: the service manager's. Whoever wants none to be left
+/// sends another.
+const KEEPING: Signal = Signal::SIGTERM;
 
 /// Signals that would end a process that does not ask for them, at once: with the rules in place, and
 /// nobody to take them back. A terminal that goes sends the first of them.
@@ -392,11 +479,20 @@ mod tests {
         assert_eq!(code(LedgerError::NotPermitted.into()), 4);
         assert_eq!(code(NflogError::NotPermitted.into()), 4);
         assert_eq!(code(ConntrackError::NotPermitted.into()), 4);
-        assert_eq!(DaemonError::NotRoot.exit_code(), 4);
+        assert_eq!(DaemonError::NotPermitted.exit_code(), 4);
         assert_eq!(code(LedgerError::AlreadyOwned { table: "inet ctoffload".into() }.into()), 3);
         assert_eq!(code(DatapathError::Accounting), 5);
         assert_eq!(code(LedgerError::TableExists { table: "inet ctoffload".into() }.into()), 1);
         assert_eq!(DaemonError::NoGroup("readers".into()).exit_code(), 2);
+    }
+
+    #[test]
+    fn it_is_alive_while_the_control_thread_comes_round_and_no_thread_has_ended() {
+        let supervisor = Supervisor::new().unwrap();
+        assert_eq!(alive(7, 8, &supervisor), Ok(()));
+        assert!(alive(7, 7, &supervisor).unwrap_err().contains("control thread hangs"));
+        supervisor.watch("monitor", || Ok::<_, std::io::Error>(()));
+        assert!(alive(7, 8, &supervisor).unwrap_err().contains("monitor"));
     }
 
     #[test]

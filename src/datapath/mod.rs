@@ -137,6 +137,17 @@ pub enum AttachError {
     Engine(#[from] PortAddError),
 }
 
+/// What a daemon has left to the next one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Rules that go on forwarding.
+    pub rules: u64,
+    /// Rules that went: of providers whose rules end with the process, and of ports where they could not stay.
+    pub flushed: u64,
+    /// What may be left besides, or went wrong, in words.
+    pub faults: Vec<String>,
+}
+
 /// The running datapath. [`stop`](Self::stop) it; a drop leaves its threads to the process's end.
 pub struct KernelDatapath {
     backend: Arc<Backend>,
@@ -283,8 +294,34 @@ impl KernelDatapath {
     /// Ends sighting, removes every rule and everything else of ours from the kernel, and ends the
     /// threads. Returns what may be left, in words. Idempotent.
     pub fn stop(&mut self) -> Vec<String> {
-        if self.stop.swap(true, Ordering::SeqCst) {
+        if !self.end() {
             return Vec::new();
+        }
+        let faults = self.engine.close().into_iter().flat_map(|deleted| deleted.faults);
+        faults.map(|fault| fault.to_string()).collect()
+    }
+
+    /// As [`stop`](Self::stop), but rules that outlive the process go on forwarding, for the next daemon to adopt.
+    /// Until then nobody follows what they stand on: the firewall, routes, neighbours, and how long conntrack keeps
+    /// their connections.
+    pub fn leave(&mut self) -> Left {
+        let mut left = Left::default();
+        if !self.end() {
+            return left;
+        }
+        for (netdev, deleted) in self.engine.leave() {
+            left.rules += deleted.left;
+            left.flushed += deleted.flushed;
+            let faults = deleted.faults.iter().map(|fault| format!("{netdev}: {fault}"));
+            left.faults.extend(faults);
+        }
+        left
+    }
+
+    /// Ends sighting, and the threads. False: that was done.
+    fn end(&mut self) -> bool {
+        if self.stop.swap(true, Ordering::SeqCst) {
+            return false;
         }
         self.supervisor.stopping();
         // First the ledger: what is flushed below must not be sighted again.
@@ -297,8 +334,7 @@ impl KernelDatapath {
             // How it ended is the supervisor's to tell.
             let _ = thread.join();
         }
-        let faults = self.engine.close().into_iter().flat_map(|deleted| deleted.faults);
-        faults.map(|fault| fault.to_string()).collect()
+        true
     }
 }
 

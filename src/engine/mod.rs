@@ -197,6 +197,8 @@ pub struct PortDeleted {
     pub flushed: u64,
     /// Rules deleted on other ports because they forwarded into it.
     pub retracted: u64,
+    /// Rules that go on forwarding, for the next engine to adopt ([`Engine::leave`]).
+    pub left: u64,
     /// What went wrong on the way.
     pub faults: Vec<Fault>,
 }

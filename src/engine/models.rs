@@ -43,7 +43,7 @@ use super::clock::Clock;
 use super::conn::{ConnClaim, ConnHandle, ConnKey};
 use super::datapath::{NoDatapath, Path, PathSpec};
 use super::port::{Binding, Port};
-use super::queue::{Command, Job, Queue, Stopped};
+use super::queue::{Command, End, Job, Queue, Stopped};
 use super::slot::{AfterAdd, SlotState, SlotWord, Unwind};
 use super::table::PortTable;
 use super::worker::{Offer, Publication, Worker};
@@ -868,7 +868,7 @@ impl Bench {
     /// The rest of `Engine::port_del`, whose waiting for an answer loom cannot see.
     fn stop(self) -> (Stopped, Arc<ModelProvider>) {
         let (tx, rx) = mpsc::channel();
-        self.port.queue.push(Command::Stop(tx));
+        self.port.queue.push(Command::Stop(End::Flush, tx));
         assert_eq!(self.writer.join().unwrap(), After::Stopped);
         assert!(self.port.queue.pop().is_none(), "a command that nobody carries out");
         assert!(self.port.fault().is_none());

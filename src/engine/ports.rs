@@ -9,7 +9,7 @@ use netdev_providers::{Fault, Generation, Ifindex, Netdev};
 use super::ask::{Asked, NoAnswer};
 use super::bind::{bind, clear, release};
 use super::port::Port;
-use super::queue::{Command, Stopped};
+use super::queue::{Command, End, Stopped};
 use super::state::undeleted_towards;
 use super::table::PortTable;
 use super::writer::Writer;
@@ -164,7 +164,7 @@ impl Engine {
         // A worker that was in the middle of a batch may have offered towards this netdev behind
         // the first retraction; none does any more.
         retracting.extend(start_retract(self.0.publication.table().iter(), ifindex));
-        let mut deleted = self.stopped(&port, stop(&port));
+        let mut deleted = self.stopped(&port, stop(&port, End::Flush));
         // Nothing of the others leads there.
         let mut led: Vec<_> = retracting.iter().map(|asked| Arc::clone(&asked.port)).collect();
         led.sort_unstable_by_key(|port| port.generation());
@@ -191,6 +191,18 @@ impl Engine {
     /// Deletes every port, all at once, and all connections. Nothing is retracted one by one: the ports
     /// that rules forward into go together with those that have the rules.
     pub fn close(&self) -> Vec<PortDeleted> {
+        self.end(End::Flush).into_iter().map(|(_, deleted)| deleted).collect()
+    }
+
+    /// As [`close`](Self::close), but rules go on forwarding, for the next engine to adopt, on the ports whose
+    /// provider's [outlive](netdev_providers::Provider::outlives) the process: [`PortDeleted::left`] says how many.
+    /// What is waiting to be removed is, and what is waiting to be made is not made. Where rules cannot stay, or one
+    /// could not be removed, the port is flushed. Until there is a next engine nobody follows what the rules stand on.
+    pub fn leave(&self) -> Vec<(Netdev, PortDeleted)> {
+        self.end(End::Leave)
+    }
+
+    fn end(&self, end: End) -> Vec<(Netdev, PortDeleted)> {
         let (table, version) = {
             let mut admin = self.admin();
             let table = self.0.publication.table();
@@ -201,9 +213,11 @@ impl Engine {
             (table, self.0.publication.publish(PortTable::default()))
         };
         self.wait_for_workers(version);
-        let stopping: Vec<_> = table.iter().map(|port| (port, stop(port))).collect();
-        let deleted =
-            stopping.into_iter().map(|(port, stopping)| self.stopped(port, stopping)).collect();
+        let stopping: Vec<_> = table.iter().map(|port| (port, stop(port, end))).collect();
+        let deleted = stopping
+            .into_iter()
+            .map(|(port, stopping)| (port.netdev.clone(), self.stopped(port, stopping)))
+            .collect();
         self.end_all();
         deleted
     }
@@ -221,8 +235,9 @@ impl Engine {
         let mut deleted = PortDeleted::default();
         let Some(stopping) = stopping else { return deleted };
         match stopping.wait(self.0.limits.port_del) {
-            Ok(Stopped { flushed, faults }) => {
+            Ok(Stopped { flushed, left, faults }) => {
                 deleted.flushed = flushed;
+                deleted.left = left;
                 deleted.faults = faults;
             }
             Err(why) => {
@@ -262,11 +277,11 @@ impl Admin {
     }
 }
 
-fn stop(port: &Arc<Port>) -> Option<Asked<Stopped>> {
+fn stop(port: &Arc<Port>, end: End) -> Option<Asked<Stopped>> {
     port.binding.as_ref()?;
     // Its flush is one call, which may take long: it is waited for accordingly.
     port.progress.thread.allow(port.rules.load(Ordering::SeqCst));
-    Some(Asked::of(port, Command::Stop))
+    Some(Asked::of(port, |tx| Command::Stop(end, tx)))
 }
 
 /// Only of ports that can have something.

@@ -62,8 +62,8 @@ pub(super) enum Command {
     Settle(Sender<u64>),
     /// Everything goes, what waits is taken back; answers with how many.
     Flush(TakenBack, Sender<u64>),
-    /// Everything goes, the provider is released, the thread ends.
-    Stop(Sender<Stopped>),
+    /// The thread ends; everything goes, and the provider is released, or what can stay does.
+    Stop(End, Sender<Stopped>),
 }
 
 impl Command {
@@ -78,7 +78,7 @@ impl Command {
             | Self::Retract(..)
             | Self::Settle(_)
             | Self::Flush(..)
-            | Self::Stop(_) => true,
+            | Self::Stop(..) => true,
             Self::Add(..)
             | Self::Established(..)
             | Self::Rejected(..)
@@ -100,10 +100,21 @@ impl Command {
     }
 }
 
+/// What becomes of a port's rules at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// They are removed.
+    Flush,
+    /// They stay, where the provider's [outlive](netdev_providers::Provider::outlives) the process.
+    Leave,
+}
+
 /// How a port ended.
 #[derive(Debug, Default)]
 pub(super) struct Stopped {
     pub flushed: u64,
+    /// Rules that stay.
+    pub left: u64,
     pub faults: Vec<netdev_providers::Fault>,
 }
 

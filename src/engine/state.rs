@@ -479,7 +479,7 @@ impl<'a> PortSlot<'a> {
     }
 
     /// Whether its rule is to go, and was not deleted though the provider was asked to.
-    fn is_undeleted(&self) -> bool {
+    pub(super) fn is_undeleted(&self) -> bool {
         let (detail, now) = (self.slot.detail(), self.slot.word.load());
         now.state() == SlotState::Deleting && !now.in_flight() && detail.attempts() > 0
     }

@@ -28,7 +28,7 @@ use super::datapath::{Datapath, Path, PathSpec, Sight, Work, flow, tracked};
 use super::latency::OpKind;
 use super::lines::Line;
 use super::port::Port;
-use super::queue::{Command, Job, Stopped};
+use super::queue::{Command, End, Job, Stopped};
 use super::reconcile::Found;
 use super::shapes::Shape;
 use super::slot::{OpNumber, Unwind};
@@ -161,8 +161,8 @@ impl Writer {
             {
                 taken += 1;
                 port.progress.thread.step();
-                if let Some(answer) = self.carry_out(command, &mut staged) {
-                    let stopped = self.stop(&mut staged);
+                if let Some((end, answer)) = self.carry_out(command, &mut staged) {
+                    let stopped = self.stop(end, &mut staged);
                     port.progress.thread.end();
                     port.ended.store(true, Ordering::SeqCst);
                     let _ = answer.send(stopped);
@@ -193,8 +193,12 @@ impl Writer {
         Some(command)
     }
 
-    /// Carries a command out, or stages it. Returns who wants to hear of the end, if this is it.
-    fn carry_out(&mut self, command: Command, staged: &mut Vec<Staged>) -> Option<Sender<Stopped>> {
+    /// Carries a command out, or stages it. Returns what end is wanted and who wants to hear of it, if this is it.
+    fn carry_out(
+        &mut self,
+        command: Command,
+        staged: &mut Vec<Staged>,
+    ) -> Option<(End, Sender<Stopped>)> {
         match command {
             Command::Add(conn, d, path) => self.stage_add(&conn, d, path, None, staged),
             Command::Delete(conn, d) => self.stage_delete(&conn, d, staged),
@@ -207,7 +211,7 @@ impl Writer {
                 self.submit(staged);
                 self.reconsider(netdev, staged);
             }
-            Command::Stop(answer) => return Some(answer),
+            Command::Stop(end, answer) => return Some((end, answer)),
             Command::Flush(why, answer) => {
                 let flushed = self.flush(why, staged);
                 self.tell_rearm();

@@ -39,6 +39,7 @@ mod names;
 mod nat;
 mod neighbours;
 mod place;
+mod service;
 mod signals;
 mod stack;
 mod tos;

@@ -235,6 +235,15 @@ pub trait Provider: Send + Sync {
     /// When rules may be left. The engine calls again, or goes on to `release`.
     fn flush(&self) -> Result<u64, Fault>;
 
+    /// Whether the rules go on forwarding when the process ends, however it ends, so that the next one
+    /// [observes](Self::observe) them and they can be adopted. An engine that is
+    /// left to a successor then calls neither [`flush`](Self::flush) nor
+    /// [`release`](Self::release), and never drops this: its rules, its program or its qdisc are to stay
+    /// as they are. Called on the port's thread, after the last `submit`.
+    fn outlives(&self) -> bool {
+        false
+    }
+
     /// The last call: removes rules that are left, and whatever `bind` made on the netdev (the
     /// qdisc, if it was made there and nobody else uses it). That the netdev is gone is success.
     ///

@@ -236,6 +236,11 @@ impl DummyClass {
         self.state().foreign = rules;
     }
 
+    /// Whether its rules [outlive](crate::Provider::outlives) the process. (They do not, unless it is said.)
+    pub fn set_outlives(&self, outlives: bool) {
+        self.state().outlives = outlives;
+    }
+
     /// These of others are in front of the rules of every netdev.
     pub fn set_in_front(&self, others: &[&str]) {
         self.state().in_front = others.iter().map(|o| (*o).to_owned()).collect();

@@ -104,6 +104,10 @@ impl Provider for Dummy {
         Ok(state.port(self.ifindex, self.generation).map_or(0, |p| p.clear()))
     }
 
+    fn outlives(&self) -> bool {
+        self.class.state().outlives
+    }
+
     fn release(&self) -> Result<(), Fault> {
         self.class.enter(Call::Release, Some(self.ifindex));
         let mut state = self.class.state();

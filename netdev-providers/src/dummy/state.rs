@@ -196,6 +196,7 @@ pub(super) struct State {
     /// What an engine that died has left, until the netdev is bound; and what others have there.
     pub(super) left: BTreeMap<Ifindex, Vec<DummyRule>>,
     pub(super) foreign: u64,
+    pub(super) outlives: bool,
     /// Who is in front of every netdev's rules; netdevs whose rules others have removed, until that is told.
     pub(super) in_front: Vec<String>,
     pub(super) emptied: BTreeSet<Ifindex>,
@@ -236,6 +237,7 @@ impl Default for State {
             ports: BTreeMap::new(),
             left: BTreeMap::new(),
             foreign: 0,
+            outlives: false,
             in_front: Vec::new(),
             emptied: BTreeSet::new(),
             waiting: VecDeque::new(),

@@ -92,6 +92,10 @@ impl Provider for Ebpf {
         lock(&self.writer).flush(&self.shared)
     }
 
+    fn outlives(&self) -> bool {
+        self.about.not_pinned.is_none()
+    }
+
     fn release(&self) -> Result<(), Fault> {
         lock(&self.writer).release()
     }

@@ -212,6 +212,10 @@ impl Provider for TcFlower {
         lock(&self.writer).flush(&self.plan)
     }
 
+    fn outlives(&self) -> bool {
+        true
+    }
+
     fn release(&self) -> Result<(), Fault> {
         lock(&self.writer).release(&self.plan)
     }

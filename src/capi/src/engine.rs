@@ -271,7 +271,7 @@ pub(crate) unsafe extern "C" fn ctoffload_port_del(
     guarded(|| {
         // SAFETY: as above.
         let opened = unsafe { opened(engine) }?;
-        let PortDeleted { flushed, retracted, faults } = opened.engine.port_del(port(id)?)?;
+        let PortDeleted { flushed, retracted, faults, .. } = opened.engine.port_del(port(id)?)?;
         if deleted.is_null() {
             return Ok(());
         }

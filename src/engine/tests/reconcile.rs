@@ -159,3 +159,46 @@ fn an_offer_that_comes_at_once_waits_for_the_reconciliation() {
     }
     assert!(dummy.violations().is_empty(), "{:?}", dummy.violations());
 }
+
+#[test]
+fn an_engine_that_leaves_lets_stand_what_outlives_it_and_nothing_else() {
+    let (lasting, fleeting) = (DummyClass::new("lasting"), DummyClass::new("fleeting"));
+    lasting.set_outlives(true);
+    let b = Bench::new(&[&lasting, &fleeting]);
+    for (n, class) in [(1, "lasting"), (2, "fleeting")] {
+        let providers = Some(vec![class.to_owned()]);
+        b.engine.port_add(NewPort { providers, ..new_port(n) }).unwrap();
+    }
+    let conns = [1, 2, 3].map(|n| b.conn(n));
+    for conn in &conns {
+        b.install(1, conn, Original);
+        b.install(2, conn, Original);
+    }
+    // What has ended goes.
+    b.engine.conn_del(&conns[2]);
+    let left = b.engine.leave();
+    let numbers: Vec<_> = left.iter().map(|(n, d)| (n.ifindex, d.left, d.flushed)).collect();
+    assert_eq!(numbers, [(ifindex(1), 2, 0), (ifindex(2), 0, 2)]);
+    assert!(left.iter().all(|(_, d)| d.faults.is_empty()), "{left:?}");
+    assert_eq!(lasting.rules(ifindex(1)).len(), 2);
+    assert_eq!(lasting.ports(), [ifindex(1)], "it is not released");
+    assert!(fleeting.rules(ifindex(2)).is_empty() && fleeting.ports().is_empty());
+    assert!(b.engine.ports().is_empty());
+}
+
+#[test]
+fn what_should_have_gone_and_is_still_there_is_not_left_to_anybody() {
+    let dummy = DummyClass::new("dummy");
+    dummy.set_outlives(true);
+    let b = Bench::new(&[&dummy]);
+    b.port(1);
+    let conns = [1, 2].map(|n| b.conn(n));
+    conns.iter().for_each(|conn| b.install(1, conn, Original));
+    dummy.fail_next(1, Reason::Busy);
+    b.engine.conn_del(&conns[0]);
+    b.settle();
+    assert_eq!(dummy.rules(ifindex(1)).len(), 2, "one was not deleted");
+    let left = b.engine.leave();
+    assert_eq!((left[0].1.left, left[0].1.flushed), (0, 2));
+    assert!(dummy.rules(ifindex(1)).is_empty() && dummy.ports().is_empty());
+}

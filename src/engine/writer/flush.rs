@@ -8,7 +8,7 @@ use netdev_providers::{Direction, Fault, Ifindex, Reason};
 
 use super::{BATCH, Staged, Writer};
 use crate::engine::conn::ConnHandle;
-use crate::engine::queue::{Command, Stopped};
+use crate::engine::queue::{Command, End, Stopped};
 use crate::engine::slot::Unwind;
 use crate::engine::state::undeleted_towards;
 use crate::engine::taken::TakenBack;
@@ -221,8 +221,42 @@ impl Writer {
         }
     }
 
-    pub(super) fn stop(&mut self, staged: &mut Vec<Staged>) -> Stopped {
+    /// What waits to be removed goes, what waits to be made is not made, and the rest stays as it is. `None`: it
+    /// cannot stay, or may not.
+    fn leave(&mut self, staged: &mut Vec<Staged>) -> Option<Stopped> {
+        if self.port.fault().is_some() || !self.guarded(|p| p.outlives()).unwrap_or(false) {
+            return None;
+        }
+        self.finish_removals(staged);
+        // What comes back late, nobody would hear of.
+        if !self.settle() {
+            return None;
+        }
+        let held = self.port.all_held();
+        let wrong = |(conn, d): &(ConnHandle, Direction)| {
+            self.slot(conn, *d).is_some_and(|slot| slot.is_undeleted())
+        };
+        if held.iter().any(wrong) {
+            // Nobody would try again to take back what is wrong, or over.
+            return None;
+        }
+        let left = self.port.rules.load(Ordering::SeqCst);
+        // Neither is it to end what it has made when it is dropped: as if the process had ended now.
+        std::mem::forget(Arc::clone(&self.provider));
+        Some(Stopped { left, ..Stopped::default() })
+    }
+
+    pub(super) fn stop(&mut self, end: End, staged: &mut Vec<Staged>) -> Stopped {
         self.submit(staged);
+        if end == End::Leave
+            && let Some(mut stopped) = self.leave(staged)
+        {
+            self.refuse_what_waits();
+            if !self.is_alone() {
+                stopped.faults.push(Fault::new("a sweep has not come back"));
+            }
+            return stopped;
+        }
         let mut stopped = Stopped::default();
         // Nobody asks for the slots of a port that is gone.
         let why = TakenBack::Port;
@@ -243,35 +277,7 @@ impl Writer {
                 format!("operations without a result: {out}; the provider is released under them");
             stopped.faults.push(Fault::new(why));
         }
-        // What was queued behind: offers of workers that were late, deletes of what is flushed.
-        while let Some(command) = self.deferred.pop_front().or_else(|| self.port.queue.pop()) {
-            match command {
-                Command::Add(conn, d, _) => {
-                    self.reset(&conn, d, why);
-                    self.push_rearm(conn, d);
-                }
-                Command::Delete(conn, d) => self.reset(&conn, d, why),
-                Command::Settle(answer)
-                | Command::Barrier(answer)
-                | Command::Flush(_, answer)
-                | Command::Retract(_, answer) => {
-                    let _ = answer.send(0);
-                }
-                Command::Stop(answer) => {
-                    let _ = answer.send(Stopped::default());
-                }
-                Command::Established(..)
-                | Command::Rejected(..)
-                | Command::Rearm(..)
-                | Command::Repair
-                | Command::Retracted(_)
-                | Command::Joined(_)
-                | Command::Reconcile(_)
-                | Command::DeleteRule(..) => {}
-                #[cfg(test)]
-                Command::Panic => {}
-            }
-        }
+        self.refuse_what_waits();
         // The last call: whoever else is calling it comes to an end first.
         if !self.is_alone() {
             let why = "a sweep has not come back: the provider is released under it";
@@ -286,5 +292,38 @@ impl Writer {
         // Slots of this port are rearmed too: the kernel's ledger must forget the netdev.
         self.tell_rearm();
         stopped
+    }
+
+    /// What was queued behind the end: offers of workers that were late, deletes of what is flushed.
+    fn refuse_what_waits(&mut self) {
+        let why = TakenBack::Port;
+        while let Some(command) = self.deferred.pop_front().or_else(|| self.port.queue.pop()) {
+            match command {
+                Command::Add(conn, d, _) => {
+                    self.reset(&conn, d, why);
+                    self.push_rearm(conn, d);
+                }
+                Command::Delete(conn, d) => self.reset(&conn, d, why),
+                Command::Settle(answer)
+                | Command::Barrier(answer)
+                | Command::Flush(_, answer)
+                | Command::Retract(_, answer) => {
+                    let _ = answer.send(0);
+                }
+                Command::Stop(_, answer) => {
+                    let _ = answer.send(Stopped::default());
+                }
+                Command::Established(..)
+                | Command::Rejected(..)
+                | Command::Rearm(..)
+                | Command::Repair
+                | Command::Retracted(_)
+                | Command::Joined(_)
+                | Command::Reconcile(_)
+                | Command::DeleteRule(..) => {}
+                #[cfg(test)]
+                Command::Panic => {}
+            }
+        }
     }
 }

@@ -77,6 +77,91 @@ fn at_sighup_the_configuration_is_read_anew_and_what_can_be_applied_is() {
     assert_eq!(r.run("tc qdisc show dev lan clsact; nft list tables"), "");
 }
 
+/// Everything that the stack forwards, and not what goes by rules.
+const WATCH: &str = "nft add table inet watch && nft add counter inet watch slow && nft 'add chain inet watch forward { type filter hook forward priority -10; }' && nft 'add rule inet watch forward tcp flags & (fin|syn|rst) == 0 counter name slow'";
+
+fn a_stop_that_keeps_rules_costs_a_connection_nothing(provider: &str) {
+    let mut r = Router::new(&format!("keep-{provider}"));
+    r.run("mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf");
+    r.run(WATCH);
+    let slow = |r: &Router| r.run("nft list counter inet watch slow");
+    let port = format!("[[port]]\nmatch = \"?an\"\nproviders = [\"{provider}\"]\n");
+    let keep = format!("[usage]\nsweep-seconds = 1\n[stop]\nrules = \"keep\"\n{port}");
+    let log = std::env::temp_dir().join(format!("ctoffload-keep-{provider}.log"));
+    let file = r.configure(&keep);
+    let start = |r: &mut Router| {
+        let to = File::create(&log).expect("a file");
+        r.start_logging(&["--config", &file], to.into());
+    };
+    let said = |word: &str| std::fs::read_to_string(&log).expect("the log").contains(word);
+    start(&mut r);
+    let mut c = r.connect();
+    let mut ends = r.connect_to(5002);
+    wait_until("both are offloaded", || {
+        c.ping();
+        ends.ping();
+        r.installed().len() == 4
+    });
+    r.exchange_by_rules(&mut c, 100);
+    let cookies = |r: &Router| {
+        let conns = r.conns();
+        let of = |c: &Value| c["original"].as_str().is_some_and(|t| t.contains(":5001"));
+        let conn = conns.as_array().into_iter().flatten().find(|c| of(c)).cloned();
+        let slots = conn.unwrap_or_default()["slots"].as_array().cloned().unwrap_or_default();
+        slots.iter().map(|s| s["cookie"].clone()).collect::<Vec<_>>()
+    };
+    let (before, marks) = (slow(&r), cookies(&r));
+    // Twice, as over two upgrades: what was adopted is kept as well.
+    for _ in 0..2 {
+        assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+        assert!(said("rules go on forwarding") && said(" rules=4"), "it is told");
+        assert_eq!((r.rules("lan"), r.rules("wan")), (2, 2), "they stay");
+        assert!(!r.run("nft list tables").contains("ctoffload"), "nobody is sighted");
+        c.exchange(1 << 16);
+        start(&mut r);
+        wait_until("all are adopted", || r.installed().len() == 4);
+        c.exchange(1 << 16);
+        assert_eq!(slow(&r), before, "no packet took the slow path meanwhile");
+        assert_eq!(cookies(&r), marks, "the very same rules");
+    }
+    wait_until("what they carried with nobody there is counted", || {
+        r.conns().to_string().contains("\"original\"")
+            && r.port("lan")["bytes"].as_u64().is_some_and(|n| n > 4 << 16)
+    });
+    // What ended while nobody was there has no rules then.
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    r.run("conntrack -D -p tcp --dport 5002");
+    start(&mut r);
+    wait_until("its rules are gone", || (r.rules("lan"), r.rules("wan")) == (1, 1));
+    c.ping();
+    assert_eq!(r.installed(), BOTH);
+    // Who wants none to be left says so by another signal, or in the file.
+    assert_eq!(r.signal(Signal::SIGINT), Some(0));
+    assert_eq!((r.rules("lan"), r.rules("wan")), (0, 0));
+    start(&mut r);
+    r.wait_installed(&BOTH, &mut c);
+    // And asked at the end, also by what SIGHUP has changed: nothing is left.
+    r.configure(&keep.replace("\"keep\"", "\"flush\""));
+    let pid = r.daemon.as_ref().expect("a daemon").id();
+    r.run(&format!("kill -HUP {pid}"));
+    wait_until("it is read", || said("the configuration was read anew"));
+    assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+    assert!(said("nothing left behind"));
+    assert_eq!((r.rules("lan"), r.rules("wan")), (0, 0));
+    assert_eq!(r.run("tc qdisc show dev lan clsact; tc qdisc show dev lan ingress"), "");
+    c.ping();
+}
+
+#[test]
+fn a_stop_that_keeps_rules_costs_a_connection_of_flower_nothing() {
+    a_stop_that_keeps_rules_costs_a_connection_nothing("tc-flower");
+}
+
+#[test]
+fn a_stop_that_keeps_rules_costs_a_connection_of_ebpf_nothing() {
+    a_stop_that_keeps_rules_costs_a_connection_nothing("ebpf");
+}
+
 #[test]
 fn who_reads_the_log_may_go_and_the_daemon_can_be_stopped_yet() {
     let mut r = Router::new("sigpipe");
