@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use ctoffload::control::info::*;
 use ctoffload::control::{
-    Access, ConnDump, ControlError, ControlHandler, ErrorKind, PORT_ID, Publisher, Server,
-    ServerError, Subscription, Target, Waker,
+    Access, ConnDump, ConnFilter, ControlError, ControlHandler, ErrorKind, Found, PORT_ID,
+    Publisher, Server, ServerError, Subscription, Target, Waker,
 };
 use netdev_providers::{Direction, Reason, Tuple, Zone};
 use nix::sched::{CloneFlags, unshare};
@@ -172,9 +172,24 @@ impl ControlHandler for Fake {
         if filter.port.as_deref().is_some_and(|p| !p.starts_with("eth")) {
             return Err(ControlError::not_found("no such port"));
         }
-        let n = if filter.zone == Some(9) { 3000 } else { 1 };
+        if filter.count {
+            return Ok(Box::new([Found::Nothing, Found::Count(1234)].into_iter()));
+        }
+        // What has come of everything else is told in words.
+        if filter.provider.is_some() {
+            return Err(ControlError::invalid(format!("{filter:?}")));
+        }
+        let n = match filter.zone {
+            Some(9) => 3000,
+            Some(8) => 0,
+            _ => 1,
+        };
         let known = filter.tuple.is_none_or(|t| t == conn().original || t == conn().reply);
-        Ok(Box::new((0..n).filter(move |_| known).map(|_| conn())))
+        let slow = filter.zone == Some(7);
+        Ok(Box::new((0..n).filter(move |_| known).map(|_| Found::Conn(conn())).chain(
+            // Looks for more, for ever.
+            std::iter::repeat_n(Found::Nothing, if slow { usize::MAX } else { 0 }),
+        )))
     }
 
     fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError> {
@@ -407,6 +422,8 @@ fn a_wrong_command_line_is_exit_code_2() {
         "explain tcp 10.0.0.1:1",
         "explain icmp 10.0.0.1:1 10.0.0.2:2",
         "conn show --zone 70000",
+        "conn show --count --limit 3",
+        "-jp conn show -o",
         "-p stats",
     ] {
         let out = bed.run(line);
@@ -547,6 +564,92 @@ fn a_reconciliation_tells_what_was_done_on_each_port() {
     assert_eq!(bed.run("reconcile --port nosuch").status.code(), Some(5));
 }
 
+/// All of it, by name.
+#[test]
+fn a_filter_reaches_the_daemon() {
+    let bed = Bed::new();
+    let e = bed.fails(
+        "conn show --provider ebpf --port eth0 --zone 3 --proto udp --src 10.0.0.0/8 --dst 2001:db8::1 --sport 7 \
+         --dport 1000-2000 --state rejected --reason table-full --egress eth1 --nat snat --idle 30 --bytes 1000 \
+         --sort idle --limit 10",
+        2,
+    );
+    let want = "ConnFilter { port: Some(\"eth0\"), zone: Some(3), tuple: None, proto: Some(Udp), src: Some(10.0.0.0/8), \
+                dst: Some(2001:db8::1/128), sport: Some(PortRange { from: 7, to: 7 }), \
+                dport: Some(PortRange { from: 1000, to: 2000 }), state: Some(\"rejected\"), \
+                reason: Some(\"table-full\"), provider: Some(\"ebpf\"), egress: Some(\"eth1\"), nat: Some(Snat), \
+                idle_ms: Some(30000), bytes: Some(1000), sort: Some(Idle), limit: Some(10), count: false }";
+    assert_eq!(e, format!("ctoffload: conn show: {want}"));
+    assert_eq!(bed.ok("conn show --count --state rejected"), "1234\n");
+    assert_eq!(bed.json("conn show --count"), serde_json::json!({"count": 1234}));
+}
+
+#[test]
+fn a_wrong_value_of_a_filter_is_named_and_so_is_what_comes_near() {
+    let bed = Bed::without_daemon();
+    for (line, told) in [
+        ("--proto icmp", &["'icmp'", "--proto", "tcp, udp"][..]),
+        ("--src 10.0.0.300", &["'10.0.0.300'", "--src", "an address, or ADDRESS/LENGTH"]),
+        ("--dst 10.0.0.0/33", &["'10.0.0.0/33'", "--dst", "an address, or ADDRESS/LENGTH"]),
+        ("--sport 70000", &["'70000'", "--sport", "a number from 0 to 65535"]),
+        ("--dport 20-10", &["'20-10'", "--dport", "the first port is above the last"]),
+        ("--state gone", &["'gone'", "--state", "pending, installed, deleting, rejected"]),
+        ("--reason table-ful", &["'table-ful'", "--reason", "'table-full'"]),
+        ("--port a/b", &["'a/b'", "--port"]),
+        ("--egress a/b", &["'a/b'", "--egress"]),
+        ("--zone x", &["'x'", "--zone"]),
+        ("--nat both", &["'both'", "--nat", "snat, dnat, any, none"]),
+        ("--idle 1m", &["'1m'", "--idle"]),
+        ("--bytes -1", &["'-1'"]),
+        ("--sort size", &["'size'", "--sort", "bytes"]),
+        ("--limit many", &["'many'", "--limit"]),
+    ] {
+        let out = bed.run(&format!("conn show {line}"));
+        let e = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "`{line}`: {e}");
+        assert!(told.iter().all(|part| e.contains(part)), "`{line}`: {e}");
+    }
+    let help = bed.ok("conn show --help");
+    for option in "port zone proto src dst sport dport state reason provider egress nat idle bytes sort limit count oneline".split(' ') {
+        assert!(help.contains(&format!("--{option}")), "{option}: {help}");
+    }
+}
+
+#[test]
+fn lists_are_an_array_or_lines_and_nothing_is_told_where_nobody_parses_it() {
+    let bed = Bed::new();
+    let array = bed.json("conn show --zone 9");
+    let lines = bed.ok("-j conn show -o --zone 9");
+    let lines: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(Value::from(lines), array);
+    let one = bed.ok("conn show --oneline");
+    assert_eq!(one.trim_end().replace('\\', "\n"), bed.ok("conn show").trim_end());
+    assert_eq!(one.lines().count(), 1);
+    // Nothing: an empty array, no line, and to people a word.
+    assert_eq!(bed.ok("-j conn show --zone 8"), "[]\n");
+    assert_eq!(bed.ok("-jp conn show --zone 8"), "[]\n");
+    assert_eq!(bed.ok("-j conn show -o --zone 8"), "");
+    let out = bed.run("conn show --zone 8");
+    assert_eq!((out.status.code(), text(&out.stdout)), (Some(0), String::new()));
+    assert_eq!(text(&out.stderr), "ctoffload: conn show: there is no connection that fits\n");
+}
+
+/// The daemon goes on searching; what it has found is there, and whoever has seen enough is rid of it.
+#[test]
+fn connections_are_printed_as_they_are_found() {
+    let bed = Bed::new();
+    for line in ["conn show --zone 7", "-j conn show --zone 7"] {
+        let mut child = bed.command(line).stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = [0; 4];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+        assert!(first == *b"tcp " || first == *b"[{\"e", "{first:?}");
+        assert!(child.try_wait().unwrap().is_none(), "it goes on");
+        assert!(bed.ok("stats").contains("deadbeef"), "and nobody waits for it");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
 /// Every name and number of the JSON is in the text too (times are there in other words, and the
 /// instance as the cookies have it).
 #[test]
@@ -569,6 +672,7 @@ fn json_and_text_tell_the_same_facts() {
         "port show",
         "port show eth0",
         "conn show",
+        "conn show --count",
         "provider show",
         "stats",
         "flush --all",

@@ -2,11 +2,13 @@
 //! (`plan`), asks the daemon, prints (`text`, or JSON of the same objects).
 
 mod args;
+mod conns;
 mod explain;
 mod plan;
 mod text;
 mod tuples;
 
+use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,8 +17,9 @@ use clap::Parser;
 use serde::Serialize;
 
 use crate::control::info::Offloaded;
-use crate::control::{Client, ClientError, ControlError, ErrorKind, Subscription};
+use crate::control::{Client, ClientError, ConnFilter, ControlError, ErrorKind, Subscription};
 use crate::one_line::one_line;
+use conns::Printed;
 use plan::{Action, Output, Plan};
 
 /// How the program ends. The numbers are in `--help`: scripts rely on them.
@@ -131,11 +134,26 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
             })?;
         }
         Action::ConnShow(filter) => {
-            let conns = client.conns(filter).map_err(at)?;
-            if conns.is_empty() && filter.tuple.is_some() {
+            let mut stdout = io::stdout().lock();
+            let mut printed = Printed::new(show);
+            for some in client.conns_by_and_by(filter).map_err(at)? {
+                printed.some(&some.map_err(at)?, &mut stdout)?;
+            }
+            let is_empty = printed.is_empty();
+            if is_empty && filter.tuple.is_some() {
                 return Err(at(no_such("no such connection")));
             }
-            print(show, &conns, |out| text::conns(out, &conns, show.detail))?;
+            printed.end(&mut stdout)?;
+            if is_empty && !show.json {
+                let fits = if *filter == ConnFilter::default() { "" } else { " that fits" };
+                let _ = writeln!(io::stderr(), "ctoffload: {doing}: there is no connection{fits}");
+            }
+        }
+        Action::ConnCount(filter) => {
+            let count = client.conn_count(filter).map_err(at)?;
+            print(show, &count, |out| {
+                let _ = writeln!(out, "{}", count.count);
+            })?;
         }
         Action::ProviderShow => {
             let providers = client.providers().map_err(at)?;

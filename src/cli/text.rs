@@ -275,39 +275,37 @@ pub(super) fn port_added(out: &mut String, p: &PortInfo, detail: bool) {
     }
 }
 
-pub(super) fn conns(out: &mut String, conns: &[ConnInfo], detail: bool) {
-    for c in conns {
-        let _ = write!(out, "{}", c.original);
-        if c.reply != c.original.inverted() {
-            let _ = write!(out, "  nat, reply {}", c.reply);
-        }
-        if c.zone != 0 || detail {
-            let _ = write!(out, "  zone {}", c.zone);
-        }
-        let _ = write!(out, "  age {}", duration(c.age_ms));
-        match c.idle_ms {
-            Some(idle) => {
-                let _ = write!(out, "  idle {}", duration(idle));
-            }
-            None => out.push_str("  never used"),
-        }
-        if detail {
-            let _ = write!(
-                out,
-                "  {} {} ({} bytes)  epoch {}",
-                count(c.packets, "packet", "packets"),
-                bytes(c.bytes),
-                c.bytes,
-                c.epoch
-            );
-            if let Some(id) = c.ct_id {
-                let _ = write!(out, "  ct-id {id}");
-            }
-        }
-        out.push('\n');
-        let rows: Vec<_> = c.slots.iter().map(|s| slot(s, detail)).collect();
-        table(out, "    ", &[], &rows);
+pub(super) fn conn(out: &mut String, c: &ConnInfo, detail: bool) {
+    let _ = write!(out, "{}", c.original);
+    if c.reply != c.original.inverted() {
+        let _ = write!(out, "  nat, reply {}", c.reply);
     }
+    if c.zone != 0 || detail {
+        let _ = write!(out, "  zone {}", c.zone);
+    }
+    let _ = write!(out, "  age {}", duration(c.age_ms));
+    match c.idle_ms {
+        Some(idle) => {
+            let _ = write!(out, "  idle {}", duration(idle));
+        }
+        None => out.push_str("  never used"),
+    }
+    if detail {
+        let _ = write!(
+            out,
+            "  {} {} ({} bytes)  epoch {}",
+            count(c.packets, "packet", "packets"),
+            bytes(c.bytes),
+            c.bytes,
+            c.epoch
+        );
+        if let Some(id) = c.ct_id {
+            let _ = write!(out, "  ct-id {id}");
+        }
+    }
+    out.push('\n');
+    let rows: Vec<_> = c.slots.iter().map(|s| slot(s, detail)).collect();
+    table(out, "    ", &[], &rows);
 }
 
 fn slot(s: &SlotInfo, detail: bool) -> Vec<String> {

@@ -5,8 +5,10 @@
 //! goes the other way and leaves nothing of ours in the kernel.
 
 pub mod config;
+mod conns;
 mod explain;
 mod handler;
+mod told;
 
 use std::io::Write;
 use std::num::NonZeroU32;
