@@ -105,7 +105,15 @@ pub(super) enum Object {
         verb: Option<ProviderVerb>,
     },
     /// Counters of the whole engine.
-    Stats,
+    #[command(
+        after_help = "Examples:\n    ctoffload stats\n    ctoffload stats --openmetrics > /var/lib/prometheus/node-exporter/ctoffload.prom"
+    )]
+    Stats {
+        /// Those, and what `port show` counts, in the OpenMetrics text format, for Prometheus. What has to do with a port
+        /// has its name (netdev) and its provider as labels, rejections their reason; no connection is told.
+        #[arg(long)]
+        openmetrics: bool,
+    },
     /// Remove rules. Connections live on in software, and are offloaded again when they are seen.
     #[command(
         after_help = "Examples:\n    ctoffload flush --port eth0\n    ctoffload flush --port eth0 --zone 7\n    ctoffload flush tcp 10.0.0.1:1234 10.9.0.2:80\n    ctoffload flush --all",

@@ -4,6 +4,7 @@
 mod args;
 mod conns;
 mod explain;
+mod openmetrics;
 mod plan;
 mod text;
 mod tuples;
@@ -162,6 +163,10 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
         Action::Stats => {
             let stats = client.stats().map_err(at)?;
             print(show, &stats, |out| text::stats(out, &stats))?;
+        }
+        Action::Metrics => {
+            let (stats, ports) = (client.stats().map_err(at)?, client.ports().map_err(at)?);
+            print(show, &(), |out| openmetrics::metrics(out, &stats, &ports))?;
         }
         Action::Flush(request) => {
             let flushed = client.flush(request).map_err(at)?;

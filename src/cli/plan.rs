@@ -39,6 +39,7 @@ pub(super) enum Action {
     ConnCount(ConnFilter),
     ProviderShow,
     Stats,
+    Metrics,
     Flush(FlushRequest),
     Reconcile(ReconcileRequest),
     Explain(Tuple, Option<Zone>),
@@ -55,7 +56,7 @@ impl fmt::Display for Action {
             Self::PortDel(r) => write!(f, "port del {}", r.name),
             Self::ConnShow(_) | Self::ConnCount(_) => f.write_str("conn show"),
             Self::ProviderShow => f.write_str("provider show"),
-            Self::Stats => f.write_str("stats"),
+            Self::Stats | Self::Metrics => f.write_str("stats"),
             Self::Flush(_) => f.write_str("flush"),
             Self::Reconcile(_) => f.write_str("reconcile"),
             Self::Explain(tuple, ..) => write!(f, "explain {tuple}"),
@@ -141,7 +142,12 @@ impl TryFrom<Args> for Plan {
                 if count { Action::ConnCount(filter) } else { Action::ConnShow(filter) }
             }
             Object::Provider { verb: None | Some(ProviderVerb::Show) } => Action::ProviderShow,
-            Object::Stats => Action::Stats,
+            Object::Stats { openmetrics: false } => Action::Stats,
+            Object::Stats { openmetrics: true } if args.json => {
+                let e = "--openmetrics and --json are two formats";
+                return Err(Args::command().error(ErrorKind::ArgumentConflict, e));
+            }
+            Object::Stats { openmetrics: true } => Action::Metrics,
             Object::Flush { all, port, zone, tuple: words } => {
                 Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
             }
