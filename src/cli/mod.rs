@@ -229,7 +229,7 @@ fn monitor(plan: &Plan) -> Result<Exit, CliError> {
     loop {
         if let Some(notice) = events.next(Duration::from_secs(1)).map_err(at)? {
             let event = notice.into_event();
-            print(&plan.output, &event, |out| text::event(out, &event))?;
+            print(&plan.output, &event, |out| text::event(out, &event, plan.output.detail))?;
         }
     }
 }

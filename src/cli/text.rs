@@ -459,13 +459,14 @@ pub(super) fn reconciled(out: &mut String, ports: &[PortReconciled]) {
     }
 }
 
-pub(super) fn event(out: &mut String, e: &Event) {
+pub(super) fn event(out: &mut String, e: &Event, detail: bool) {
     let mut words = vec![e.kind.name().to_owned()];
     words.extend(e.port.clone());
     words.extend(e.ifindex.map(|i| format!("ifindex {i}")));
     words.extend(e.provider.clone());
     words.extend(e.direction.map(|d| d.to_string()));
     words.extend(e.tuple.map(|t| t.to_string()));
+    words.extend(e.epoch.filter(|_| detail).map(|n| format!("epoch {n}")));
     words.extend(e.zone.filter(|z| *z != 0).map(|z| format!("zone {z}")));
     words.extend(e.reason.clone());
     words.extend(e.detail.as_ref().map(|d| format!("({d})")));

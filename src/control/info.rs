@@ -499,6 +499,8 @@ pub struct Event {
     /// The original tuple of the connection.
     #[serde(serialize_with = "optional_tuple_json")]
     pub tuple: Option<Tuple>,
+    /// Which incarnation of the tuple, as [`ConnInfo::epoch`]: rules of two may stand for a moment.
+    pub epoch: Option<u64>,
     /// Which of its directions.
     #[serde(serialize_with = "optional_display_json")]
     pub direction: Option<Direction>,
@@ -635,7 +637,7 @@ attributes! {
     PortDelRequest { name = 1 }
     Event {
         kind = 1, port = 2, ifindex = 3, provider = 4, zone = 5, tuple = 6, direction = 7,
-        reason = 8, detail = 9, count = 10,
+        reason = 8, detail = 9, count = 10, epoch = 11,
     }
 }
 

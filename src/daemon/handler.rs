@@ -55,6 +55,7 @@ impl Observer for Events {
             ifindex: Some(port.ifindex.get()),
             zone: Some(conn.key().zone.0),
             tuple: Some(conn.key().original),
+            epoch: Some(conn.epoch().0),
             direction: Some(d),
             reason: rejection.map(|r| r.reason.name().to_owned()),
             detail: rejection.and_then(|r| r.detail.as_deref().map(str::to_owned)),
