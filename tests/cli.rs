@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use ctoffload::control::info::*;
 use ctoffload::control::{
-    Access, ConnDump, ControlError, ControlHandler, ErrorKind, PORT_ID, Publisher, Server,
-    ServerError, Subscription, Target, Waker,
+    Access, ConnDump, ConnFilter, ControlError, ControlHandler, ErrorKind, Found, PORT_ID,
+    Publisher, Server, ServerError, Subscription, Target, Waker,
 };
 use netdev_providers::{Direction, Reason, Tuple, Zone};
 use nix::sched::{CloneFlags, unshare};
@@ -172,9 +172,24 @@ impl ControlHandler for Fake {
         if filter.port.as_deref().is_some_and(|p| !p.starts_with("eth")) {
             return Err(ControlError::not_found("no such port"));
         }
-        let n = if filter.zone == Some(9) { 3000 } else { 1 };
+        if filter.count {
+            return Ok(Box::new([Found::Nothing, Found::Count(1234)].into_iter()));
+        }
+        // What has come of everything else is told in words.
+        if filter.provider.is_some() {
+            return Err(ControlError::invalid(format!("{filter:?}")));
+        }
+        let n = match filter.zone {
+            Some(9) => 3000,
+            Some(8) => 0,
+            _ => 1,
+        };
         let known = filter.tuple.is_none_or(|t| t == conn().original || t == conn().reply);
-        Ok(Box::new((0..n).filter(move |_| known).map(|_| conn())))
+        let slow = filter.zone == Some(7);
+        Ok(Box::new((0..n).filter(move |_| known).map(|_| Found::Conn(conn())).chain(
+            // Looks for more, for ever.
+            std::iter::repeat_n(Found::Nothing, if slow { usize::MAX } else { 0 }),
+        )))
     }
 
     fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError> {
@@ -207,7 +222,10 @@ impl ControlHandler for Fake {
             deletes: 55,
             flushed: 7,
             add_failures: 14,
-            reasons: vec![ReasonCount { reason: "table-full".into(), count: 10 }],
+            reasons: vec![
+                ReasonCount { reason: "table-full".into(), count: 10 },
+                ReasonCount { reason: "busy".into(), count: 4 },
+            ],
             latency: port("eth0").latency,
         })
     }
@@ -431,6 +449,9 @@ fn a_wrong_command_line_is_exit_code_2() {
         "explain tcp 10.0.0.1:1",
         "explain icmp 10.0.0.1:1 10.0.0.2:2",
         "conn show --zone 70000",
+        "conn show --count --limit 3",
+        "-jp conn show -o",
+        "-j stats --openmetrics",
         "-p stats",
     ] {
         let out = bed.run(line);
@@ -597,6 +618,259 @@ fn reload_tells_what_was_changed_and_what_not() {
     assert_eq!(bed.json("reload")["kept"][1], "[limits] queue");
 }
 
+/// All of it, by name.
+#[test]
+fn a_filter_reaches_the_daemon() {
+    let bed = Bed::new();
+    let e = bed.fails(
+        "conn show --provider ebpf --port eth0 --zone 3 --proto udp --src 10.0.0.0/8 --dst 2001:db8::1 --sport 7 \
+         --dport 1000-2000 --state rejected --reason table-full --egress eth1 --nat snat --idle 30 --bytes 1000 \
+         --sort idle --limit 10",
+        2,
+    );
+    let want = "ConnFilter { port: Some(\"eth0\"), zone: Some(3), tuple: None, proto: Some(Udp), src: Some(10.0.0.0/8), \
+                dst: Some(2001:db8::1/128), sport: Some(PortRange { from: 7, to: 7 }), \
+                dport: Some(PortRange { from: 1000, to: 2000 }), state: Some(\"rejected\"), \
+                reason: Some(\"table-full\"), provider: Some(\"ebpf\"), egress: Some(\"eth1\"), nat: Some(Snat), \
+                idle_ms: Some(30000), bytes: Some(1000), sort: Some(Idle), limit: Some(10), count: false }";
+    assert_eq!(e, format!("ctoffload: conn show: {want}"));
+    assert_eq!(bed.ok("conn show --count --state rejected"), "1234\n");
+    assert_eq!(bed.json("conn show --count"), serde_json::json!({"count": 1234}));
+}
+
+#[test]
+fn a_wrong_value_of_a_filter_is_named_and_so_is_what_comes_near() {
+    let bed = Bed::without_daemon();
+    for (line, told) in [
+        ("--proto icmp", &["'icmp'", "--proto", "tcp, udp"][..]),
+        ("--src 10.0.0.300", &["'10.0.0.300'", "--src", "an address, or ADDRESS/LENGTH"]),
+        ("--dst 10.0.0.0/33", &["'10.0.0.0/33'", "--dst", "an address, or ADDRESS/LENGTH"]),
+        ("--sport 70000", &["'70000'", "--sport", "a number from 0 to 65535"]),
+        ("--dport 20-10", &["'20-10'", "--dport", "the first port is above the last"]),
+        ("--state gone", &["'gone'", "--state", "pending, installed, deleting, rejected"]),
+        ("--reason table-ful", &["'table-ful'", "--reason", "'table-full'"]),
+        ("--port a/b", &["'a/b'", "--port"]),
+        ("--egress a/b", &["'a/b'", "--egress"]),
+        ("--zone x", &["'x'", "--zone"]),
+        ("--nat both", &["'both'", "--nat", "snat, dnat, any, none"]),
+        ("--idle 1m", &["'1m'", "--idle"]),
+        ("--bytes -1", &["'-1'"]),
+        ("--sort size", &["'size'", "--sort", "bytes"]),
+        ("--limit many", &["'many'", "--limit"]),
+    ] {
+        let out = bed.run(&format!("conn show {line}"));
+        let e = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "`{line}`: {e}");
+        assert!(told.iter().all(|part| e.contains(part)), "`{line}`: {e}");
+    }
+    let help = bed.ok("conn show --help");
+    for option in "port zone proto src dst sport dport state reason provider egress nat idle bytes sort limit count oneline".split(' ') {
+        assert!(help.contains(&format!("--{option}")), "{option}: {help}");
+    }
+}
+
+#[test]
+fn lists_are_an_array_or_lines_and_nothing_is_told_where_nobody_parses_it() {
+    let bed = Bed::new();
+    let array = bed.json("conn show --zone 9");
+    let lines = bed.ok("-j conn show -o --zone 9");
+    let lines: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(Value::from(lines), array);
+    let one = bed.ok("conn show --oneline");
+    assert_eq!(one.trim_end().replace('\\', "\n"), bed.ok("conn show").trim_end());
+    assert_eq!(one.lines().count(), 1);
+    // Nothing: an empty array, no line, and to people a word.
+    assert_eq!(bed.ok("-j conn show --zone 8"), "[]\n");
+    assert_eq!(bed.ok("-jp conn show --zone 8"), "[]\n");
+    assert_eq!(bed.ok("-j conn show -o --zone 8"), "");
+    let out = bed.run("conn show --zone 8");
+    assert_eq!((out.status.code(), text(&out.stdout)), (Some(0), String::new()));
+    assert_eq!(text(&out.stderr), "ctoffload: conn show: there is no connection that fits\n");
+}
+
+/// The daemon goes on searching; what it has found is there, and whoever has seen enough is rid of it.
+#[test]
+fn connections_are_printed_as_they_are_found() {
+    let bed = Bed::new();
+    for line in ["conn show --zone 7", "-j conn show --zone 7"] {
+        let mut child = bed.command(line).stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = [0; 4];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+        assert!(first == *b"tcp " || first == *b"[{\"e", "{first:?}");
+        assert!(child.try_wait().unwrap().is_none(), "it goes on");
+        assert!(bed.ok("stats").contains("deadbeef"), "and nobody waits for it");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+/// Prometheus' own parser of the format: each family with its type and unit, and its samples.
+const PARSE: &str = "
+import json, sys
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
+out = [{'name': f.name, 'type': f.type, 'unit': f.unit, 'help': f.documentation,
+        'samples': [[s.name, s.labels, s.value] for s in f.samples]} for f in parse(sys.stdin.read())]
+json.dump(out, sys.stdout)
+";
+
+/// It stands beside what is told without it: every number of `stats` and of `port show`.
+#[test]
+fn metrics_are_what_prometheus_reads_and_count_what_stats_and_ports_do() {
+    let bed = Bed::new();
+    let metrics = bed.ok("stats --openmetrics");
+    let mut python = Command::new("/usr/bin/python3")
+        .args(["-c", PARSE])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut python.stdin.take().unwrap(), metrics.as_bytes()).unwrap();
+    let parsed = python.wait_with_output().unwrap();
+    let e = text(&parsed.stderr);
+    assert!(
+        parsed.status.success(),
+        "(this needs Debian's python3-prometheus-client)\n{e}\n{metrics}"
+    );
+    let families: Vec<Value> = serde_json::from_slice(&parsed.stdout).unwrap();
+    let mut samples = std::collections::BTreeMap::new();
+    for family in &families {
+        let (name, unit) = (family["name"].as_str().unwrap(), family["unit"].as_str().unwrap());
+        assert!(
+            name.starts_with("ctoffload_") && !family["help"].as_str().unwrap().is_empty(),
+            "{family}"
+        );
+        let has_unit = name.ends_with("_seconds") || name.ends_with("_bytes");
+        assert_eq!(has_unit, !unit.is_empty(), "{family}");
+        for sample in family["samples"].as_array().unwrap() {
+            let labels = sample[1].as_object().unwrap();
+            let known = [
+                "netdev",
+                "provider",
+                "reason",
+                "state",
+                "op",
+                "le",
+                "instance",
+                "ctoffload_port_state",
+            ];
+            assert!(labels.keys().all(|l| known.contains(&l.as_str())), "{sample}");
+            let labels: Vec<_> =
+                labels.iter().map(|(k, v)| format!("{k}={}", v.as_str().unwrap())).collect();
+            let key = format!("{} {}", &sample[0].as_str().unwrap()[10..], labels.join(" "));
+            assert!(
+                samples.insert(key.trim_end().to_owned(), sample[2].as_f64().unwrap()).is_none(),
+                "twice: {sample}"
+            );
+        }
+    }
+    let mut expect = |key: String, value: &Value, per: f64| {
+        let got = samples.remove(&key).unwrap_or_else(|| panic!("{key} is not in {metrics}"));
+        let value = value.as_bool().map(f64::from).or(value.as_f64()).unwrap();
+        assert!((got - value / per).abs() < 1e-9, "{key}: {got} is not {value}");
+    };
+    let stats = bed.json("stats");
+    expect("daemon_info instance=deadbeef".into(), &1.into(), 1.0);
+    for (metric, field, per) in [
+        ("uptime_seconds", "uptime_ms", 1000.0),
+        ("connections", "connections", 1.0),
+        ("slots state=installed", "slots_installed", 1.0),
+        ("slots state=pending", "slots_pending", 1.0),
+        ("slots state=rejected", "slots_rejected", 1.0),
+        ("sights_total", "sights", 1.0),
+        ("sights_lost_total", "sights_lost", 1.0),
+        ("ledger_elements", "ledger_elements", 1.0),
+        ("ledger_size", "ledger_size", 1.0),
+        ("conntrack_events_total", "conntrack_events", 1.0),
+        ("conntrack_events_lost_total", "conntrack_lost", 1.0),
+        ("sweeps_total", "sweeps", 1.0),
+        ("last_sweep_seconds", "last_sweep_ms", 1000.0),
+        ("sweep_pause_seconds", "sweep_pause_ms", 1000.0),
+        ("rules_added_total", "adds", 1.0),
+        ("rules_deleted_total", "deletes", 1.0),
+        ("rules_flushed_total", "flushed", 1.0),
+    ] {
+        expect(metric.into(), &stats[field], per);
+    }
+    for reason in Reason::ALL {
+        let counted =
+            stats["reasons"].as_array().unwrap().iter().find(|r| r["reason"] == reason.name());
+        let count = counted.map_or(&Value::Null, |r| &r["count"]);
+        let zero = Value::from(0);
+        expect(
+            format!("rejections_total reason={reason}"),
+            if count.is_null() { &zero } else { count },
+            1.0,
+        );
+    }
+    for port in bed.json("port show").as_array().unwrap() {
+        let of = format!(
+            "netdev={} provider={}",
+            port["name"].as_str().unwrap(),
+            port["provider"].as_str().unwrap_or("none")
+        );
+        for (metric, field) in [
+            ("port_rules_in_hardware", "in_hw"),
+            ("port_rules_capacity", "capacity"),
+            ("port_capacity_learnt", "capacity_learnt"),
+            ("port_rules_undeleted", "undeleted"),
+            ("port_evictions_total", "evictions"),
+            ("port_sights_total", "sights"),
+            ("port_rules_added_total", "adds"),
+            ("port_rules_deleted_total", "deletes"),
+            ("port_rules_flushed_total", "flushed"),
+            ("port_forwarded_packets_total", "packets"),
+            ("port_forwarded_bytes_total", "bytes"),
+        ] {
+            expect(format!("{metric} {of}"), &port[field], 1.0);
+        }
+        for (metric, field) in [("port_refusals", "refusals"), ("port_others_in_front", "in_front")]
+        {
+            expect(format!("{metric} {of}"), &port[field].as_array().unwrap().len().into(), 1.0);
+        }
+        for state in ["installed", "pending", "rejected"] {
+            expect(format!("port_slots {of} state={state}"), &port[state], 1.0);
+        }
+        for state in ["bound", "unbound", "draining", "slow", "faulty"] {
+            let is = port["state"] == state;
+            expect(format!("port_state ctoffload_port_state={state} {of}"), &is.into(), 1.0);
+        }
+        for r in port["reasons"].as_array().unwrap() {
+            expect(
+                format!("port_rejections_total {of} reason={}", r["reason"].as_str().unwrap()),
+                &r["count"],
+                1.0,
+            );
+        }
+        for op in ["add", "delete"] {
+            let mut below = 0;
+            for n in 0..=23 {
+                let bound = 1u64 << n;
+                let timed = port["latency"].as_array().unwrap().iter().filter(|b| b["op"] == op);
+                below = timed
+                    .filter(|b| n == 23 || b["below_us"].as_u64().is_some_and(|us| us <= bound))
+                    .map(|b| b["count"].as_u64().unwrap())
+                    .sum();
+                let le = if n == 23 {
+                    "+Inf".to_owned()
+                } else {
+                    format!("{}.{:06}", bound / 1_000_000, bound % 1_000_000)
+                };
+                let (netdev, rest) = of.split_once(' ').unwrap();
+                expect(
+                    format!(
+                        "port_operation_duration_seconds_bucket le={le} {netdev} op={op} {rest}"
+                    ),
+                    &below.into(),
+                    1.0,
+                );
+            }
+            assert!(op == "delete" || below > 0);
+        }
+    }
+    assert!(samples.is_empty(), "nobody asked for {samples:?}");
+}
+
 /// Every name and number of the JSON is in the text too (times are there in other words, and the
 /// instance as the cookies have it).
 #[test]
@@ -619,6 +893,7 @@ fn json_and_text_tell_the_same_facts() {
         "port show",
         "port show eth0",
         "conn show",
+        "conn show --count",
         "provider show",
         "stats",
         "flush --all",

@@ -1,10 +1,14 @@
 //! The command line, as typed.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 
+use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use netdev_providers::Reason;
 
+use crate::control::filter::{Nat, PortRange, SortBy};
 use crate::control::info::CAUSES;
 use crate::engine::taken::TakenBack;
 
@@ -108,7 +112,15 @@ pub(super) enum Object {
         verb: Option<ProviderVerb>,
     },
     /// Counters of the whole engine.
-    Stats,
+    #[command(
+        after_help = "Examples:\n    ctoffload stats\n    ctoffload stats --openmetrics > /var/lib/prometheus/node-exporter/ctoffload.prom"
+    )]
+    Stats {
+        /// Those, and what `port show` counts, in the OpenMetrics text format, for Prometheus. What has to do with a port
+        /// has its name (netdev) and its provider as labels, rejections their reason; no connection is told.
+        #[arg(long)]
+        openmetrics: bool,
+    },
     /// Tell what offloaded packets skip on this machine: limits, marks, logs, shapers.
     ///
     /// Reads the ruleset, what stands at egress, and switches. Of rules, those count which packets of established
@@ -227,20 +239,108 @@ pub(super) enum Offload {
 #[derive(Debug, Subcommand)]
 pub(super) enum ConnVerb {
     /// Connections and their slots: one line for each port and direction that has seen them.
+    ///
+    /// They are printed as they come, those first that are found first; of up to 4096 connections that there are, the
+    /// oldest first.
     #[command(
         visible_aliases = ["list", "ls"],
-        after_help = "Examples:\n    ctoffload conn show --port eth0\n    ctoffload -s conn show tcp 10.0.0.1:1234 10.9.0.2:80"
+        after_help = CONN_EXAMPLES
     )]
-    Show {
-        /// Those seen on one port.
-        #[arg(long, value_name = "NAME", value_parser = netdev_name)]
-        port: Option<String>,
-        /// Those of one conntrack zone.
-        #[arg(long)]
-        zone: Option<u16>,
-        /// One connection: its original or its reply tuple.
-        tuple: Vec<String>,
-    },
+    Show(Box<ConnShow>),
+}
+
+const CONN_EXAMPLES: &str = "\
+All that is given has to fit. --src, --dst, --sport and --dport are of the original tuple, without NAT. --port, --state,
+--reason, --provider and --egress are asked of slots: a connection is shown when one of its slots fits, with those that do.
+
+Examples:
+    ctoffload conn show --port eth0 --state rejected
+    ctoffload conn show --proto udp --dst 198.51.100.0/24 --dport 4000-4999
+    ctoffload conn show --sort bytes --limit 10
+    ctoffload conn show --reason table-full --count
+    ctoffload -s conn show tcp 10.0.0.1:1234 10.9.0.2:80";
+
+#[derive(Debug, ClapArgs)]
+pub(super) struct ConnShow {
+    /// Slots of one port.
+    #[arg(long, value_name = "NAME", value_parser = netdev_name)]
+    pub(super) port: Option<String>,
+    /// Of one conntrack zone.
+    #[arg(long)]
+    pub(super) zone: Option<u16>,
+    /// Of one protocol.
+    #[arg(long, value_parser = PossibleValuesParser::new(["tcp", "udp"]))]
+    pub(super) proto: Option<String>,
+    /// From this address, or from one with this prefix.
+    #[arg(long, value_name = "ADDRESS[/LENGTH]", value_parser = prefix)]
+    pub(super) src: Option<IpNet>,
+    /// To this address, or to one with this prefix.
+    #[arg(long, value_name = "ADDRESS[/LENGTH]", value_parser = prefix)]
+    pub(super) dst: Option<IpNet>,
+    /// From this port, or from one of these.
+    #[arg(long, value_name = "PORT[-PORT]", value_parser = ports)]
+    pub(super) sport: Option<PortRange>,
+    /// To this port, or to one of these.
+    #[arg(long, value_name = "PORT[-PORT]", value_parser = ports)]
+    pub(super) dport: Option<PortRange>,
+    /// Slots in this state.
+    #[arg(long, value_parser = PossibleValuesParser::new(["pending", "installed", "deleting", "rejected"]))]
+    pub(super) state: Option<String>,
+    /// Slots that were rejected for this reason (`explain --help` has what they mean).
+    #[arg(long, value_parser = PossibleValuesParser::new(Reason::ALL.iter().map(|r| r.name())), hide_possible_values = true)]
+    pub(super) reason: Option<String>,
+    /// Slots on ports that are bound to this provider.
+    #[arg(long, value_name = "CLASS")]
+    pub(super) provider: Option<String>,
+    /// Slots whose rules forward to this netdev.
+    #[arg(long, value_name = "NAME", value_parser = netdev_name)]
+    pub(super) egress: Option<String>,
+    /// Those whose source, destination, either or neither is translated.
+    #[arg(long, value_parser = PossibleValuesParser::new(Nat::ALL.iter().map(|n| n.name())))]
+    pub(super) nat: Option<String>,
+    /// Silent for at least so long. (Of what is not offloaded now, nobody knows.)
+    #[arg(long, value_name = "SECONDS")]
+    pub(super) idle: Option<u32>,
+    /// At least so many bytes forwarded by rules.
+    #[arg(long)]
+    pub(super) bytes: Option<u64>,
+    /// In this order: the oldest, the longest idle, those with most packets or bytes, or the lowest address or port
+    /// first. All that fit have to be found before the first is printed; the daemon keeps 32 bytes of each meanwhile
+    /// (with --limit, of twice as many at most).
+    #[arg(long, value_name = "FIELD", value_parser = PossibleValuesParser::new(SortBy::ALL.iter().map(|s| s.name())))]
+    pub(super) sort: Option<String>,
+    /// No more than so many.
+    #[arg(long, value_name = "N")]
+    pub(super) limit: Option<u64>,
+    /// Only how many there are.
+    #[arg(long, conflicts_with_all = ["sort", "limit", "oneline"])]
+    pub(super) count: bool,
+    /// Each connection on one line, its slots behind backslashes; with -j one JSON object a line, and no array (JSON
+    /// Lines).
+    #[arg(short, long)]
+    pub(super) oneline: bool,
+    /// One connection: its original or its reply tuple.
+    pub(super) tuple: Vec<String>,
+}
+
+fn prefix(text: &str) -> Result<IpNet, String> {
+    let whole = |a: IpAddr| IpNet::from(a);
+    let net = text.parse().or_else(|_| text.parse().map(whole));
+    net.map_err(|_: std::net::AddrParseError| {
+        "an address, or ADDRESS/LENGTH, is wanted (names are not looked up)".into()
+    })
+}
+
+fn ports(text: &str) -> Result<PortRange, String> {
+    let (from, to) = text.split_once('-').unwrap_or((text, text));
+    let port = |text: &str| {
+        text.parse::<u16>().map_err(|_| format!("'{text}' is no port: a number from 0 to 65535"))
+    };
+    let range = PortRange { from: port(from)?, to: port(to)? };
+    if range.from > range.to {
+        return Err("the first port is above the last".into());
+    }
+    Ok(range)
 }
 
 #[derive(Debug, Subcommand)]

@@ -2,11 +2,14 @@
 //! (`plan`), asks the daemon, prints (`text`, or JSON of the same objects).
 
 mod args;
+mod conns;
 mod explain;
+mod openmetrics;
 mod plan;
 mod text;
 mod tuples;
 
+use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,8 +18,9 @@ use clap::{CommandFactory, Parser};
 use serde::Serialize;
 
 use crate::control::info::Offloaded;
-use crate::control::{Client, ClientError, ControlError, ErrorKind, Subscription};
+use crate::control::{Client, ClientError, ConnFilter, ControlError, ErrorKind, Subscription};
 use crate::one_line::one_line;
+use conns::Printed;
 use plan::{Action, Output, Plan};
 
 /// How the program ends. The numbers are in `--help`: scripts rely on them.
@@ -138,11 +142,26 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
             })?;
         }
         Action::ConnShow(filter) => {
-            let conns = client.conns(filter).map_err(at)?;
-            if conns.is_empty() && filter.tuple.is_some() {
+            let mut stdout = io::stdout().lock();
+            let mut printed = Printed::new(show);
+            for some in client.conns_by_and_by(filter).map_err(at)? {
+                printed.some(&some.map_err(at)?, &mut stdout)?;
+            }
+            let is_empty = printed.is_empty();
+            if is_empty && filter.tuple.is_some() {
                 return Err(at(no_such("no such connection")));
             }
-            print(show, &conns, |out| text::conns(out, &conns, show.detail))?;
+            printed.end(&mut stdout)?;
+            if is_empty && !show.json {
+                let fits = if *filter == ConnFilter::default() { "" } else { " that fits" };
+                let _ = writeln!(io::stderr(), "ctoffload: {doing}: there is no connection{fits}");
+            }
+        }
+        Action::ConnCount(filter) => {
+            let count = client.conn_count(filter).map_err(at)?;
+            print(show, &count, |out| {
+                let _ = writeln!(out, "{}", count.count);
+            })?;
         }
         Action::ProviderShow => {
             let providers = client.providers().map_err(at)?;
@@ -156,6 +175,10 @@ fn run(plan: &Plan) -> Result<Exit, CliError> {
             let found = client.lint().map_err(at)?;
             print(show, &found, |out| text::lint(out, &found, show.all))?;
             return Ok(if found.iter().any(|f| f.decides) { Exit::Skips } else { Exit::Ok });
+        }
+        Action::Metrics => {
+            let (stats, ports) = (client.stats().map_err(at)?, client.ports().map_err(at)?);
+            print(show, &(), |out| openmetrics::metrics(out, &stats, &ports))?;
         }
         Action::Flush(request) => {
             let flushed = client.flush(request).map_err(at)?;
@@ -222,7 +245,7 @@ fn monitor(plan: &Plan) -> Result<Exit, CliError> {
     loop {
         if let Some(notice) = events.next(Duration::from_secs(1)).map_err(at)? {
             let event = notice.into_event();
-            print(&plan.output, &event, |out| text::event(out, &event))?;
+            print(&plan.output, &event, |out| text::event(out, &event, plan.output.detail))?;
         }
     }
 }

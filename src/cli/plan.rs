@@ -4,15 +4,14 @@ use std::fmt;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;
-use netdev_providers::{HwFlags, Tuple, Zone};
+use netdev_providers::{HwFlags, L4Proto, Tuple, Zone};
 use nix::unistd::User;
 
-use super::args::{Args, ConnVerb, Object, Offload, PortVerb, ProviderVerb};
+use super::args::{Args, ConnShow, ConnVerb, Object, Offload, PortVerb, ProviderVerb};
 use super::tuples;
 use crate::control::Target;
-use crate::control::info::{
-    ConnFilter, FlushRequest, PortAddRequest, PortDelRequest, ReconcileRequest,
-};
+use crate::control::filter::{ConnFilter, Nat, SortBy};
+use crate::control::info::{FlushRequest, PortAddRequest, PortDelRequest, ReconcileRequest};
 
 /// The user that the package makes for the daemon.
 const DAEMON_USER: &str = "ctoffload";
@@ -29,6 +28,8 @@ pub(super) struct Output {
     pub(super) json: bool,
     pub(super) pretty: bool,
     pub(super) detail: bool,
+    /// Each object of a list on a line of its own.
+    pub(super) oneline: bool,
     /// Of `explain`: what has nothing to do with the connection, too. Of `lint`: every place.
     pub(super) all: bool,
 }
@@ -39,9 +40,11 @@ pub(super) enum Action {
     PortAdd(PortAddRequest),
     PortDel(PortDelRequest),
     ConnShow(ConnFilter),
+    ConnCount(ConnFilter),
     ProviderShow,
     Stats,
     Lint,
+    Metrics,
     Flush(FlushRequest),
     Reconcile(ReconcileRequest),
     Reload,
@@ -57,9 +60,9 @@ impl fmt::Display for Action {
             Self::PortShow(Some(name)) => write!(f, "port show {name}"),
             Self::PortAdd(r) => write!(f, "port add {}", r.name),
             Self::PortDel(r) => write!(f, "port del {}", r.name),
-            Self::ConnShow(_) => f.write_str("conn show"),
+            Self::ConnShow(_) | Self::ConnCount(_) => f.write_str("conn show"),
             Self::ProviderShow => f.write_str("provider show"),
-            Self::Stats => f.write_str("stats"),
+            Self::Stats | Self::Metrics => f.write_str("stats"),
             Self::Lint => f.write_str("lint"),
             Self::Flush(_) => f.write_str("flush"),
             Self::Reconcile(_) => f.write_str("reconcile"),
@@ -75,6 +78,35 @@ fn tuple(words: &[String]) -> Result<Option<Tuple>, clap::Error> {
         return Ok(None);
     }
     tuples::parse(words).map(Some).map_err(|e| Args::command().error(ErrorKind::ValueValidation, e))
+}
+
+/// The words have been looked at where they are declared.
+fn filter(show: ConnShow) -> Result<ConnFilter, clap::Error> {
+    let named = |asked: &Option<String>, name: &str| asked.as_deref() == Some(name);
+    Ok(ConnFilter {
+        tuple: tuple(&show.tuple)?,
+        proto: match show.proto.as_deref() {
+            Some("udp") => Some(L4Proto::Udp),
+            Some(_) => Some(L4Proto::Tcp),
+            None => None,
+        },
+        nat: Nat::ALL.iter().find(|n| named(&show.nat, n.name())).copied(),
+        sort: SortBy::ALL.iter().find(|s| named(&show.sort, s.name())).copied(),
+        idle_ms: show.idle.map(|seconds| u64::from(seconds) * 1000),
+        port: show.port,
+        zone: show.zone,
+        src: show.src,
+        dst: show.dst,
+        sport: show.sport,
+        dport: show.dport,
+        state: show.state,
+        reason: show.reason,
+        provider: show.provider,
+        egress: show.egress,
+        bytes: show.bytes,
+        limit: show.limit,
+        count: false,
+    })
 }
 
 impl TryFrom<Args> for Plan {
@@ -97,6 +129,7 @@ impl TryFrom<Args> for Plan {
             args.object,
             Object::Explain { verbose: true, .. } | Object::Lint { verbose: true }
         );
+        let mut oneline = false;
         let action = match args.object {
             Object::Port { verb: None } => Action::PortShow(None),
             Object::Port { verb: Some(PortVerb::Show { name }) } => Action::PortShow(name),
@@ -117,11 +150,23 @@ impl TryFrom<Args> for Plan {
                 Action::PortDel(PortDelRequest { name })
             }
             Object::Conn { verb: None } => Action::ConnShow(ConnFilter::default()),
-            Object::Conn { verb: Some(ConnVerb::Show { port, zone, tuple: words }) } => {
-                Action::ConnShow(ConnFilter { port, zone, tuple: tuple(&words)? })
+            Object::Conn { verb: Some(ConnVerb::Show(show)) } => {
+                oneline = show.oneline;
+                if oneline && args.pretty {
+                    let e = "--oneline and --pretty are two ways to print JSON";
+                    return Err(Args::command().error(ErrorKind::ArgumentConflict, e));
+                }
+                let count = show.count;
+                let filter = filter(*show)?;
+                if count { Action::ConnCount(filter) } else { Action::ConnShow(filter) }
             }
             Object::Provider { verb: None | Some(ProviderVerb::Show) } => Action::ProviderShow,
-            Object::Stats => Action::Stats,
+            Object::Stats { openmetrics: false } => Action::Stats,
+            Object::Stats { openmetrics: true } if args.json => {
+                let e = "--openmetrics and --json are two formats";
+                return Err(Args::command().error(ErrorKind::ArgumentConflict, e));
+            }
+            Object::Stats { openmetrics: true } => Action::Metrics,
             Object::Lint { .. } => Action::Lint,
             Object::Flush { all, port, zone, tuple: words } => {
                 Action::Flush(FlushRequest { port, zone, tuple: tuple(&words)?, all })
@@ -136,7 +181,8 @@ impl TryFrom<Args> for Plan {
             },
             Object::Monitor => Action::Monitor,
         };
-        let output = Output { json: args.json, pretty: args.pretty, detail: args.stats, all };
+        let output =
+            Output { json: args.json, pretty: args.pretty, detail: args.stats, oneline, all };
         Ok(Self { target, output, action })
     }
 }

@@ -275,39 +275,37 @@ pub(super) fn port_added(out: &mut String, p: &PortInfo, detail: bool) {
     }
 }
 
-pub(super) fn conns(out: &mut String, conns: &[ConnInfo], detail: bool) {
-    for c in conns {
-        let _ = write!(out, "{}", c.original);
-        if c.reply != c.original.inverted() {
-            let _ = write!(out, "  nat, reply {}", c.reply);
-        }
-        if c.zone != 0 || detail {
-            let _ = write!(out, "  zone {}", c.zone);
-        }
-        let _ = write!(out, "  age {}", duration(c.age_ms));
-        match c.idle_ms {
-            Some(idle) => {
-                let _ = write!(out, "  idle {}", duration(idle));
-            }
-            None => out.push_str("  never used"),
-        }
-        if detail {
-            let _ = write!(
-                out,
-                "  {} {} ({} bytes)  epoch {}",
-                count(c.packets, "packet", "packets"),
-                bytes(c.bytes),
-                c.bytes,
-                c.epoch
-            );
-            if let Some(id) = c.ct_id {
-                let _ = write!(out, "  ct-id {id}");
-            }
-        }
-        out.push('\n');
-        let rows: Vec<_> = c.slots.iter().map(|s| slot(s, detail)).collect();
-        table(out, "    ", &[], &rows);
+pub(super) fn conn(out: &mut String, c: &ConnInfo, detail: bool) {
+    let _ = write!(out, "{}", c.original);
+    if c.reply != c.original.inverted() {
+        let _ = write!(out, "  nat, reply {}", c.reply);
     }
+    if c.zone != 0 || detail {
+        let _ = write!(out, "  zone {}", c.zone);
+    }
+    let _ = write!(out, "  age {}", duration(c.age_ms));
+    match c.idle_ms {
+        Some(idle) => {
+            let _ = write!(out, "  idle {}", duration(idle));
+        }
+        None => out.push_str("  never used"),
+    }
+    if detail {
+        let _ = write!(
+            out,
+            "  {} {} ({} bytes)  epoch {}",
+            count(c.packets, "packet", "packets"),
+            bytes(c.bytes),
+            c.bytes,
+            c.epoch
+        );
+        if let Some(id) = c.ct_id {
+            let _ = write!(out, "  ct-id {id}");
+        }
+    }
+    out.push('\n');
+    let rows: Vec<_> = c.slots.iter().map(|s| slot(s, detail)).collect();
+    table(out, "    ", &[], &rows);
 }
 
 fn slot(s: &SlotInfo, detail: bool) -> Vec<String> {
@@ -502,13 +500,14 @@ pub(super) fn reloaded(out: &mut String, done: &Reloaded) {
     }
 }
 
-pub(super) fn event(out: &mut String, e: &Event) {
+pub(super) fn event(out: &mut String, e: &Event, detail: bool) {
     let mut words = vec![e.kind.name().to_owned()];
     words.extend(e.port.clone());
     words.extend(e.ifindex.map(|i| format!("ifindex {i}")));
     words.extend(e.provider.clone());
     words.extend(e.direction.map(|d| d.to_string()));
     words.extend(e.tuple.map(|t| t.to_string()));
+    words.extend(e.epoch.filter(|_| detail).map(|n| format!("epoch {n}")));
     words.extend(e.zone.filter(|z| *z != 0).map(|z| format!("zone {z}")));
     words.extend(e.reason.clone());
     words.extend(e.detail.as_ref().map(|d| format!("({d})")));

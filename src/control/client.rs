@@ -10,8 +10,9 @@ use nix::sys::socket::UnixCredentials;
 
 use super::attrs::{Attrs, Object};
 use super::error::{ClientError, ErrorKind, WireError};
+use super::filter::ConnFilter;
 use super::info::{
-    ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
+    ConnCount, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
     PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest,
     Reloaded, Stats, Summary,
 };
@@ -59,6 +60,41 @@ pub struct Client {
     buf: Vec<u8>,
 }
 
+/// How far an answer has been read.
+struct Call {
+    is_complete: bool,
+}
+
+/// Connections, a datagram of them at a time: one more is made while these are looked at. Whoever has seen enough drops it;
+/// nothing more is made then.
+pub struct Conns<'a> {
+    client: &'a mut Client,
+    /// `None` after an error.
+    call: Option<Call>,
+}
+
+impl Iterator for Conns<'_> {
+    type Item = Result<Vec<ConnInfo>, ClientError>;
+
+    /// Waits for the daemon, no longer than [`Target::patience`] without a sign of life. There may be none in what has
+    /// come: the daemon is still searching.
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut call = self.call.take()?;
+        let objects = self.client.step(&mut call).transpose()?;
+        let conns = objects.and_then(|objects| {
+            let conns = objects.iter().map(|(command, attrs)| match command {
+                Command::Conn => ConnInfo::decode(attrs),
+                _ => Err(WireError::Unexpected),
+            });
+            Ok(conns.collect::<Result<_, _>>()?)
+        });
+        if conns.is_ok() {
+            self.call = Some(call);
+        }
+        Some(conns)
+    }
+}
+
 fn io(call: &'static str) -> impl Fn(Errno) -> ClientError {
     move |source| ClientError::Io { call, source }
 }
@@ -100,18 +136,38 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn ports(&mut self) -> Result<Vec<PortInfo>, ClientError> {
-        self.list(Command::GetPorts, Attrs::new(), Command::Port)
+        self.list(Command::GetPorts, &[], Command::Port)
     }
 
-    /// Connections.
-    ///
-    /// All of them are read before this returns: a reader that stops in the middle (`| head`)
-    /// would leave the rest to whoever takes its port id next.
+    /// Connections that fit, all at once.
     ///
     /// # Errors
     /// [`ClientError`].
     pub fn conns(&mut self, filter: &ConnFilter) -> Result<Vec<ConnInfo>, ClientError> {
-        self.list(Command::GetConns, filter.encode()?, Command::Conn)
+        let mut out = Vec::new();
+        for some in self.conns_by_and_by(filter)? {
+            out.extend(some?);
+        }
+        Ok(out)
+    }
+
+    /// Connections that fit, as they come: [`ConnFilter::count`] does not matter here.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn conns_by_and_by(&mut self, filter: &ConnFilter) -> Result<Conns<'_>, ClientError> {
+        let filter = ConnFilter { count: false, ..filter.clone() };
+        let call = self.begin(Command::GetConns, &filter.encode()?)?;
+        Ok(Conns { client: self, call: Some(call) })
+    }
+
+    /// How many connections fit.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn conn_count(&mut self, filter: &ConnFilter) -> Result<ConnCount, ClientError> {
+        let filter = ConnFilter { count: true, ..filter.clone() };
+        self.one(Command::GetConns, &filter.encode()?, Command::ConnCount)
     }
 
     /// Provider classes, in the order in which they are asked.
@@ -119,7 +175,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn providers(&mut self) -> Result<Vec<ProviderInfo>, ClientError> {
-        self.list(Command::GetProviders, Attrs::new(), Command::Provider)
+        self.list(Command::GetProviders, &[], Command::Provider)
     }
 
     /// What offloaded packets skip, by kind: what decides about packets first.
@@ -127,7 +183,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn lint(&mut self) -> Result<Vec<LintInfo>, ClientError> {
-        self.list(Command::GetLint, Attrs::new(), Command::Lint)
+        self.list(Command::GetLint, &[], Command::Lint)
     }
 
     /// The engine's counters.
@@ -135,7 +191,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn stats(&mut self) -> Result<Stats, ClientError> {
-        self.one(Command::GetStats, Attrs::new(), Command::Stats)
+        self.one(Command::GetStats, &[], Command::Stats)
     }
 
     /// Why a connection is offloaded or not.
@@ -145,7 +201,7 @@ impl Client {
     pub fn explain(&mut self, tuple: &Tuple, zone: Option<Zone>) -> Result<Explain, ClientError> {
         let request = ExplainRequest { tuple: *tuple, zone: zone.map(|z| z.0) };
         let mut out = Explain::default();
-        self.call(Command::Explain, request.encode()?, &mut |command, attrs| {
+        self.call(Command::Explain, &request.encode()?, &mut |command, attrs| {
             match command {
                 Command::Summary => out.summary = Summary::decode(attrs)?,
                 Command::Conn => out.conn = Some(ConnInfo::decode(attrs)?),
@@ -163,7 +219,7 @@ impl Client {
     /// [`ClientError`].
     pub fn flush(&mut self, request: &FlushRequest) -> Result<Flushed, ClientError> {
         let mut out = Flushed::default();
-        self.call(Command::Flush, request.encode()?, &mut |command, attrs| {
+        self.call(Command::Flush, &request.encode()?, &mut |command, attrs| {
             match command {
                 Command::Flushed => out.count = PortFlushed::decode(attrs)?.count,
                 Command::PortFlushed => out.ports.push(PortFlushed::decode(attrs)?),
@@ -183,7 +239,7 @@ impl Client {
         request: &ReconcileRequest,
     ) -> Result<Vec<PortReconciled>, ClientError> {
         let mut out = Vec::new();
-        self.call(Command::Reconcile, request.encode()?, &mut |command, attrs| {
+        self.call(Command::Reconcile, &request.encode()?, &mut |command, attrs| {
             match command {
                 Command::PortReconciled => out.push(PortReconciled::decode(attrs)?),
                 _ => return Err(WireError::Unexpected),
@@ -199,7 +255,7 @@ impl Client {
     /// [`ClientError`]; a configuration that is wrong is refused as [`ErrorKind::InvalidArgument`], and nothing
     /// has changed then.
     pub fn reload(&mut self) -> Result<Reloaded, ClientError> {
-        self.one(Command::Reload, Attrs::new(), Command::Reloaded)
+        self.one(Command::Reload, &[], Command::Reloaded)
     }
 
     /// Makes a netdev a port.
@@ -207,7 +263,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn port_add(&mut self, request: &PortAddRequest) -> Result<PortInfo, ClientError> {
-        self.one(Command::PortAdd, request.encode()?, Command::Port)
+        self.one(Command::PortAdd, &request.encode()?, Command::Port)
     }
 
     /// Detaches a port.
@@ -215,13 +271,13 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn port_del(&mut self, request: &PortDelRequest) -> Result<(), ClientError> {
-        self.simple(Command::PortDel, request.encode()?)
+        self.simple(Command::PortDel, &request.encode()?)
     }
 
     fn list<T: Object>(
         &mut self,
         command: Command,
-        attrs: Attrs,
+        attrs: &[u8],
         kind: Command,
     ) -> Result<Vec<T>, ClientError> {
         let mut out = Vec::new();
@@ -238,7 +294,7 @@ impl Client {
     fn one<T: Object>(
         &mut self,
         command: Command,
-        attrs: Attrs,
+        attrs: &[u8],
         kind: Command,
     ) -> Result<T, ClientError> {
         let mut all = self.list(command, attrs, kind)?;
@@ -249,7 +305,7 @@ impl Client {
     }
 
     /// A request whose answer holds no objects.
-    pub(super) fn simple(&mut self, command: Command, attrs: Attrs) -> Result<(), ClientError> {
+    pub(super) fn simple(&mut self, command: Command, attrs: &[u8]) -> Result<(), ClientError> {
         self.call(command, attrs, &mut |_, _| Err(WireError::Unexpected))
     }
 
@@ -257,11 +313,28 @@ impl Client {
     fn call(
         &mut self,
         command: Command,
-        attrs: Attrs,
+        attrs: &[u8],
         each: &mut dyn FnMut(Command, &Attrs) -> Result<(), WireError>,
     ) -> Result<(), ClientError> {
+        let mut call = self.begin(command, attrs)?;
+        while let Some(objects) = self.step(&mut call)? {
+            objects.iter().try_for_each(|(command, attrs)| each(*command, attrs))?;
+        }
+        Ok(())
+    }
+
+    /// Sends a request; [`step`](Self::step) reads the answer.
+    fn begin(&mut self, command: Command, attrs: &[u8]) -> Result<Call, ClientError> {
         self.seq = self.seq.wrapping_add(1);
         self.send(command, attrs)?;
+        Ok(Call { is_complete: false })
+    }
+
+    /// The next objects of an answer: those of one datagram, of which there may be none. `None`: it is complete.
+    fn step(&mut self, call: &mut Call) -> Result<Option<Vec<(Command, Attrs)>>, ClientError> {
+        if call.is_complete {
+            return Ok(None);
+        }
         let mut deadline = Instant::now() + self.target.patience;
         loop {
             let wait = deadline.saturating_duration_since(Instant::now());
@@ -277,7 +350,8 @@ impl Client {
                 Incoming::Overrun => continue,
                 Incoming::Nothing => return Err(ClientError::NoAnswer(self.target.patience)),
             };
-            let mut more = false;
+            let mut objects = Vec::new();
+            let mut goes_on = false;
             for Envelope { seq, message } in messages {
                 // An answer to a request that was given up, or an event.
                 if seq != self.seq
@@ -287,26 +361,31 @@ impl Client {
                 }
                 deadline = Instant::now() + self.target.patience;
                 match message {
-                    Message::Done | Message::Ack => return Ok(()),
+                    Message::Done | Message::Ack => call.is_complete = true,
                     Message::Refused(e) => return Err(e.into()),
                     Message::Object { version, .. } if version != VERSION => {
                         return Err(ClientError::Version { daemon: version, ours: VERSION });
                     }
                     Message::Object { command: Command::Working, .. } => {}
+                    Message::Object { command: Command::Searching, .. } => goes_on = true,
                     Message::Object { command, attrs, .. } => {
-                        each(command, &attrs)?;
-                        more = true;
+                        objects.push((command, attrs));
+                        goes_on = true;
                     }
                 }
             }
-            if more {
-                self.send(Command::Next, Attrs::new())?;
+            if goes_on && !call.is_complete {
+                // At once: the daemon makes the next while we look at these.
+                self.send(Command::Next, &[])?;
+            }
+            if goes_on || call.is_complete {
+                return Ok(Some(objects));
             }
         }
     }
 
     /// Sends a request with the present sequence number.
-    pub(super) fn send(&mut self, command: Command, attrs: Attrs) -> Result<(), ClientError> {
+    pub(super) fn send(&mut self, command: Command, attrs: &[u8]) -> Result<(), ClientError> {
         let datagram = wire::request(command, self.seq, attrs)?;
         let deadline = Instant::now() + self.target.patience;
         loop {

@@ -19,6 +19,16 @@ pub enum WireError {
     /// An attribute is missing that an object cannot be without.
     #[error("an attribute is missing")]
     Missing,
+    /// A request has an attribute that the daemon does not know.
+    #[error(
+        "{object} has an attribute {number} that this daemon does not know: use programs of one release"
+    )]
+    Unknown {
+        /// What was asked.
+        object: &'static str,
+        /// The attribute's number.
+        number: u16,
+    },
     /// An attribute holds something else.
     #[error("an attribute is not {0}")]
     Value(&'static str),

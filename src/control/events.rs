@@ -14,7 +14,7 @@ use crossbeam_queue::ArrayQueue;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::attrs::{Attrs, Object};
+use super::attrs::Object;
 use super::client::{Client, Incoming, Target};
 use super::error::ClientError;
 use super::info::{Event, EventKind};
@@ -151,7 +151,7 @@ impl Subscription {
     /// [`ClientError::EventsDenied`] without `CAP_NET_ADMIN`; otherwise as a request.
     pub fn open(target: Target) -> Result<Self, ClientError> {
         let mut client = Client::open(target, Some(EVENT_GROUP))?;
-        client.simple(Command::Watch, Attrs::new())?;
+        client.simple(Command::Watch, &[])?;
         Ok(Self {
             client,
             last: None,
@@ -173,7 +173,7 @@ impl Subscription {
             }
             if self.said.elapsed() >= REPEAT {
                 self.said = Instant::now();
-                self.client.send(Command::Watch, Attrs::new())?;
+                self.client.send(Command::Watch, &[])?;
             }
             let until = deadline.min(self.said + REPEAT);
             match self.client.receive(until.saturating_duration_since(Instant::now()))? {
@@ -220,6 +220,7 @@ impl Subscription {
 mod tests {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+    use super::super::attrs::{Attrs, from_bytes};
     use super::super::wire::PORT_ID;
     use super::*;
 
@@ -309,7 +310,7 @@ mod tests {
         let message = |n| Message::Object {
             command: Command::Event,
             version: VERSION,
-            attrs: event(n).encode().unwrap(),
+            attrs: from_bytes(&event(n).encode().unwrap()).unwrap(),
         };
         let mut take = |seq, message: Message| {
             s.take(seq, message);

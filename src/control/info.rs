@@ -146,6 +146,13 @@ pub struct ConnInfo {
     pub slots: Vec<SlotInfo>,
 }
 
+/// How many connections fit a filter.
+#[derive(Clone, Copy, Debug, Default, Serialize, PartialEq, Eq)]
+pub struct ConnCount {
+    /// How many.
+    pub count: u64,
+}
+
 /// The offload state of one direction of a connection on one port.
 #[derive(Clone, Debug, Serialize, PartialEq)]
 pub struct SlotInfo {
@@ -377,17 +384,6 @@ pub struct PortVerdict {
     pub in_front: Vec<String>,
 }
 
-/// Which connections are asked for; what is `None` does not matter.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ConnFilter {
-    /// Those with a slot on this port.
-    pub port: Option<String>,
-    /// Those of this zone.
-    pub zone: Option<u16>,
-    /// Those with this tuple, as original or as reply.
-    pub tuple: Option<Tuple>,
-}
-
 /// Which connection is to be explained.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExplainRequest {
@@ -534,6 +530,8 @@ pub struct Event {
     /// The original tuple of the connection.
     #[serde(serialize_with = "optional_tuple_json")]
     pub tuple: Option<Tuple>,
+    /// Which incarnation of the tuple, as [`ConnInfo::epoch`]: rules of two may stand for a moment.
+    pub epoch: Option<u64>,
     /// Which of its directions.
     #[serde(serialize_with = "optional_display_json")]
     pub direction: Option<Direction>,
@@ -591,8 +589,8 @@ mod codec {
     use crate::control::error::WireError;
 
     impl Element for Offloaded {
-        fn to_payload(&self) -> Result<Vec<u8>, WireError> {
-            (*self as u8).to_payload()
+        fn append(&self, out: &mut Vec<u8>) -> Result<(), WireError> {
+            (*self as u8).append(out)
         }
 
         fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
@@ -607,8 +605,8 @@ mod codec {
     }
 
     impl Element for EventKind {
-        fn to_payload(&self) -> Result<Vec<u8>, WireError> {
-            (*self as u8).to_payload()
+        fn append(&self, out: &mut Vec<u8>) -> Result<(), WireError> {
+            (*self as u8).append(out)
         }
 
         fn from_payload(bytes: &[u8]) -> Result<Self, WireError> {
@@ -661,7 +659,7 @@ attributes! {
     PortVerdict {
         port = 1, ifindex = 2, direction = 3, verdict = 4, help = 5, in_front = 6, matters = 7, cause = 8,
     }
-    ConnFilter { port = 1, zone = 2, tuple = 3 }
+    ConnCount { count = 1 }
     ExplainRequest { tuple = 1, zone = 2 }
     FlushRequest { port = 1, zone = 2, tuple = 3, all = 4 }
     PortFlushed { port = 1, count = 2 }
@@ -672,14 +670,14 @@ attributes! {
     PortDelRequest { name = 1 }
     Event {
         kind = 1, port = 2, ifindex = 3, provider = 4, zone = 5, tuple = 6, direction = 7,
-        reason = 8, detail = 9, count = 10,
+        reason = 8, detail = 9, count = 10, epoch = 11,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::attrs::{Attrs, Element, Field, Object, from_bytes};
+    use crate::control::attrs::{Element, Field, Object, from_bytes, strict};
     use crate::control::error::WireError;
     use proptest::prelude::*;
 
@@ -745,36 +743,42 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_attribute_is_ignored() {
-        let mut attrs = ReasonCount { reason: "busy".into(), count: 3 }.encode().unwrap();
-        "from a newer daemon".to_owned().put(999, &mut attrs).unwrap();
+    fn an_unknown_attribute_is_ignored_in_an_answer_and_refused_in_a_request() {
+        let mut bytes = ReasonCount { reason: "busy".into(), count: 3 }.encode().unwrap();
+        "from a newer daemon".to_owned().put(999, &mut bytes).unwrap();
+        let attrs = from_bytes(&bytes).unwrap();
         assert_eq!(ReasonCount::decode(&attrs).unwrap().count, 3);
+        let e = strict::<ReasonCount>(&attrs).unwrap_err();
+        assert!(e.to_string().starts_with("ReasonCount has an attribute 999 that"), "{e}");
     }
 
     #[test]
     fn a_missing_attribute_is_named() {
-        let mut attrs = Attrs::new();
-        "busy".to_owned().put(1, &mut attrs).unwrap();
-        let e = ReasonCount::decode(&attrs).unwrap_err();
+        let mut bytes = Vec::new();
+        "busy".to_owned().put(1, &mut bytes).unwrap();
+        let e = ReasonCount::from_payload(&bytes).unwrap_err();
         assert_eq!(e.to_string(), "ReasonCount.count: an attribute is missing");
-        let mut attrs = Attrs::new();
-        1u32.put(1, &mut attrs).unwrap();
-        assert!(matches!(ReasonCount::decode(&attrs), Err(WireError::Field { .. })));
+        let mut bytes = Vec::new();
+        1u32.put(1, &mut bytes).unwrap();
+        assert!(matches!(ReasonCount::from_payload(&bytes), Err(WireError::Field { .. })));
     }
 
     #[test]
     fn a_tuple_of_two_families_on_the_wire_is_refused() {
-        let t: Tuple = "tcp 192.0.2.1:1 > 192.0.2.2:2".parse().unwrap();
-        let mut attrs = from_bytes(&t.to_payload().unwrap()).unwrap();
-        let mut other = Attrs::new();
-        for a in attrs.iter_mut() {
-            if *a.nla_type().nla_type() == 4 {
-                std::net::IpAddr::from([0u8; 16]).put(4, &mut other).unwrap();
-            } else {
-                other.push(a.clone());
-            }
-        }
-        assert!(Tuple::from_payload(&crate::control::attrs::to_bytes(&other).unwrap()).is_err());
+        let tuple = |dst: std::net::IpAddr| {
+            let mut bytes = Vec::new();
+            6u8.put(1, &mut bytes).unwrap();
+            std::net::IpAddr::from([192, 0, 2, 1]).put(2, &mut bytes).unwrap();
+            1u16.put(3, &mut bytes).unwrap();
+            dst.put(4, &mut bytes).unwrap();
+            2u16.put(5, &mut bytes).unwrap();
+            Tuple::from_payload(&bytes)
+        };
+        assert_eq!(
+            tuple([192, 0, 2, 2].into()),
+            Ok("tcp 192.0.2.1:1 > 192.0.2.2:2".parse().unwrap())
+        );
+        assert!(tuple([0; 16].into()).is_err());
     }
 
     #[test]

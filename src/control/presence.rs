@@ -14,19 +14,28 @@ const TABLE: &str = "/proc/thread-self/net/netlink";
 
 /// The port ids of the sockets in the daemon's group; none where the kernel's table cannot be read.
 pub(super) fn daemons() -> Vec<u32> {
+    let is_member = |groups| groups & (1 << (DAEMON_GROUP - 1)) != 0;
+    sockets(|port_id, groups| is_member(groups).then_some(port_id))
+}
+
+/// The port ids of all sockets of the protocol, the clients' too; none where the kernel's table cannot be read.
+pub(super) fn all() -> Vec<u32> {
+    sockets(|port_id, _| Some(port_id))
+}
+
+fn sockets(of: impl Fn(u32, u32) -> Option<u32>) -> Vec<u32> {
     let table = std::fs::read_to_string(TABLE).unwrap_or_default();
-    table.lines().filter_map(daemon).collect()
+    table.lines().filter_map(socket).filter_map(|(port_id, groups)| of(port_id, groups)).collect()
 }
 
 /// A line of the table (`netlink_native_seq_show`): a pointer, the protocol, the port id, the first 32 groups as a
-/// mask, and counters.
-fn daemon(line: &str) -> Option<u32> {
+/// mask, and counters. Of our protocol: port id and groups.
+fn socket(line: &str) -> Option<(u32, u32)> {
     let mut words = line.split_whitespace().skip(1);
     let protocol: libc::c_int = words.next()?.parse().ok()?;
     let port_id = words.next()?.parse().ok()?;
     let groups = u32::from_str_radix(words.next()?, 16).ok()?;
-    let is_member = protocol == libc::NETLINK_USERSOCK && groups & (1 << (DAEMON_GROUP - 1)) != 0;
-    is_member.then_some(port_id)
+    (protocol == libc::NETLINK_USERSOCK).then_some((port_id, groups))
 }
 
 /// Where to ask for a daemon that is expected at this port id.
@@ -55,12 +64,11 @@ mod tests {
             format!("0000000001e540b6 {protocol:<3} {port:<10} {groups:08x} 0        0")
         };
         let ours = 1 << (DAEMON_GROUP - 1);
-        assert_eq!(daemon(&line(2, 4_294_963_199, ours)), Some(4_294_963_199));
-        assert_eq!(daemon(&line(2, 77, ours | 1)), Some(77));
-        assert_eq!(daemon(&line(2, 77, !ours)), None);
-        assert_eq!(daemon(&line(0, 77, ours)), None, "a group of rtnetlink");
-        assert_eq!(daemon("sk               Eth Pid        Groups   Rmem"), None);
-        assert_eq!(daemon(""), None);
+        assert_eq!(socket(&line(2, 4_294_963_199, ours)), Some((4_294_963_199, ours)));
+        assert_eq!(socket(&line(2, 77, !ours)), Some((77, !ours)));
+        assert_eq!(socket(&line(0, 77, ours)), None, "a group of rtnetlink");
+        assert_eq!(socket("sk               Eth Pid        Groups   Rmem"), None);
+        assert_eq!(socket(""), None);
     }
 
     #[test]

@@ -21,11 +21,12 @@ use nix::sys::socket::UnixCredentials;
 use tracing::{debug, warn};
 
 use super::access::{Access, Gate};
-use super::attrs::{Attrs, Object};
+use super::attrs::{Object, strict};
 use super::error::{ControlError, ErrorKind, ServerError, WireError};
 use super::events::{Outbox, Publisher};
+use super::filter::ConnFilter;
 use super::info::{
-    ConnFilter, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
+    ConnCount, ConnInfo, Explain, ExplainRequest, FlushRequest, Flushed, LintInfo, PortAddRequest,
     PortDelRequest, PortInfo, PortReconciled, ProviderInfo, ReconcileRequest, Reloaded, Stats,
 };
 use super::presence;
@@ -34,8 +35,13 @@ use super::wire::{
     self, Command, DAEMON_GROUP, EVENT_GROUP, MAX_DATAGRAM, Message, PORT_ID, VERSION,
 };
 
-/// How long a client may leave an answer unread before it is given up.
+/// How long a client may leave an answer unread before it is looked whether it is there at all, and before it has to
+/// make room for others.
 const UNREAD: Duration = Duration::from_secs(5);
+/// How long before it is given up: its reader may be a pager in front of somebody who has gone home.
+const FORGOTTEN: Duration = Duration::from_secs(3600);
+/// How long connections are looked at, where nothing that is asked for is found, before others are served.
+const SLICE: Duration = Duration::from_millis(2);
 /// How often somebody who waits for a change is told to go on waiting.
 const WORKING: Duration = Duration::from_secs(1);
 /// How often `stop` is looked at when nothing happens.
@@ -49,9 +55,21 @@ const BURST: usize = 64;
 
 /// Connections, made one by one as the client reads them.
 ///
-/// `next` runs on the server's thread and everybody else waits for it: it should take no longer
-/// than some milliseconds, also where a filter skips many.
-pub type ConnDump = Box<dyn Iterator<Item = ConnInfo> + Send>;
+/// `next` runs on the server's thread and everybody else waits for it: it should take no longer than a fraction of a
+/// millisecond. Where a filter skips many it says [`Found::Nothing`] in between.
+pub type ConnDump = Box<dyn Iterator<Item = Found> + Send>;
+
+/// What a look at some connections has found.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and most are the large one")]
+pub enum Found {
+    /// A connection that is asked for.
+    Conn(ConnInfo),
+    /// How many are: the only thing that a dump has to tell then.
+    Count(u64),
+    /// Nothing yet.
+    Nothing,
+}
 
 /// What the daemon can be asked.
 ///
@@ -65,8 +83,9 @@ pub type ConnDump = Box<dyn Iterator<Item = ConnInfo> + Send>;
 pub trait ControlHandler: Send + Sync {
     /// All ports.
     fn ports(&self) -> Result<Vec<PortInfo>, ControlError>;
-    /// Connections that the filter lets through; a port that does not exist is
-    /// [`ErrorKind::NotFound`].
+    /// Connections that the filter lets through, in its order and no more than its limit, or how many; a port or a
+    /// netdev that does not exist is [`ErrorKind::NotFound`], a name of something else that does not is
+    /// [`ErrorKind::InvalidArgument`].
     fn conns(&self, filter: &ConnFilter) -> Result<ConnDump, ControlError>;
     /// The provider classes, in the order in which they are asked.
     fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError>;
@@ -94,7 +113,7 @@ pub trait ControlHandler: Send + Sync {
 }
 
 /// One object of an answer.
-type Part = Result<(Command, Attrs), WireError>;
+type Part = Result<(Command, Vec<u8>), WireError>;
 /// An answer, made as it is read.
 type Parts = Box<dyn Iterator<Item = Part> + Send>;
 
@@ -113,7 +132,10 @@ struct Answer {
     parts: Parts,
     /// A message that did not fit the last datagram.
     held: Option<Vec<u8>>,
+    /// When it was read last.
     touched: Instant,
+    /// When its reader was there last.
+    seen: Instant,
 }
 
 /// A change on its way.
@@ -426,10 +448,14 @@ impl Loop<'_> {
             }
             Command::GetPorts => guarded(|| Ok(parts(Command::Port, handler.ports()?)))?,
             Command::GetConns => {
-                let filter = ConnFilter::decode(&attrs).map_err(bad)?;
+                let filter = strict::<ConnFilter>(&attrs).map_err(bad)?;
                 guarded(|| {
                     let conns = handler.conns(&filter)?;
-                    Ok(Box::new(conns.map(|c| part(Command::Conn, &c))) as Parts)
+                    Ok(Box::new(conns.map(|found| match found {
+                        Found::Conn(conn) => part(Command::Conn, &conn),
+                        Found::Count(count) => part(Command::ConnCount, &ConnCount { count }),
+                        Found::Nothing => Ok((Command::Searching, Vec::new())),
+                    })) as Parts)
                 })?
             }
             Command::GetProviders => {
@@ -444,7 +470,7 @@ impl Loop<'_> {
             }
             Command::GetStats => guarded(|| Ok(parts(Command::Stats, vec![handler.stats()?])))?,
             Command::Explain => {
-                let r = ExplainRequest::decode(&attrs).map_err(bad)?;
+                let r = strict::<ExplainRequest>(&attrs).map_err(bad)?;
                 guarded(|| {
                     let Explain { summary, conn, verdicts } =
                         handler.explain(&r.tuple, r.zone.map(Zone))?;
@@ -455,23 +481,23 @@ impl Loop<'_> {
                 })?
             }
             Command::Flush => {
-                let r = FlushRequest::decode(&attrs).map_err(bad)?;
+                let r = strict::<FlushRequest>(&attrs).map_err(bad)?;
                 if !r.all && r.port.is_none() && r.zone.is_none() && r.tuple.is_none() {
                     return Err(ControlError::invalid("a flush of nothing"));
                 }
                 return self.change(client, who, seq, ChangeRequest::Flush(r));
             }
             Command::Reconcile => {
-                let r = ReconcileRequest::decode(&attrs).map_err(bad)?;
+                let r = strict::<ReconcileRequest>(&attrs).map_err(bad)?;
                 return self.change(client, who, seq, ChangeRequest::Reconcile(r));
             }
             Command::Reload => return self.change(client, who, seq, ChangeRequest::Reload),
             Command::PortAdd => {
-                let r = PortAddRequest::decode(&attrs).map_err(bad)?;
+                let r = strict::<PortAddRequest>(&attrs).map_err(bad)?;
                 return self.change(client, who, seq, ChangeRequest::PortAdd(r));
             }
             Command::PortDel => {
-                let r = PortDelRequest::decode(&attrs).map_err(bad)?;
+                let r = strict::<PortDelRequest>(&attrs).map_err(bad)?;
                 return self.change(client, who, seq, ChangeRequest::PortDel(r));
             }
             other => {
@@ -543,14 +569,29 @@ impl Loop<'_> {
         parts: Parts,
     ) -> Result<(), ControlError> {
         self.answers.remove(&client);
-        if self.answers.len() >= MAX_ANSWERS {
+        if self.answers.len() >= MAX_ANSWERS && !self.make_room() {
             return Err(ControlError::new(
                 ErrorKind::Busy,
                 "too many answers are being read already",
             ));
         }
-        let answer = Answer { uid, seq, parts, held: None, touched: Instant::now() };
+        let now = Instant::now();
+        let answer = Answer { uid, seq, parts, held: None, touched: now, seen: now };
         self.go_on(client, answer)
+    }
+
+    /// Gives up the answer that has been unread for longest, if that is long enough.
+    fn make_room(&mut self) -> bool {
+        let oldest = self.answers.iter().min_by_key(|(_, answer)| answer.touched);
+        let Some((client, answer)) = oldest.map(|(client, answer)| (*client, answer)) else {
+            return false;
+        };
+        if answer.touched.elapsed() < UNREAD {
+            return false;
+        }
+        self.answers.remove(&client);
+        debug!(client, "answer given up: others want to read theirs");
+        true
     }
 
     /// The client has read a datagram and asks for the next.
@@ -560,7 +601,7 @@ impl Loop<'_> {
             Some(answer) if answer.uid == uid && answer.seq == seq => self.go_on(client, answer),
             _ => Err(ControlError::new(
                 ErrorKind::Busy,
-                format!("the answer was given up: it was not read for {UNREAD:?}"),
+                "the answer was given up: it was not read for too long",
             )),
         }
     }
@@ -570,6 +611,7 @@ impl Loop<'_> {
         let (datagram, complete) = guarded(|| fill(&mut answer).map_err(unsaid))?;
         if self.send(client, &datagram) && !complete {
             answer.touched = Instant::now();
+            answer.seen = answer.touched;
             self.answers.insert(client, answer);
         }
         Ok(())
@@ -612,11 +654,11 @@ impl Loop<'_> {
                 Some(event) => event.encode(),
                 None if lost == 0 => return false,
                 // Nothing follows: a number without an event shows the gap now and not some day.
-                None => Ok(Attrs::new()),
+                None => Ok(Vec::new()),
             };
             self.event_seq = self.event_seq.wrapping_add(1);
             let sent = attrs
-                .and_then(|attrs| wire::single(Command::Event, self.event_seq, attrs))
+                .and_then(|attrs| wire::single(Command::Event, self.event_seq, &attrs))
                 .map(|datagram| self.server.socket.multicast(EVENT_GROUP, &datagram));
             if !matches!(sent, Ok(Ok(()))) {
                 debug!(?sent, "event not sent");
@@ -627,18 +669,26 @@ impl Loop<'_> {
 
     fn housekeeping(&mut self) {
         let now = Instant::now();
-        self.answers.retain(|client, answer| {
-            let keep = now.duration_since(answer.touched) < UNREAD;
-            if !keep {
-                debug!(client, "answer given up: not read");
-            }
-            keep
-        });
+        let is_unread = |answer: &Answer| now.duration_since(answer.seen) >= UNREAD;
+        if self.answers.values().any(is_unread) {
+            let there = presence::all();
+            self.answers.retain(|client, answer| {
+                if !is_unread(answer) {
+                    return true;
+                }
+                answer.seen = now;
+                let keep = there.contains(client) && now.duration_since(answer.touched) < FORGOTTEN;
+                if !keep {
+                    debug!(client, "answer given up: not read");
+                }
+                keep
+            });
+        }
         let mut waiting = std::mem::take(&mut self.waiting);
         for w in &mut waiting {
             if now.duration_since(w.told) >= WORKING {
                 w.told = now;
-                if let Ok(datagram) = wire::single(Command::Working, w.seq, Attrs::new()) {
+                if let Ok(datagram) = wire::single(Command::Working, w.seq, &[]) {
                     self.send(w.client, &datagram);
                 }
             }
@@ -651,14 +701,24 @@ fn unsaid(error: WireError) -> ControlError {
     ControlError::internal(format!("the answer: {error}"))
 }
 
-/// As many messages as fit one datagram; true with the last.
+/// As many messages as fit one datagram, or as are found in time; true with the last.
 fn fill(answer: &mut Answer) -> Result<(Vec<u8>, bool), WireError> {
     let mut datagram = answer.held.take().unwrap_or_default();
+    let begun = Instant::now();
     loop {
         let (message, last) = match answer.parts.next() {
             Some(part) => {
                 let (command, attrs) = part?;
-                (wire::part(command, answer.seq, attrs)?, false)
+                if command == Command::Searching {
+                    if begun.elapsed() < SLICE {
+                        continue;
+                    }
+                    if datagram.is_empty() {
+                        datagram = wire::part(command, answer.seq, &attrs)?;
+                    }
+                    return Ok((datagram, false));
+                }
+                (wire::part(command, answer.seq, &attrs)?, false)
             }
             None => (wire::done(answer.seq)?, true),
         };

@@ -10,7 +10,7 @@ use netdev_providers::{Tuple, Zone};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::geteuid;
 
-use super::attrs::{Attrs, Object};
+use super::attrs::Object;
 use super::client::Incoming;
 use super::info::*;
 use super::socket::{Socket, buffer};
@@ -24,6 +24,43 @@ const PATIENCE: Duration =
 
 struct Fake;
 
+/// What was made of a dump, and whether it is still there.
+static MADE: AtomicU32 = AtomicU32::new(0);
+static THERE: AtomicBool = AtomicBool::new(false);
+
+fn info(epoch: u64) -> ConnInfo {
+    ConnInfo {
+        epoch,
+        zone: 0,
+        packets: 1,
+        bytes: 2,
+        ct_id: None,
+        original: tuple(),
+        reply: tuple().inverted(),
+        age_ms: 0,
+        idle_ms: None,
+        slots: vec![],
+    }
+}
+
+/// Says in [`THERE`] when it goes.
+struct Watched(u32);
+
+impl Iterator for Watched {
+    type Item = Found;
+    fn next(&mut self) -> Option<Found> {
+        self.0 += 1;
+        MADE.store(self.0, Ordering::SeqCst);
+        (self.0 <= 100_000).then(|| Found::Conn(info(self.0.into())))
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        THERE.store(false, Ordering::SeqCst);
+    }
+}
+
 fn tuple() -> Tuple {
     "tcp 10.0.0.1:1 > 10.0.0.2:2".parse().unwrap()
 }
@@ -33,19 +70,24 @@ impl ControlHandler for Fake {
         Ok(vec![PortInfo { name: "eth0".into(), ..PortInfo::default() }])
     }
     fn conns(&self, filter: &ConnFilter) -> Result<ConnDump, ControlError> {
+        match filter.state.as_deref() {
+            // A second of search for one.
+            Some("rare") => {
+                let nothing = std::iter::repeat_n(Found::Nothing, 1000)
+                    .inspect(|_| std::thread::sleep(Duration::from_millis(1)));
+                return Ok(Box::new(nothing.chain([Found::Conn(info(7))])));
+            }
+            Some("watched") => {
+                THERE.store(true, Ordering::SeqCst);
+                return Ok(Box::new(Watched(0)));
+            }
+            _ if filter.count => {
+                return Ok(Box::new([Found::Nothing, Found::Count(5)].into_iter()));
+            }
+            _ => {}
+        }
         let n = u64::from(filter.zone.unwrap_or(3));
-        Ok(Box::new((0..n).map(|epoch| ConnInfo {
-            epoch,
-            zone: 0,
-            packets: 1,
-            bytes: 2,
-            ct_id: None,
-            original: tuple(),
-            reply: tuple().inverted(),
-            age_ms: 0,
-            idle_ms: None,
-            slots: vec![],
-        })))
+        Ok(Box::new((0..n).map(|epoch| Found::Conn(info(epoch)))))
     }
     fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError> {
         panic!("on purpose");
@@ -76,7 +118,11 @@ impl ControlHandler for Fake {
             cause: Some("one-way".into()),
             help: None,
         };
-        Ok(Explain { summary, conn: conns.last(), verdicts })
+        let conn = conns.last().and_then(|found| match found {
+            Found::Conn(conn) => Some(conn),
+            _ => None,
+        });
+        Ok(Explain { summary, conn, verdicts })
     }
     fn flush(&self, _: &FlushRequest) -> Result<Flushed, ControlError> {
         Ok(Flushed { count: 3, ports: vec![PortFlushed { port: "eth0".into(), count: 3 }] })
@@ -217,31 +263,107 @@ fn long_answers_come_in_many_datagrams() {
 fn an_unread_answer_holds_up_nobody_and_is_nobody_elses() {
     serve(|target, _| {
         let filter = ConnFilter { zone: Some(20_000), ..ConnFilter::default() }.encode().unwrap();
-        let begin = wire::request(Command::GetConns, 1, filter).unwrap();
+        let begin = wire::request(Command::GetConns, 1, &filter).unwrap();
         let messages = ask(target, &begin);
         assert!(!messages.contains(&Message::Done), "there is more");
         assert_eq!(Client::connect_to(target).unwrap().ports().unwrap().len(), 1);
         // `ask` has closed its socket; another one asks for the rest.
-        let next = wire::request(Command::Next, 2, Attrs::new()).unwrap();
+        let next = wire::request(Command::Next, 2, &[]).unwrap();
         assert_eq!(refused(&ask(target, &next)).kind, ErrorKind::Busy);
+    });
+}
+
+fn in_state(state: &str) -> ConnFilter {
+    ConnFilter { state: Some(state.into()), ..ConnFilter::default() }
+}
+
+#[test]
+fn a_long_search_keeps_nobody_waiting_and_is_no_silence() {
+    serve(|target, _| {
+        std::thread::scope(|scope| {
+            let search = scope.spawn(move || {
+                // Less than it takes.
+                let patience = Duration::from_millis(500);
+                let mut client = Client::connect_to(Target { patience, ..target }).unwrap();
+                client.conns(&in_state("rare"))
+            });
+            let mut other = Client::connect_to(target).unwrap();
+            let mut longest = Duration::ZERO;
+            while !search.is_finished() {
+                let asked = Instant::now();
+                other.stats().unwrap();
+                longest = longest.max(asked.elapsed());
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            assert_eq!(search.join().unwrap().unwrap(), [info(7)]);
+            assert!(longest < Duration::from_millis(800), "another one waited for {longest:?}");
+        });
+        let mut client = Client::connect_to(target).unwrap();
+        let count = client.conn_count(&ConnFilter::default()).unwrap();
+        assert_eq!(count, ConnCount { count: 5 });
+    });
+}
+
+#[test]
+fn a_slow_reader_gets_all_and_one_that_has_gone_nothing_more() {
+    serve(|target, _| {
+        let mut client = Client::connect_to(target).unwrap();
+        let filter = in_state("watched");
+        let mut all = client.conns_by_and_by(&filter).unwrap();
+        let mut got = all.next().unwrap().unwrap();
+        // A pager in front of somebody who reads: for longer than it takes to look whether he is there.
+        std::thread::sleep(Duration::from_millis(6500));
+        assert!(MADE.load(Ordering::SeqCst) < 5000, "what nobody has asked for is not made");
+        for more in all {
+            got.extend(more.unwrap());
+        }
+        assert!(got.iter().map(|c| c.epoch).eq(1..=100_000));
+        // `| head`: it has seen enough, and goes.
+        let mut client = Client::connect_to(target).unwrap();
+        drop(client.conns_by_and_by(&filter).unwrap().next().unwrap().unwrap());
+        assert!(THERE.load(Ordering::SeqCst));
+        drop(client);
+        let made = MADE.load(Ordering::SeqCst);
+        let gone = Instant::now();
+        while THERE.load(Ordering::SeqCst) {
+            assert!(gone.elapsed() < PATIENCE, "the dump of a client that has gone is kept");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // It may have asked for one datagram ahead.
+        assert!(MADE.load(Ordering::SeqCst) < made + 1000);
+    });
+}
+
+#[test]
+fn what_a_daemon_does_not_know_of_a_request_it_refuses() {
+    serve(|target, _| {
+        let mut filter = ConnFilter::default().encode().unwrap();
+        filter.extend([5, 0, 99, 0, 1, 0, 0, 0]);
+        let messages = ask(target, &wire::request(Command::GetConns, 1, &filter).unwrap());
+        let e = refused(&messages);
+        assert_eq!(e.kind, ErrorKind::InvalidArgument);
+        assert!(
+            e.message.contains("ConnFilter has an attribute 99 that this daemon does not know"),
+            "{e}"
+        );
     });
 }
 
 #[test]
 fn a_request_of_another_version_is_told_so() {
     serve(|target, _| {
-        let b = wire::versioned(NlmF::REQUEST, Command::GetStats, 9, 1, Attrs::new()).unwrap();
+        let b = wire::versioned(NlmF::REQUEST, Command::GetStats, 9, 1, &[]).unwrap();
         let messages = ask(target, &b);
         let e = refused(&messages);
         assert_eq!(e.kind, ErrorKind::Version);
-        assert!(e.message.contains("speaks version 1") && e.message.contains("version 9"), "{e}");
+        assert!(e.message.contains("speaks version 2") && e.message.contains("version 9"), "{e}");
     });
 }
 
 #[test]
 fn nonsense_is_refused_and_does_no_harm() {
     serve(|target, _| {
-        let empty = |command| wire::request(command, 1, Attrs::new()).unwrap();
+        let empty = |command| wire::request(command, 1, &[]).unwrap();
         for (bytes, kind) in [
             (vec![0; 3], ErrorKind::InvalidArgument),
             (vec![0xff; 4000], ErrorKind::InvalidArgument),
@@ -254,7 +376,7 @@ fn nonsense_is_refused_and_does_no_harm() {
             (empty(Command::Explain), ErrorKind::InvalidArgument),
             (empty(Command::Port), ErrorKind::Unsupported),
             (
-                wire::request(Command::Flush, 1, FlushRequest::default().encode().unwrap())
+                wire::request(Command::Flush, 1, &FlushRequest::default().encode().unwrap())
                     .unwrap(),
                 ErrorKind::InvalidArgument,
             ),

@@ -7,7 +7,7 @@ use std::io::Cursor;
 
 use neli::consts::nl::{NlmF, Nlmsg, NlmsgerrAttr};
 use neli::err::{NlmsgerrBuilder, NlmsghdrAckBuilder, NlmsghdrErrBuilder};
-use neli::genl::{Genlmsghdr, GenlmsghdrBuilder};
+use neli::genl::Genlmsghdr;
 use neli::nl::{NlPayload, Nlmsghdr, NlmsghdrBuilder};
 use neli::types::{Buffer, GenlBuffer};
 use neli::{FromBytes, ToBytes, neli_enum};
@@ -29,8 +29,9 @@ pub const EVENT_GROUP: u32 = 23;
 /// [`PORT_ID`]. Nothing is sent to it.
 pub const DAEMON_GROUP: u32 = 29;
 
-/// The version of this protocol, in every generic-netlink header.
-pub const VERSION: u8 = 1;
+/// The version of this protocol, in every generic-netlink header. 2: the filter of [`Command::GetConns`], which a daemon
+/// of version 1 would pass over, and answer with more than was asked for.
+pub const VERSION: u8 = 2;
 
 /// No datagram is longer, in either direction.
 pub const MAX_DATAGRAM: usize = 32 * 1024;
@@ -40,6 +41,7 @@ pub const MAX_DATAGRAM: usize = 32 * 1024;
 const MESSAGE_TYPE: u16 = 0x10;
 
 const HEADER: usize = 16; // struct nlmsghdr
+const GENL_HEADER: usize = 4; // struct genlmsghdr
 const ERRNO: usize = 4;
 
 /// `genlmsghdr.cmd`. Numbers are stable.
@@ -47,7 +49,7 @@ const ERRNO: usize = 4;
 pub enum Command {
     /// Request: all ports.
     GetPorts = 1,
-    /// Request: connections by filter.
+    /// Request: connections, or how many, by [filter](super::filter::ConnFilter).
     GetConns = 2,
     /// Request: provider classes.
     GetProviders = 3,
@@ -68,7 +70,7 @@ pub enum Command {
     /// Request, change: adopt or remove what dead daemons have left.
     Reconcile = 11,
     /// Request: what offloaded packets skip.
-    GetLint = 20,
+    GetLint = 13,
     /// Request, change: read the configuration anew.
     Reload = 12,
     /// Answer: a port.
@@ -91,10 +93,14 @@ pub enum Command {
     PortReconciled = 41,
     /// Answer: how far a connection is offloaded, and why not farther.
     Summary = 42,
-    /// Answer: what of one kind offloaded packets skip.
-    Lint = 52,
+    /// Answer: nothing found so far, and there is more to be looked at. Without attributes; the client asks for the next.
+    Searching = 43,
+    /// Answer: how many connections fit a filter.
+    ConnCount = 44,
     /// Answer: what reading the configuration anew has changed, and what not.
-    Reloaded = 43,
+    Reloaded = 45,
+    /// Answer: what of one kind offloaded packets skip.
+    Lint = 46,
     /// Multicast: an event. `nlmsg_seq` counts them, so that a gap tells how many were lost.
     Event = 65,
 }
@@ -142,7 +148,8 @@ where
     if out.len() > MAX_DATAGRAM { Err(WireError::TooLarge(out.len())) } else { Ok(out) }
 }
 
-fn object(flags: NlmF, command: Command, seq: u32, attrs: Attrs) -> Result<Vec<u8>, WireError> {
+/// By hand, as the attributes are: an answer has one for each connection.
+fn object(flags: NlmF, command: Command, seq: u32, attrs: &[u8]) -> Result<Vec<u8>, WireError> {
     versioned(flags, command, VERSION, seq, attrs)
 }
 
@@ -151,29 +158,37 @@ pub(super) fn versioned(
     command: Command,
     version: u8,
     seq: u32,
-    attrs: Attrs,
+    attrs: &[u8],
 ) -> Result<Vec<u8>, WireError> {
-    let payload = GenlmsghdrBuilder::default()
-        .cmd(command)
-        .version(version)
-        .attrs(attrs)
-        .build()
-        .map_err(|e| WireError::Encode(e.to_string()))?;
-    bytes(MESSAGE_TYPE, flags, seq, NlPayload::Payload(payload))
+    let len = HEADER + GENL_HEADER + attrs.len();
+    if len > MAX_DATAGRAM {
+        return Err(WireError::TooLarge(len));
+    }
+    let told = u32::try_from(len).map_err(|_| WireError::TooLarge(len))?;
+    let mut out = Vec::with_capacity(len);
+    out.extend(told.to_ne_bytes());
+    out.extend(MESSAGE_TYPE.to_ne_bytes());
+    out.extend(u16::from(flags).to_ne_bytes());
+    out.extend(seq.to_ne_bytes());
+    // The port id is nobody's business: the kernel tells it, see the documentation of `control`.
+    out.extend([0; 4]);
+    out.extend([command.into(), version, 0, 0]);
+    out.extend(attrs);
+    Ok(out)
 }
 
 /// A request.
-pub(super) fn request(command: Command, seq: u32, attrs: Attrs) -> Result<Vec<u8>, WireError> {
+pub(super) fn request(command: Command, seq: u32, attrs: &[u8]) -> Result<Vec<u8>, WireError> {
     object(NlmF::REQUEST, command, seq, attrs)
 }
 
 /// One object of an answer.
-pub(super) fn part(command: Command, seq: u32, attrs: Attrs) -> Result<Vec<u8>, WireError> {
+pub(super) fn part(command: Command, seq: u32, attrs: &[u8]) -> Result<Vec<u8>, WireError> {
     object(NlmF::MULTI, command, seq, attrs)
 }
 
 /// A message that stands alone: an event, a notice.
-pub(super) fn single(command: Command, seq: u32, attrs: Attrs) -> Result<Vec<u8>, WireError> {
+pub(super) fn single(command: Command, seq: u32, attrs: &[u8]) -> Result<Vec<u8>, WireError> {
     object(NlmF::empty(), command, seq, attrs)
 }
 
@@ -314,7 +329,7 @@ mod tests {
 
     #[test]
     fn headers_are_laid_out_as_the_kernels() {
-        let b = request(Command::GetStats, 7, Attrs::new()).unwrap();
+        let b = request(Command::GetStats, 7, &[]).unwrap();
         assert_eq!(b.len(), 20);
         assert_eq!(b[0..4], 20u32.to_ne_bytes());
         assert_eq!(b[4..6], 0x10u16.to_ne_bytes());
@@ -340,7 +355,7 @@ mod tests {
 
     #[test]
     fn an_unknown_command_is_a_value_not_an_error() {
-        let mut b = request(Command::GetStats, 7, Attrs::new()).unwrap();
+        let mut b = request(Command::GetStats, 7, &[]).unwrap();
         b[16] = 250;
         let Message::Object { command, .. } = one(&b).message else { panic!("an object") };
         assert_eq!(u8::from(command), 250);
@@ -405,11 +420,7 @@ mod tests {
 
     #[test]
     fn an_object_fills_a_datagram_and_no_more() {
-        let filled = |payload: usize| {
-            let mut attrs = Attrs::new();
-            attrs.push(attrs::attribute(1u16, false, vec![0; payload]).unwrap());
-            part(Command::Port, 1, attrs)
-        };
+        let filled = |payload: usize| part(Command::Port, 1, &vec![0; payload + 4]);
         // Behind two headers of 20 bytes and that of the attribute.
         assert_eq!(filled(32 * 1024 - 24).map(|b| b.len()), Ok(32 * 1024));
         assert_eq!(filled(32 * 1024 - 20), Err(WireError::TooLarge(32 * 1024 + 4)));
@@ -421,8 +432,8 @@ mod tests {
             let b = b.unwrap();
             (u16::from_ne_bytes([b[6], b[7]]), peek_seq(&b).unwrap())
         };
-        assert_eq!(flags(part(Command::Port, 300, Attrs::new())), (2, 300), "NLM_F_MULTI");
-        assert_eq!(flags(single(Command::Event, 4, Attrs::new())), (0, 4));
+        assert_eq!(flags(part(Command::Port, 300, &[])), (2, 300), "NLM_F_MULTI");
+        assert_eq!(flags(single(Command::Event, 4, &[])), (0, 4));
         assert_eq!(flags(done(5)), (2, 5));
         assert_eq!(flags(ack(6)), (0x100, 6), "NLM_F_CAPPED");
         let refusal = refusal(7, &ControlError::not_found("no"));

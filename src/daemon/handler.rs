@@ -4,32 +4,32 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
-use netdev_providers::{Capability, Direction, HwFlags, Ifindex, Netdev, Reason, Tuple, Zone};
+use netdev_providers::{Capability, Direction, HwFlags, Netdev, Reason, Tuple, Zone};
 
 use super::config::{Config, parse_offload};
+use super::conns::{Wanted, walk};
 use super::explain::{Explained, explain};
 use super::notify;
 use super::source::Source;
+use super::told::Told;
 use crate::control::error::{ControlError, ErrorKind};
 use crate::control::events::Publisher;
+use crate::control::filter::ConnFilter;
 use crate::control::info::{
-    CapabilityInfo, ConnFilter, ConnInfo, Event, EventKind, Explain, FlushRequest, Flushed,
-    LatencyCount, LintInfo, PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled,
-    ProviderInfo, ReasonCount, ReconcileRequest, Refusal, Reloaded, SlotInfo, Stats,
+    CapabilityInfo, Event, EventKind, Explain, FlushRequest, Flushed, LatencyCount, LintInfo,
+    PortAddRequest, PortDelRequest, PortFlushed, PortInfo, PortReconciled, ProviderInfo,
+    ReasonCount, ReconcileRequest, Refusal, Reloaded, Stats,
 };
 use crate::control::server::{ConnDump, ControlHandler};
 use crate::control::wire::MAX_DATAGRAM;
 use crate::datapath::lint::{Finding, lint};
-use crate::datapath::routing::fdb::Fdb;
 use crate::datapath::routing::links::Links;
-use crate::datapath::routing::stack::{Frames, descend};
 use crate::datapath::{AttachError, Backend, KernelDatapath, Left, Observer, PortSpec};
 use crate::engine::conn::ConnHandle;
 use crate::engine::datapath::SlotChange;
 use crate::engine::latency::LatencyBucket;
 use crate::engine::taken::TakenBack;
-use crate::engine::usage::Usage;
-use crate::engine::view::{Chosen, PortView, SlotView};
+use crate::engine::view::{Chosen, PortView};
 use crate::engine::{Engine, FlushFilter, NO_PROVIDER, PortAddError, PortDeleted};
 use crate::one_line::one_line;
 
@@ -65,6 +65,7 @@ impl Observer for Events {
             ifindex: Some(port.ifindex.get()),
             zone: Some(conn.key().zone.0),
             tuple: Some(conn.key().original),
+            epoch: Some(conn.epoch().0),
             direction: Some(d),
             reason: rejection.map(|r| r.reason.name().to_owned()),
             detail: rejection.and_then(|r| r.detail.as_deref().map(str::to_owned)),
@@ -91,9 +92,6 @@ impl Observer for Events {
         });
     }
 }
-
-/// How many connections are listed in order.
-const SORTED: usize = 1 << 12;
 
 impl Handler {
     pub(super) fn new(
@@ -201,6 +199,14 @@ impl Handler {
         self.backend.links()
     }
 
+    fn told(&self) -> Told {
+        Told {
+            engine: self.engine.clone(),
+            links: self.links().clone(),
+            fdb: self.backend.fdb().clone(),
+        }
+    }
+
     fn port_view(&self, name: &str) -> Result<PortView, ControlError> {
         let is_meant = |n: &Netdev| self.links().name(n.ifindex) == name || n.name == name;
         let netdev = self.engine.netdevs().into_iter().find(is_meant);
@@ -302,77 +308,6 @@ fn reason_counts(reasons: Vec<(Reason, u64)>) -> Vec<ReasonCount> {
         .collect()
 }
 
-/// The tag of frames on a port or an egress, where the packets are routed on a netdev above it.
-fn tag(links: &Links, fdb: &Fdb, above: Option<Ifindex>, frames: Frames) -> Option<u16> {
-    Some(descend(links, fdb, above?, frames).ok()?.vlan?.get())
-}
-
-fn slot_info(links: &Links, fdb: &Fdb, v: &SlotView) -> SlotInfo {
-    let (iif, oif) = (v.path.and_then(|p| p.iif), v.path.and_then(|p| p.oif));
-    let next_hop = v.path.and_then(|p| p.dst_mac).unwrap_or_default();
-    SlotInfo {
-        port: links.name(v.netdev.ifindex),
-        ifindex: v.netdev.ifindex.get(),
-        generation: v.netdev.generation.get(),
-        direction: v.direction,
-        state: v.state.name().to_owned(),
-        reason: v.rejection.as_ref().map(|r| r.reason.name().to_owned()),
-        detail: v.rejection.as_ref().and_then(|r| {
-            let errno = r.errno.map(|e| format!("{e:?}"));
-            match (r.detail.as_deref(), errno) {
-                (Some(d), Some(e)) => Some(format!("{d} ({e})")),
-                (Some(d), None) => Some(d.to_owned()),
-                (None, e) => e,
-            }
-        }),
-        retry_in_ms: v.retry_in_ms,
-        egress: v.path.map(|p| links.name(p.egress)),
-        egress_ifindex: v.path.map(|p| p.egress.get()),
-        iif: iif.map(|i| links.name(i)),
-        oif: oif.map(|i| links.name(i)),
-        vlan_in: tag(links, fdb, iif, Frames::On(v.netdev.ifindex)),
-        vlan_out: tag(links, fdb, oif, Frames::Of(next_hop)),
-        bridged: v.path.is_some_and(|p| p.bridged),
-        dst_mac: v.path.and_then(|p| p.dst_mac).map(|m| m.to_string()),
-        nat: v.path.is_some_and(|p| p.nat),
-        in_hw: v.in_hw,
-        nic_said: v.nic_said.as_deref().map(str::to_owned),
-        packets: v.packets,
-        bytes: v.bytes,
-        idle_ms: v.idle_ms,
-        cookie: Some(v.cookie.to_string()),
-        rule: v.rule.map(|r| match r.0 >> 32 {
-            // nf-flowtable: elements have no name of their own, and are counted.
-            0 => format!("element {}", r.0),
-            // ebpf: entries of the port's table, by their number.
-            0xffff_ffff => format!("entry {}", r.0 & 0xffff_ffff),
-            // tc-flower: prio and handle, as `tc filter show` has them.
-            prio => format!("pref {prio} handle {:#x}", r.0 & 0xffff_ffff),
-        }),
-    }
-}
-
-fn conn_info(engine: &Engine, links: &Links, fdb: &Fdb, conn: &ConnHandle) -> ConnInfo {
-    let now = engine.now_ms();
-    let slots = engine.slots(conn);
-    let traffic = conn.traffic();
-    ConnInfo {
-        packets: traffic.packets,
-        bytes: traffic.bytes,
-        epoch: conn.epoch().0,
-        zone: conn.key().zone.0,
-        ct_id: u32::try_from(conn.tag()).ok(),
-        original: conn.key().original,
-        reply: conn.reply(),
-        age_ms: now.saturating_sub(conn.created_ms()),
-        idle_ms: match engine.conn_update(conn) {
-            Usage::LastUsed { at_ms, .. } => Some(now.saturating_sub(at_ms)),
-            Usage::NotOffloaded | Usage::Unknown => None,
-        },
-        slots: slots.iter().map(|s| slot_info(links, fdb, s)).collect(),
-    }
-}
-
 /// Of very many places, as many as a message has room for.
 fn lint_info(found: Finding) -> LintInfo {
     const ROOM: usize = MAX_DATAGRAM / 2;
@@ -404,28 +339,9 @@ impl ControlHandler for Handler {
             Some(name) => Some(self.port_view(name)?.netdev.generation),
             None => None,
         };
-        let (engine, links) = (self.engine.clone(), self.links().clone());
-        let fdb = self.backend.fdb().clone();
-        let filter = filter.clone();
-        let conns: Box<dyn Iterator<Item = ConnHandle> + Send> = match filter.tuple {
-            Some(tuple) => {
-                Box::new(self.engine.conns_of(Some(&tuple), filter.zone.map(Zone)).into_iter())
-            }
-            // The oldest first. Of many, whoever asks would have to wait for all to be put in order.
-            None if self.engine.conn_count() <= SORTED => {
-                let mut conns: Vec<_> = self.engine.conns().collect();
-                conns.sort_by_key(|c| c.epoch());
-                Box::new(conns.into_iter())
-            }
-            None => Box::new(self.engine.conns()),
-        };
-        Ok(Box::new(conns.filter_map(move |conn| {
-            let wanted = filter.zone.is_none_or(|z| z == conn.key().zone.0)
-                && filter.tuple.is_none_or(|t| t == conn.key().original || t == conn.reply())
-                && port
-                    .is_none_or(|g| engine.slots(&conn).iter().any(|s| s.netdev.generation == g));
-            wanted.then(|| conn_info(&engine, &links, &fdb, &conn))
-        })))
+        let told = self.told();
+        let wanted = Wanted::new(filter.clone(), port, &told)?;
+        Ok(Box::new(walk(told, wanted)))
     }
 
     fn providers(&self) -> Result<Vec<ProviderInfo>, ControlError> {
@@ -489,7 +405,8 @@ impl ControlHandler for Handler {
         let explained = explain(&self.engine, &self.backend, &self.config.load_full(), tuple, zone)
             .map_err(|e| ControlError::internal(format!("conntrack was asked for it: {e}")))?;
         let Explained { summary, conn, verdicts } = explained;
-        let info = |conn| conn_info(&self.engine, self.links(), self.backend.fdb(), &conn);
+        let told = self.told();
+        let info = |conn| told.conn(&conn, &self.engine.slots(&conn));
         Ok(Explain { summary, conn: conn.map(info), verdicts })
     }
 

@@ -5,11 +5,13 @@
 //! goes the other way and leaves nothing of ours in the kernel.
 
 pub mod config;
+mod conns;
 mod explain;
 mod handler;
 mod notify;
 mod privilege;
 mod source;
+mod told;
 
 use std::io::Write;
 use std::num::NonZeroU32;

@@ -493,6 +493,7 @@ impl<'a> PortSlot<'a> {
             }
             if detail.rule().is_some() {
                 self.port.counters.count(Counts::flushed);
+                self.tell(SlotChange::Deleted);
             }
             self.forget(&mut detail);
         }

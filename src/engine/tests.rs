@@ -41,6 +41,9 @@ const HURRY: bool = option_env!("CTOFFLOAD_TEST_HURRY").is_some();
 /// A busy machine takes its time, above all to print where something panicked on purpose.
 const PATIENCE: Duration = Duration::from_secs(if HURRY { 15 } else { 60 });
 
+/// Rules by port, epoch and whether they are of replies; and what was told without news.
+type Follower = (std::collections::BTreeSet<(String, u64, bool)>, Vec<String>);
+
 /// A datapath that answers what the test sets, and remembers what it is told.
 #[derive(Default)]
 struct TestDatapath {
@@ -61,6 +64,8 @@ struct TestDatapath {
     port_panics: StdMutex<Vec<String>>,
     /// What it was told of slots: port, tag, direction, what became of it.
     told: StdMutex<Vec<String>>,
+    /// The rules that there are, for all that it was told.
+    follower: StdMutex<Follower>,
 }
 
 impl Datapath for TestDatapath {
@@ -114,6 +119,20 @@ impl Datapath for TestDatapath {
             SlotChange::Deleted => "deleted".to_owned(),
         };
         let told = format!("{} {} {d} {what}", port.name, conn.tag());
+        let rule = (port.name.clone(), conn.epoch().0, d == Direction::Reply);
+        let (rules, wrong) = &mut *self.follower.lock().unwrap();
+        let is_news = match change {
+            SlotChange::Installed => rules.insert(rule),
+            SlotChange::Deleted => rules.remove(&rule),
+            // Also of a rule that did nothing.
+            SlotChange::Rejected(_) => {
+                rules.remove(&rule);
+                true
+            }
+        };
+        if !is_news {
+            wrong.push(told.clone());
+        }
         self.told.lock().unwrap().push(told);
     }
     fn rearm(&self, sights: &[Sight]) {

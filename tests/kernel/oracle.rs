@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 
 use ctoffload::control::Client;
-use ctoffload::control::info::ConnFilter;
+use ctoffload::control::ConnFilter;
 use serde_json::Value;
 
 use crate::netns::NetNs;

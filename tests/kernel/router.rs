@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ctoffload::control::info::ConnFilter;
+use ctoffload::control::ConnFilter;
 use ctoffload::control::{Client, ClientError};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};

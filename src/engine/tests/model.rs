@@ -9,6 +9,7 @@ use std::collections::{HashMap as StdHashMap, HashSet};
 
 use proptest::prelude::*;
 
+use super::super::view::SlotView;
 use super::*;
 
 const WORKERS: usize = 2;
@@ -422,6 +423,15 @@ impl Model {
         expected.sort_unstable();
         actual.sort_unstable();
         prop_assert_eq!(expected, actual, "I2: the engine's rules, and the backend's");
+        let (followed, wrong) = &*self.b.datapath.follower.lock().unwrap();
+        let shown = self.b.engine.conns().flat_map(|c| {
+            let installed = self.b.engine.slots(&c);
+            let installed = installed.into_iter().filter(|s| s.state == SlotState::Installed);
+            let rule = |s: SlotView| (s.netdev.name, c.epoch().0, s.direction == Reply);
+            installed.map(rule).collect::<Vec<_>>()
+        });
+        prop_assert_eq!(followed, &shown.collect(), "a follower's rules, and the engine's");
+        prop_assert!(wrong.is_empty(), "told without news: {wrong:?}");
         for provider in &self.providers {
             let violations = provider.violations();
             prop_assert!(violations.is_empty(), "{violations:?}");
@@ -438,7 +448,8 @@ proptest! {
     /// Whatever happens, on several workers and ports, with providers that fail, delay, reorder,
     /// lose operations and fill up: no rule contradicts a live connection or port (I1); when quiet,
     /// the engine's rules are the backend's (I2); the last use is right within one sweep (I3);
-    /// what could not be offloaded can be offered again, and nothing of it is left (I4).
+    /// what could not be offloaded can be offered again, and nothing of it is left (I4). Whoever follows what is told of
+    /// slots has the rules that there are.
     #[test]
     fn the_invariants_hold_in_every_order(steps in proptest::collection::vec(step(), 1..80)) {
         let mut m = Model::new();
@@ -472,5 +483,7 @@ proptest! {
         m.workers.clear();
         m.b.engine.close();
         prop_assert!((1..4).all(|p| m.rules(p).is_empty()));
+        let (followed, wrong) = &*m.b.datapath.follower.lock().unwrap();
+        prop_assert!(followed.is_empty() && wrong.is_empty(), "{followed:?} {wrong:?}");
     }
 }

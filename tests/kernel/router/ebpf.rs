@@ -1,5 +1,10 @@
 //! The daemon with ports of ebpf: on every kernel that has BPF, without a virtual machine.
 
+use std::collections::BTreeSet;
+
+use ctoffload::control::info::EventKind;
+use ctoffload::control::{Subscription, Target};
+
 use super::*;
 
 const EBPF: &str = "ebpf";
@@ -188,4 +193,54 @@ fn a_port_of_ebpf_is_one_beside_others_and_is_shown_with_its_place() {
     let shown = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(shown.contains("native XDP"), "{shown}");
     assert_eq!(r.signal(Signal::SIGTERM), Some(0));
+}
+
+/// What a follower of events has, of one connection: the port and the direction of each rule.
+fn follow(events: &mut Subscription, rules: &mut BTreeSet<(String, String)>) {
+    while let Some(notice) = events.next(Duration::from_millis(100)).expect("events") {
+        let event = notice.into_event();
+        let rule = (
+            event.port.clone().unwrap_or_default(),
+            event.direction.map(|d| d.to_string()).unwrap_or_default(),
+        );
+        assert_ne!(event.kind, EventKind::Lost, "{event:?}");
+        match event.kind {
+            EventKind::Installed => assert!(rules.insert(rule), "twice: {event:?}"),
+            EventKind::Deleted => assert!(rules.remove(&rule), "it was not there: {event:?}"),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn whoever_follows_the_events_has_the_rules_that_are_shown() {
+    let mut r = Router::new("ebpf-follow");
+    r.start_by(EBPF);
+    let mut events = Subscription::open(Target::default()).expect("a subscription");
+    let mut rules = BTreeSet::new();
+    let shown = |r: &Router| -> BTreeSet<_> {
+        let slots = r.slots().into_iter().filter(|(_, _, state, _)| state == "installed");
+        slots.map(|(port, direction, _, _)| (port, direction)).collect()
+    };
+    let mut c = r.connect();
+    for what in [
+        "ctoffload flush --all",
+        "nft add table inet other; nft 'add chain inet other f { type filter hook forward priority 0; }'; nft add rule inet other f tcp dport 9 drop",
+        "ctoffload port del lan",
+    ] {
+        r.wait_installed(&BOTH, &mut c);
+        follow(&mut events, &mut rules);
+        assert_eq!((rules.len(), &rules), (2, &shown(&r)), "before {what}");
+        let deleted = what.strip_prefix("ctoffload ");
+        match deleted.map(|args| args.split(' ').collect::<Vec<_>>()) {
+            Some(args) => assert!(r.cli(&args).status.success(), "{what}"),
+            None => drop(r.run(what)),
+        }
+        wait_until("rules go", || shown(&r).is_empty() || what.contains("port del"));
+        wait_until("whoever follows is told", || {
+            follow(&mut events, &mut rules);
+            rules == shown(&r)
+        });
+        assert!(rules.len() < 2, "{what}: {rules:?}");
+    }
 }
