@@ -78,8 +78,10 @@ fn ruleset(backend: &Backend) -> Result<Ruleset, NetlinkError> {
             ours.extend(attrs.find_type(NFTA_TABLE_NAME).and_then(|a| a.str()).map(str::to_owned));
         }
     })?;
-    let mut ruleset = Ruleset::default();
+    let (mut ruleset, began) = (Ruleset::default(), Instant::now());
     dump::read(&mut socket, |table| ours.iter().any(|o| o == table), &mut ruleset);
+    // It may have grown since it was read first.
+    backend.rearming().ruleset_took(began.elapsed());
     match ruleset.take_error() {
         None => Ok(ruleset),
         Some(e) => Err(e),

@@ -10,9 +10,13 @@
 //!   the stack every so often (`[revalidate] every`), the pause is a small part of that at most: else they
 //!   would spend their lives there.
 //! - What has ended waits for nobody, and what was taken back because it is silent can wait: if a packet comes after
-//!   all, the stack forwards it as well. They go along with the next transaction, or after [`LATER`], which is longer
-//!   than any listing takes, or when a good part of the ledger is such elements. (An id that the kernel gives to a
-//!   successor with the same addresses within that time is sighted when they have gone.)
+//!   all, the stack forwards it as well. They go along with the next transaction, or when a good part of the ledger is
+//!   such elements, or after a time. (An id that the kernel gives to a successor with the same addresses within that
+//!   time is sighted when they have gone.)
+//!
+//! **Elements that stand are dear to them too**: a listing has every one of them, some 40 us each. So that time is some
+//! [`LISTINGS`] times as long as a listing takes here: long enough that few are interrupted, short enough that the
+//! elements of so many connections as end meanwhile are a small part of it.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,8 +32,14 @@ const GATHER: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// So long without a transaction, and the next is made after [`GATHER`] again.
 const CALM: Duration = Duration::from_secs(10);
-/// How long elements may stay that nobody waits for.
+/// How long elements may stay that nobody waits for: at most, and while it is not known how long a listing takes; ...
 const LATER: Duration = Duration::from_secs(60);
+/// ... at least; ...
+const LATER_MIN: Duration = Duration::from_secs(1);
+/// ... and otherwise so many times as long as `nft list ruleset` takes, ...
+const LISTINGS: u32 = 8;
+/// ... which is some so many times as long as it takes us to read the rules (measured with 2,000 rules and a set of 3,000).
+const NFT: u32 = 15;
 /// ... if they are not this part of the ledger.
 const PART: usize = 4;
 
@@ -45,6 +55,10 @@ struct Pending {
     keys: HashSet<LedgerKey, ahash::RandomState>,
     /// How many elements that nobody waits for make it worth a transaction.
     later_at_most: usize,
+    /// How long they may stay.
+    later_for: Duration,
+    /// The longest pause, by how long decisions stand; and by that and by `later_for`.
+    pause_by_every: Duration,
     pause_max: Duration,
     /// Since when something waits for its next packet.
     awaited: Option<Instant>,
@@ -62,6 +76,8 @@ impl Pending {
         Self {
             keys: HashSet::default(),
             later_at_most,
+            later_for: LATER,
+            pause_by_every: pause_max,
             pause_max,
             awaited: None,
             later: None,
@@ -73,12 +89,16 @@ impl Pending {
 
     /// When the next transaction is to be made; `None`: there is nothing to do.
     fn due(&self) -> Option<Instant> {
-        let later = self
-            .later
-            .map(|since| if self.keys.len() >= self.later_at_most { since } else { since + LATER });
+        let later = self.later.map(|since| {
+            if self.keys.len() >= self.later_at_most { since } else { since + self.later_for }
+        });
         let awaited = self.awaited.map(|since| since + GATHER);
         let wanted = awaited.into_iter().chain(later).min()?;
         Some(self.last.map_or(wanted, |last| wanted.max(last + self.pause)))
+    }
+
+    fn bound_pause(&mut self) {
+        self.pause_max = self.pause_by_every.min(self.later_for).max(GATHER);
     }
 
     /// Takes all of it: a transaction is made now.
@@ -103,7 +123,16 @@ impl Rearm {
 
     /// Decisions stand so long from now on.
     pub(super) fn set_every(&self, every: Duration) {
-        self.pending().pause_max = pause_max(every);
+        let mut p = self.pending();
+        p.pause_by_every = pause_max(every);
+        p.bound_pause();
+    }
+
+    /// It has taken us so long to read the ruleset.
+    pub(super) fn ruleset_took(&self, read: Duration) {
+        let mut p = self.pending();
+        p.later_for = (read * NFT * LISTINGS).clamp(LATER_MIN, LATER);
+        p.bound_pause();
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -261,6 +290,40 @@ mod tests {
         assert_eq!(most(60), Duration::from_secs(3));
         assert_eq!(most(6), Duration::from_millis(300));
         assert_eq!(most(1), GATHER);
+    }
+
+    #[test]
+    fn elements_that_nobody_waits_for_stay_for_some_listings_of_the_ruleset() {
+        let bounds = |read_ms, every| {
+            let rearm = Rearm::new(1000, Duration::from_secs(every));
+            rearm.ruleset_took(Duration::from_millis(read_ms));
+            let p = rearm.pending();
+            (p.later_for.as_millis(), p.pause_max.as_millis())
+        };
+        assert_eq!(bounds(0, 0), (1000, 1000));
+        assert_eq!(bounds(20, 0), (2400, 2400));
+        assert_eq!(bounds(100, 0), (12_000, 5000));
+        assert_eq!(bounds(9000, 0), (60_000, 5000));
+        assert_eq!(bounds(100, 6), (12_000, 300), "decisions stand for no more");
+        let rearm = Rearm::new(1000, Duration::ZERO);
+        rearm.ruleset_took(Duration::ZERO);
+        rearm.set_every(Duration::from_secs(6));
+        assert_eq!(rearm.pending().pause_max.as_millis(), 300);
+        // Many end all the time, and each transaction comes so long after the one before.
+        let (mut p, start) = (Pending::new(100_000, PAUSE_MAX), Instant::now());
+        (p.later_for, p.pause_max) = (LATER_MIN, LATER_MIN);
+        let mut made = Vec::new();
+        for n in 0..600 {
+            let now = start + Duration::from_millis(100) * n;
+            p.keys.extend(keys(n..n + 1));
+            p.later.get_or_insert(now);
+            if p.due().is_some_and(|at| at <= now) {
+                made.push(now - start);
+                p.take(now);
+            }
+        }
+        assert!(made.windows(2).all(|w| w[1] - w[0] >= LATER_MIN), "{made:?}");
+        assert!(made.len() > 50, "{made:?}");
     }
 
     #[test]

@@ -437,8 +437,11 @@ impl Watch {
     /// Learns the ruleset as it is. What a change interrupts again and again is left to its announcements.
     fn read_all(&mut self) {
         self.model = Model::default();
-        let ours = self.backend.ledger_table();
+        let (ours, began) = (self.backend.ledger_table(), Instant::now());
         dump::read(&mut self.dumps, |table| table == ours, &mut Learns(&mut self.model));
+        let took = began.elapsed();
+        tracing::debug!(?took, "the ruleset was read");
+        self.backend.rearming().ruleset_took(took);
     }
 }
 
