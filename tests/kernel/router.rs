@@ -480,7 +480,7 @@ fn conntrack_keeps_the_timeout_of_the_state_also_when_data_was_not_yet_acknowled
     let mut r = Router::new("keep");
     r.start_with("[usage]\nsweep-seconds = 1\n[[port]]\nmatch = \"?an\"\n");
     // The entry as it is sighted has less time left than its state gives.
-    r.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=100");
+    r.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=40");
     let mut c = r.connect();
     r.wait_installed(&BOTH, &mut c);
     r.run("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_established=432000");
