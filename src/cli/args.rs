@@ -10,6 +10,7 @@ use netdev_providers::Reason;
 
 use crate::control::filter::{Nat, PortRange, SortBy};
 use crate::control::info::CAUSES;
+use crate::engine::slot::SlotState;
 use crate::engine::taken::TakenBack;
 
 const AFTER: &str = "\
@@ -284,7 +285,7 @@ pub(super) struct ConnShow {
     #[arg(long, value_name = "PORT[-PORT]", value_parser = ports)]
     pub(super) dport: Option<PortRange>,
     /// Slots in this state.
-    #[arg(long, value_parser = PossibleValuesParser::new(["pending", "installed", "deleting", "rejected"]))]
+    #[arg(long, value_parser = PossibleValuesParser::new(SlotState::SHOWN.map(SlotState::name)))]
     pub(super) state: Option<String>,
     /// Slots that were rejected for this reason (`explain --help` has what they mean).
     #[arg(long, value_parser = PossibleValuesParser::new(Reason::ALL.iter().map(|r| r.name())), hide_possible_values = true)]

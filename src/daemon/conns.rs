@@ -21,10 +21,6 @@ const SORTED: usize = 1 << 12;
 /// So many connections are looked at before the server may do something else: some hundreds of microseconds.
 const PIECE: usize = 256;
 
-/// The states that a slot can be seen in: an empty one is not told.
-const STATES: [SlotState; 4] =
-    [SlotState::Pending, SlotState::Installed, SlotState::Deleting, SlotState::Rejected];
-
 /// A filter whose names have been looked up.
 pub(super) struct Wanted {
     filter: ConnFilter,
@@ -45,8 +41,8 @@ impl Wanted {
         told: &Told,
     ) -> Result<Self, ControlError> {
         let state = filter.state.as_deref().map(|name| {
-            STATES.into_iter().find(|s| s.name() == name).ok_or_else(|| {
-                let names = STATES.map(SlotState::name).join(", ");
+            SlotState::SHOWN.into_iter().find(|s| s.name() == name).ok_or_else(|| {
+                let names = SlotState::SHOWN.map(SlotState::name).join(", ");
                 ControlError::invalid(format!("'{name}' is no state of a slot: there are {names}"))
             })
         });
@@ -333,7 +329,8 @@ mod tests {
     use crate::control::filter::{Nat, PortRange};
     use crate::control::info::ConnInfo;
     use crate::datapath::routing::fdb::Fdb;
-    use crate::datapath::routing::links::{BridgePort, Layer, Link, Links};
+    use crate::datapath::routing::links::{Layer, Link, Links};
+    use crate::datapath::routing::stack;
     use crate::engine::clock::Clock;
     use crate::engine::conn::ConnKey;
     use crate::engine::datapath::{NoDatapath, Path, PathHint, PathSpec};
@@ -345,19 +342,7 @@ mod tests {
     }
 
     fn link(n: u32) -> Link {
-        Link {
-            ifindex: ifindex(n),
-            name: format!("p{n}"),
-            mac: None,
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            carrier_ups: 1,
-            controller: None,
-            port: BridgePort::default(),
-            layer: Layer::Real,
-            xdp: Vec::new(),
-        }
+        Link { name: format!("p{n}"), mac: None, ..stack::tests::link(n, Layer::Real) }
     }
 
     /// An engine with the ports 1 (of the class one) and 2 (two), whose clock stands, and so many connections, each

@@ -600,7 +600,7 @@ impl Datapath for Backend {
         }
         let mut path = self.resolver.resolve(sight, hint)?;
         let tunables = self.tunables.load();
-        let may_be_passed = |name: &str| tunables.bypass_egress.iter().any(|p| p.matches(name));
+        let may_be_passed = |name: &str| tunables.may_be_passed(name);
         path.forward.egress_decides =
             self.egress.decides(&self.links, path.forward.egress, path.oif, may_be_passed)?;
         if let (Some(next_hop), Some(macs)) = (path.next_hop, path.forward.macs) {

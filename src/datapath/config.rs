@@ -46,6 +46,14 @@ pub struct Tunables {
     pub sweeps: SweepBounds,
 }
 
+impl Tunables {
+    /// Whether rules may pass by what stands at egress of the netdev of this name.
+    #[must_use]
+    pub fn may_be_passed(&self, netdev: &str) -> bool {
+        self.bypass_egress.iter().any(|p| p.matches(netdev))
+    }
+}
+
 /// What happens to offloaded connections when the rules of nf_tables change: their packets no
 /// longer pass them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -47,8 +47,9 @@ pub fn lint(backend: &Backend, engine: &Engine) -> Result<Vec<Finding>, NetlinkE
     }
     let tunables = backend.tunables();
     for link in backend.links().all() {
-        let is_passed = tunables.bypass_egress.iter().any(|p| p.matches(&link.name));
-        if is_passed && let Some(who) = backend.egress().at(link.ifindex) {
+        if tunables.may_be_passed(&link.name)
+            && let Some(who) = backend.egress().at(link.ifindex)
+        {
             add(Skipped::Egress, format!("{}: {who}", link.name));
         }
     }

@@ -184,6 +184,17 @@ impl Port {
         result
     }
 
+    /// The same for who goes on without an answer: one that panics makes its port faulty.
+    pub(super) fn ask<R>(&self, call: impl FnOnce(&dyn Provider) -> R) -> Option<R> {
+        match self.visit(call)? {
+            Ok(answer) => Some(answer),
+            Err(panicked) => {
+                self.set_fault(panicked);
+                None
+            }
+        }
+    }
+
     /// Whether somebody else than the port's thread is calling the provider.
     pub(super) fn is_visited(&self) -> bool {
         self.guests.load(Ordering::SeqCst) > 0 || self.swept.load(Ordering::SeqCst)

@@ -98,10 +98,8 @@ impl Engine {
     pub fn link_returned(&self, ifindex: Ifindex) {
         let table = self.0.publication.table();
         let Some(port) = table.get(ifindex) else { return };
-        match port.visit(|provider| provider.hardware_suspect()) {
-            Some(Ok(())) => port.queue.push(Command::Repair),
-            Some(Err(panicked)) => port.set_fault(panicked),
-            None => {}
+        if port.ask(|provider| provider.hardware_suspect()).is_some() {
+            port.queue.push(Command::Repair);
         }
     }
 

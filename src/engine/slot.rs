@@ -45,6 +45,9 @@ pub enum SlotState {
 }
 
 impl SlotState {
+    /// Those that a slot can be seen in: an empty one is not told.
+    pub const SHOWN: [Self; 4] = [Self::Pending, Self::Installed, Self::Deleting, Self::Rejected];
+
     /// The name in output.
     #[must_use]
     pub const fn name(self) -> &'static str {

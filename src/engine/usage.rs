@@ -114,17 +114,10 @@ impl Engine {
             port.walk_held(|part| {
                 held.extend(part.into_iter().map(|(conn, d)| ((conn.epoch(), d), conn)))
             });
-            let in_front = match port.visit(|provider| provider.in_front()) {
-                Some(Ok(in_front)) => in_front,
-                Some(Err(panicked)) => {
-                    port.set_fault(panicked);
-                    Vec::new()
-                }
-                None => Vec::new(),
-            };
+            let in_front = port.ask(|provider| provider.in_front()).unwrap_or_default();
             let mut look = Look {
                 port,
-                somebody_in_front: !in_front.is_empty(),
+                in_front: &in_front,
                 id,
                 sweep: &mut sweep,
                 used: &mut used,
@@ -142,9 +135,7 @@ impl Engine {
             let without_effect = self.doubt(port, still, &in_front, id, &mut strays.doubts);
             if without_effect > 0 {
                 sweep.without_effect += without_effect;
-                if let Some(Err(panicked)) = port.visit(|provider| provider.hardware_suspect()) {
-                    port.set_fault(panicked);
-                }
+                port.ask(|provider| provider.hardware_suspect());
             }
             match result {
                 Ok(()) => sweep.lost += self.find_lost(port, held, id, started_ms),
@@ -257,7 +248,7 @@ impl Engine {
                     return;
                 }
                 Reported::Its { in_hw, .. } => {
-                    if in_hw == Some(true) || look.somebody_in_front {
+                    if in_hw == Some(true) || !look.in_front.is_empty() {
                         look.still.push((conn.clone(), cookie.direction));
                     }
                     return;
@@ -379,7 +370,7 @@ struct Look<'a> {
     seen: &'a mut HashSet<Stray>,
     doubts: &'a mut Doubts,
     /// Filters or programs of others see its packets first, and may leave none for its rules.
-    somebody_in_front: bool,
+    in_front: &'a [String],
     still: Vec<(ConnHandle, Direction)>,
     held: &'a HeldSlots,
 }

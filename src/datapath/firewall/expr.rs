@@ -4,6 +4,8 @@
 use netdev_providers::netlink::netfilter::nft::NFTA_LIST_ELEM;
 use netdev_providers::netlink::wire::{Attr, Nested};
 
+use crate::datapath::skipped::Skipped;
+
 // enum nft_expr_attributes, nft_data_attributes, nft_verdict_attributes
 pub(super) const NFTA_EXPR_NAME: u16 = 1;
 pub(super) const NFTA_EXPR_DATA: u16 = 2;
@@ -75,6 +77,21 @@ pub(super) fn each<'a>(expressions: Nested<'a>) -> impl Iterator<Item = (&'a str
         let name = e.nested().find_type(NFTA_EXPR_NAME)?.str()?;
         let data = e.nested().find_type(NFTA_EXPR_DATA).map_or(Nested::new(&[]), |d| d.nested());
         Some((name, data))
+    })
+}
+
+/// What a match of iptables (`-m`) asks for of each packet that a decision cannot stand on for good.
+pub(super) fn asked_by_match(name: &str) -> Option<Skipped> {
+    Some(match name {
+        "limit" | "hashlimit" => Skipped::Limit,
+        "quota" => Skipped::Quota,
+        "connbytes" => Skipped::CtBytes,
+        "connlimit" => Skipped::CtCount,
+        "recent" => Skipped::SetUpdate,
+        "time" => Skipped::Time,
+        "statistic" => Skipped::Random,
+        "set" => Skipped::Ipset,
+        _ => return None,
     })
 }
 

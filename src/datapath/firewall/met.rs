@@ -19,7 +19,7 @@ use netdev_providers::netlink::wire::{Nested, Received};
 use super::dump::{Part, Reader};
 use super::expr::*;
 use super::model::{
-    NFT_SET_TIMEOUT, NFTA_RULE_HANDLE, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_KEY,
+    NFPROTO_NETDEV, NFT_SET_TIMEOUT, NFTA_RULE_HANDLE, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_KEY,
     NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, is_on_the_way,
 };
 use crate::datapath::skipped::Skipped;
@@ -446,15 +446,10 @@ impl Rule {
     fn match_of_iptables(&mut self, name: &str, data: &Nested<'_>) -> Passes {
         let info = data.find_type(NFTA_XT_INFO).map_or(&[][..], |a| a.payload);
         let half = |at: usize| Some(u16::from_ne_bytes(*info.get(at..)?.first_chunk()?));
+        if let Some(what) = asked_by_match(name) {
+            return self.asks(what);
+        }
         match name {
-            "limit" | "hashlimit" => self.asks(Skipped::Limit),
-            "quota" => self.asks(Skipped::Quota),
-            "connbytes" => self.asks(Skipped::CtBytes),
-            "connlimit" => self.asks(Skipped::CtCount),
-            "recent" => self.asks(Skipped::SetUpdate),
-            "time" => self.asks(Skipped::Time),
-            "statistic" => self.asks(Skipped::Random),
-            "set" => self.asks(Skipped::Ipset),
             "comment" => Passes::All,
             "state" => {
                 let mask = info.first_chunk().map(|m| u32::from_ne_bytes(*m));
@@ -557,11 +552,7 @@ pub(crate) fn family_name(family: u8) -> &'static str {
         NFPROTO_IPV4 => "ip",
         NFPROTO_IPV6 => "ip6",
         NFPROTO_BRIDGE => "bridge",
-        5 => "netdev",
+        NFPROTO_NETDEV => "netdev",
         _ => "",
     }
 }
-
-#[cfg(test)]
-#[path = "met_tests.rs"]
-mod tests;

@@ -18,9 +18,11 @@ use super::expr::{
     NFTA_BITWISE_DREG, NFTA_BITWISE_MASK, NFTA_BITWISE_SREG, NFTA_CMP_DATA, NFTA_CMP_OP,
     NFTA_CMP_SREG, NFTA_DYNSET_SET_NAME, NFTA_IMMEDIATE_DATA, NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG,
     NFTA_META_KEY, NFTA_META_SREG, NFTA_OBJREF_IMM_NAME, NFTA_OBJREF_SET_NAME, NFTA_PAYLOAD_BASE,
-    NFTA_PAYLOAD_DREG, NFTA_PAYLOAD_LEN, NFTA_PAYLOAD_OFFSET, NFTA_XT_NAME, each, verdict_chain,
+    NFTA_PAYLOAD_DREG, NFTA_PAYLOAD_LEN, NFTA_PAYLOAD_OFFSET, NFTA_XT_NAME, asked_by_match, each,
+    verdict_chain,
 };
 use super::zones::{UnclearZone, ZoneRule};
+use crate::datapath::skipped::Skipped;
 use netdev_providers::netlink::netfilter::nft::{
     NF_INET_FORWARD, NF_INET_POST_ROUTING, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4,
     NFPROTO_IPV6, NFT_MSG_DELRULE, NFT_MSG_DELSETELEM, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN,
@@ -37,7 +39,7 @@ const NFT_MSG_DELCHAIN: u16 = 5;
 const NFT_MSG_DELSET: u16 = 11;
 const NFT_MSG_NEWOBJ: u16 = 18;
 // linux/netfilter.h: families and hooks
-const NFPROTO_NETDEV: u8 = 5;
+pub(super) const NFPROTO_NETDEV: u8 = 5;
 const NF_NETDEV_EGRESS: u32 = 1;
 const NF_INET_LOCAL_IN: u32 = 1;
 const NF_INET_LOCAL_OUT: u32 = 3;
@@ -603,15 +605,12 @@ impl Rule {
                 {
                     rule.silent.push("rules on the time");
                 }
-                "match" => match data.find_type(NFTA_XT_NAME).and_then(|a| a.str()) {
-                    Some("set") => rule.silent.push("ipset"),
-                    Some("time") => rule.silent.push("rules on the time"),
-                    Some(
-                        "limit" | "hashlimit" | "quota" | "connlimit" | "connbytes" | "recent",
-                    ) => {
-                        rule.silent.push("limits and quotas");
-                    }
-                    _ => {}
+                "match" => match text(NFTA_XT_NAME).and_then(|name| asked_by_match(&name)) {
+                    Some(Skipped::Ipset) => rule.silent.push("ipset"),
+                    Some(Skipped::Time) => rule.silent.push("rules on the time"),
+                    // Chance decides about each packet anew, whenever it comes.
+                    None | Some(Skipped::Random) => {}
+                    Some(_) => rule.silent.push("limits and quotas"),
                 },
                 _ => {}
             }

@@ -155,7 +155,8 @@ impl News {
 
 #[cfg(test)]
 mod tests {
-    use super::super::links::{BridgePort, Layer, Link};
+    use super::super::links::{Layer, Link};
+    use super::super::stack;
     use super::*;
 
     fn ifindex(n: u32) -> Ifindex {
@@ -173,19 +174,8 @@ mod tests {
             ("lan", Layer::Real, None),
         ];
         for (n, (name, layer, controller)) in (1..).zip(layers) {
-            links.set(Link {
-                ifindex: ifindex(n),
-                name: name.to_owned(),
-                mac: None,
-                mtu: 1500,
-                up: true,
-                carrier: true,
-                carrier_ups: 1,
-                controller,
-                port: BridgePort::default(),
-                layer,
-                xdp: Vec::new(),
-            });
+            let name = name.to_owned();
+            links.set(Link { name, mac: None, controller, ..stack::tests::link(n, layer) });
         }
         links
     }

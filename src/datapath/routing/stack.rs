@@ -319,7 +319,7 @@ pub fn not_a_port(links: &Links, link: &Link) -> Option<String> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::datapath::routing::links::BridgePort;
 
@@ -331,7 +331,7 @@ pub(super) mod tests {
         MacAddr([2, 0, 0, 0, 0, n])
     }
 
-    pub(in super::super) fn link(n: u32, layer: Layer) -> Link {
+    pub(crate) fn link(n: u32, layer: Layer) -> Link {
         Link {
             ifindex: ifindex(n),
             name: format!("n{n}"),
